@@ -1,0 +1,252 @@
+"""Values in a form that a matrix product can take: LASER as softmax attention on exponentiated values.
+
+Since ``Σ_j p_ij exp(β v_je)`` is linear in p, LASER is softmax attention over transformed values X, and a function of
+one row's result. Two transformations are in use, per channel:
+
+    exp     X = exp(βv) · 2^−c,   A = p·X,   o = (log A + c·log 2)/β       for |β| ≥ 1, and where |βo| is large
+    expm1   X = (exp(βv) − 1)/β,  S = p·X,   o = log1p(βS)/β               for |β| < 1; at β = 0 it is p·v
+
+c is an integer per head and channel. Scaling by a power of two is exact, so neither the result nor its bits depend on
+which c was chosen: what a query cannot see may move c, and does not move the output. A head is *inside* the fast range
+when every channel's βv spans no more than ``RANGE_BITS``: since the greatest weight of a row is at least 1/Lk, nothing
+that matters can then underflow or overflow in float32. The others need the exact path.
+
+Backward, with ``G = do · exp(−βo) · 2^c`` the rest is that of softmax attention on (X, G), where the row term
+Σ_j p_ij dP_ij of softmax attention has become the row sum of do (``_gradient`` has the mathematics):
+
+    exp     ds = p ∘ (G·(X/β)ᵀ − Σ_e do/β),          dv = X ∘ (pᵀ·G)
+    expm1   ds = p ∘ (G·Xᵀ + Σ_e do (e^−βo − 1)/β),  dv = exp(βv) ∘ (pᵀ·G)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from . import _array
+from ._array import Array, Namespace
+from ._problem import Inputs, Problem
+
+RANGE_BITS = 100.0
+_CLIP = 80.0  # exp(80) is finite in float32; see ``exponentiate`` for why clipping βv there loses nothing
+_LN2 = {  # log 2 in two parts; the first has few bits, so that its products with integers are exact
+    "float32": (0.693359375, -2.12194440054690583e-4),
+    "float64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
+}
+
+
+class Forms(NamedTuple):
+    """Which of the two transformations the channels of a problem need; both where β is not known to need one."""
+
+    exp: bool
+    expm1: bool
+
+
+class Values(NamedTuple):
+    """Transformed values of some heads.
+
+    Attributes:
+        x: ``(..., Lk, W)``: the exp columns, then the expm1 columns; W is E or 2E. Finite.
+        c: ``(..., 1, E)``, integers in a floating dtype.
+        inside: ``(...)`` boolean: the head is inside the fast range.
+        broken: Columns that say where the value is NaN and where βv is +∞, ``(..., Lk, 2E)`` of 0 and 1; None
+            where there is none. Finite matrix products cannot carry them.
+    """
+
+    x: Array
+    c: Array
+    inside: Array
+    broken: Array | None
+
+
+def forms(xp: Namespace, problem: Problem, inputs: Inputs) -> Forms:
+    """The transformations that the β of a problem needs."""
+    if problem.beta is not None:
+        return Forms(exp=problem.beta != 0, expm1=abs(problem.beta) < 1)
+    large = _array.known(xp.all(xp.abs(inputs.beta) >= 1))
+    return Forms(exp=True, expm1=large is not True)
+
+
+def exponentiate(xp: Namespace, v: Array, beta: Array, which: Forms, inside_lengths: Array | None = None) -> Values:
+    """The value pass: X, its integer references, and which heads are inside the fast range.
+
+    Args:
+        xp: The namespace of the arrays.
+        v: ``(..., Lk, E)`` in the compute dtype.
+        beta: Broadcastable to ``(..., 1, E)``.
+        which: The transformations to make.
+        inside_lengths: ``(..., Lk)`` boolean: keys that any query can see; the others do not count for the range.
+    """
+    y = beta * v
+    counts = xp.isfinite(y)
+    broken = None
+    if _array.known(xp.all(counts)) is not True:
+        broken = xp.astype(xp.concat([xp.isnan(y), y == math.inf], axis=-1), v.dtype)
+    if inside_lengths is not None:
+        counts = counts & inside_lengths[..., None]
+    zero = xp.zeros_like(y)
+
+    n = xp.floor(y * math.log2(math.e) + 0.5)
+    top = xp.max(xp.where(counts, n, xp.full_like(y, -1e30)), axis=-2, keepdims=True)
+    low = xp.min(xp.where(counts, n, xp.full_like(y, 1e30)), axis=-2, keepdims=True)
+    inside = xp.all(top - low <= RANGE_BITS, axis=(-2, -1))
+    fits = counts & inside[..., None, None]
+    c = xp.where((top >= low) & inside[..., None, None], xp.floor((top + low) / 2), xp.zeros_like(top))
+
+    columns = []
+    if which.exp:
+        n = xp.where(fits, n, zero)
+        fraction = xp.where(fits, _minus_ln2(xp, y, n), zero)
+        columns.append(xp.where(fits, xp.exp(fraction) * _pow2(xp, n - c), zero))
+    if which.expm1:
+        columns.append(_expm1_columns(xp, v, y, beta))
+    return Values(columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1), c, inside, broken)
+
+
+def _expm1_columns(xp: Namespace, v: Array, y: Array, beta: Array) -> Array:
+    """(exp(βv) − 1)/β, scaled so that a sum over keys stays finite.
+
+    βv is clipped: o is read from these columns only while ½ ≤ p·exp(βv) ≤ 1½, and inside the fast range a key with
+    βv > 80 then has a weight of less than e^−80; what it adds is below the rounding of the sum.
+    """
+    finite = xp.isfinite(y)
+    v = xp.where(finite, v, xp.zeros_like(y))
+    clipped = xp.where(finite, xp.clip(y, max=_CLIP), xp.zeros_like(y))
+    x = v * _array.expm1_over(xp, clipped)
+    x = xp.where(y == -math.inf, -1 / xp.where(beta == 0, xp.ones_like(beta), beta), x)
+    largest = float(xp.finfo(v.dtype).max)
+    return xp.clip(x, -largest, largest) * _expm1_scale(v.shape[-2])
+
+
+def _expm1_scale(keys: int) -> float:
+    return 2.0 ** -keys.bit_length()
+
+
+def finish(xp: Namespace, attended: Array, values: Values, beta: Array, which: Forms) -> Array:
+    """The output from ``attended = p·X (..., Lq, W)``; rows that see no key are the caller's."""
+    width = attended.shape[-1] // (which.exp + which.expm1)
+    safe = xp.where(beta == 0, xp.ones_like(beta), beta)
+    o = None
+    if which.exp:
+        o = _log(xp, attended[..., :width], values.c) / safe
+    if which.expm1:
+        s = attended[..., -width:] / _expm1_scale(values.x.shape[-2])
+        u = beta * s
+        usable = (xp.abs(u) <= 0.5) & (xp.abs(beta) < 1)
+        linear = s * _array.log1p_over(xp, xp.where(usable, u, xp.zeros_like(u)))
+        o = linear if o is None else xp.where(usable, linear, o)
+    return o
+
+
+def mark_broken(xp: Namespace, o: Array, seen: Array, beta: Array) -> Array:
+    """``o`` with what NaN and infinite visible values make of it; ``seen`` counts them, ``(..., Lq, 2E)``."""
+    width = o.shape[-1]
+    infinity = xp.where(beta < 0, xp.full_like(beta, -math.inf), xp.full_like(beta, math.inf))
+    o = xp.where(seen[..., width:] > 0, infinity, o)
+    return xp.where(seen[..., :width] > 0, xp.full_like(o, math.nan), o)
+
+
+class Rows(NamedTuple):
+    """What the backward pass needs of a query: ``g (..., Lq, W)`` and the row term ``r (..., Lq, 1)``."""
+
+    g: Array
+    r: Array
+    dbeta: Array  # (..., 1, E): the part of dβ that is a sum over queries
+
+
+class Keys(NamedTuple):
+    """What the backward pass needs of a key: all ``(..., Lk, W)``."""
+
+    x: Array  # ds = p ∘ (g·xᵀ + r)
+    to_dv: Array  # dv = to_dv ∘ (pᵀ·g), summed over the forms
+    to_dbeta: Array  # dβ = Σ_j to_dbeta ∘ (pᵀ·g), summed over the forms
+
+
+def rows(xp: Namespace, o: Array, do: Array, dl: Array, values: Values, beta: Array, which: Forms) -> Rows:
+    """The query side of the backward pass, from o, do ``(..., Lq, E)`` and dl ``(..., Lq)``, all finite."""
+    y = beta * o
+    safe = xp.where(beta == 0, xp.ones_like(beta), beta)
+    zero = xp.zeros_like(y)
+    linear = (xp.abs(y) <= 0.5) & (xp.abs(beta) < 1) if which.expm1 else xp.zeros_like(y, dtype=xp.bool)
+    if not which.exp:
+        linear = xp.ones_like(linear)
+    columns, r, dbeta = [], zero, zero
+    if which.exp:
+        d = xp.where(linear, zero, do)
+        n = xp.floor(y * math.log2(math.e) + 0.5)
+        columns.append(d * xp.exp(-_minus_ln2(xp, y, n)) * _pow2(xp, values.c - n))
+        r = r - d / safe
+        dbeta = dbeta - d * (o - _centre(values, safe)) / safe
+    if which.expm1:
+        d = xp.where(linear, do, zero)
+        t = xp.where(linear, y, zero)
+        g = d * xp.exp(-t)
+        s = o * _array.expm1_over(xp, t)
+        columns.append(g)
+        r = r - d * o * _array.expm1_over(xp, -t)
+        dbeta = dbeta - xp.where(linear, g * s * s * _array.log1p_defect(xp, beta * xp.where(linear, s, zero)), zero)
+    g = columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1)
+    return Rows(g, xp.sum(r, axis=-1, keepdims=True) + dl[..., None], xp.sum(dbeta, axis=-2, keepdims=True))
+
+
+def keys(xp: Namespace, v: Array, values: Values, beta: Array, which: Forms) -> Keys:
+    """The key side of the backward pass."""
+    y = beta * v
+    finite = xp.isfinite(y)
+    v = xp.where(finite, v, xp.zeros_like(y))
+    safe = xp.where(beta == 0, xp.ones_like(beta), beta)
+    width = v.shape[-1]
+    x, to_dv, to_dbeta = [], [], []
+    if which.exp:
+        part = values.x[..., :width]
+        x.append(part / safe)
+        to_dv.append(part)
+        to_dbeta.append(part * (v - _centre(values, safe)) / safe)
+    if which.expm1:
+        t = xp.where(finite, xp.clip(y, max=_CLIP), xp.zeros_like(y))
+        x.append(values.x[..., -width:] / _expm1_scale(v.shape[-2]))
+        to_dv.append(xp.where(finite, xp.exp(t), xp.zeros_like(t)))
+        to_dbeta.append(v * v * _array.exp_minus_g_over(xp, t))
+    together = [a[0] if len(a) == 1 else xp.concat(a, axis=-1) for a in (x, to_dv, to_dbeta)]
+    return Keys(*together)
+
+
+def _centre(values: Values, beta: Array) -> Array:
+    """The value that c stands for: Σ_j dv_je = Σ_i do_ie lets dβ be summed about it, with fewer digits lost."""
+    return values.c * math.log(2) / beta
+
+
+def sum_forms(xp: Namespace, x: Array, which: Forms) -> Array:
+    """``(..., W)`` columns added up to ``(..., E)``."""
+    if not (which.exp and which.expm1):
+        return x
+    width = x.shape[-1] // 2
+    return x[..., :width] + x[..., width:]
+
+
+def _minus_ln2(xp: Namespace, y: Array, n: Array) -> Array:
+    """``y − n·log 2`` to full precision."""
+    high, low = _LN2[_array.dtype_name(y)]
+    return (y - n * high) - n * low
+
+
+def _log(xp: Namespace, a: Array, c: Array) -> Array:
+    """``log(a·2^c)``, the same bits for every c with the same ``a·2^c``; log 0 = −∞, and NaN stays NaN."""
+    high, low = _LN2[_array.dtype_name(a)]
+    positive = a > 0
+    special = xp.where(a == 0, xp.full_like(a, -math.inf), a)
+    a = xp.where(positive, a, xp.ones_like(a))
+    n = xp.floor(xp.log2(a) + 0.5)
+    a = a * _pow2(xp, -n)
+    for too_far, step in ((a > math.sqrt(2), 1.0), (a < math.sqrt(0.5), -1.0)):  # log2 may round across the edge
+        n = xp.where(too_far, n + step, n)
+        a = xp.where(too_far, a * 2.0**-step, a)
+    n = n + c
+    return xp.where(positive, n * high + (n * low + xp.log(a)), special)
+
+
+def _pow2(xp: Namespace, n: Array) -> Array:
+    """``2^n`` for integral n, exactly; frameworks' ``exp2`` need not be. Beyond ±126 it stays there."""
+    table = xp.asarray([2.0**i for i in range(-126, 127)], dtype=n.dtype, device=_array.device(n))
+    index = xp.astype(xp.clip(n, -126.0, 126.0) + 126.0, xp.int32)
+    return xp.reshape(xp.take(table, xp.reshape(index, (-1,))), n.shape)
