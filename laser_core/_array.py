@@ -77,11 +77,11 @@ def quiet() -> AbstractContextManager[object]:
     return numpy.errstate(all="ignore")
 
 
-def put(x: Array, index: Any, block: Array) -> Array:
+def put(x: Array, index: tuple[int | slice, ...], block: Array) -> Array:
     """``x`` with ``x[index]`` replaced by ``block``; in place where arrays are mutable."""
     if compat.is_jax_array(x):
         return x.at[index].set(block)
-    x[index] = block
+    x[(*index, ...)] = block
     return x
 
 

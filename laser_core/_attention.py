@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Unpack
+from typing import Protocol, Unpack
 
 from . import _array, _problem, _registry
 from ._array import Array
@@ -215,12 +215,22 @@ def _run(backend: Backend, problem: Problem, inputs: Inputs) -> Forward:
         return backend.forward(problem, inputs)
 
 
-def _quiet(framework: str) -> object:
+def _quiet(framework: str) -> AbstractContextManager[object]:
     binding = _binding(framework)
     return _array.quiet() if binding is None else binding.quiet()
 
 
-def _binding(framework: str) -> ModuleType | None:
+class _Binding(Protocol):
+    """What a framework with automatic differentiation supplies: its module ``binding``."""
+
+    def attention(self, problem: Problem, inputs: Inputs, backend: Backends) -> tuple[Array, Array]:
+        """Output and log-sum-exp, differentiable by the framework."""
+
+    def quiet(self) -> AbstractContextManager[object]:
+        """A context in which the framework records nothing and warns of nothing."""
+
+
+def _binding(framework: str) -> _Binding | None:
     """Where a framework with automatic differentiation learns the gradient; None for those without.
 
     Imported when the first array of that framework arrives, by a plain import statement: torch.compile traces it.

@@ -342,7 +342,7 @@ def _window(window: Any) -> tuple[int | None, int | None]:
         return (None, None)
     sides = tuple(window) if isinstance(window, Iterable) and not isinstance(window, str) else ()
     if len(sides) != 2 or not all(
-        side is None or (isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 0)
+        side is None or (isinstance(side, numbers.Integral) and not isinstance(side, bool) and int(side) >= 0)
         for side in sides
     ):
         allowed = "None, or (left, right), each a non-negative integer or None for unbounded"
@@ -354,6 +354,6 @@ def _window(window: Any) -> tuple[int | None, int | None]:
 def _soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
-    if not isinstance(cap, numbers.Real) or isinstance(cap, bool) or not (0 < cap < math.inf):
+    if not isinstance(cap, numbers.Real) or isinstance(cap, bool) or not 0 < float(cap) < math.inf:
         raise _kind(cap)(_refuse("logits_soft_cap", repr(cap), "a positive finite number, or None"))
     return float(cap)

@@ -1,81 +1,28 @@
 """LASER attention in tiles: what runs on NumPy by default, and what to read before writing a kernel.
 
 One query tile walks over its key tiles and keeps, per row, the running maximum m of the scores, the denominator
-l = Σ exp(s − m) and acc = Σ exp(s − m)·X, where X are the values in exponentiated form (``_values``). That is a flash
-kernel, and for heads inside the fast range it is all. A head outside it takes the exact path: each tile is the definition
-itself (``_reference.attend``), and tiles are merged in the log domain, which is exact for every finite input.
+l = Σ exp(s − m) and acc = Σ exp(s − m)·X, where X are the values in exponentiated form (``_values``). That is a
+flash kernel, and for heads inside the fast range it is all. A head outside it takes the exact path: each tile is the
+definition itself (``_reference.attend``), and tiles are merged in the log domain: exact for every finite input.
 
 The backward pass walks over key tiles, recomputes p = exp(s − l) tile by tile, and needs O(Lq + Lk) memory beside its
-results. Deterministic: every sum has one order. The rule that keeps hidden NaN and ∞ out: operands of matrix products are
-always finite, and what is not finite travels in p, which is zero where a key is hidden.
+results. Deterministic: every sum has one order. The rule that keeps hidden NaN and ∞ out: operands of matrix products
+are always finite, and what is not finite travels in p, which is zero where a key is hidden.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from . import _array, _gradient, _merge, _reference, _values
+from . import _array, _gradient, _merge, _reference, _tiles, _values
 from ._array import Array, Namespace
 from ._problem import Inputs, Problem
 from ._registry import Backend, Forward, Gradients
+from ._tiles import Block, Index, Tiles
 from ._values import Forms, Values
 
 _HEADROOM = 16.0  # p is kept e^16 above the row's own scale, that much further from underflow
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Tile sizes: how many queries and keys of how many heads are in work at a time.
-
-    They bound the memory in use, and a tile of scores should stay in the cache; the result does not depend on them
-    beyond rounding.
-    """
-
-    block_q: int
-    block_k: int
-    heads: int
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that are not positive."""
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
-            if size < 1:
-                raise ValueError(f"{field.name}: got {size}; allowed: 1 or more")
-
-    @classmethod
-    def fast(cls, problem: Problem) -> Tiles:
-        """Tiles of the fast path: about a megabyte of scores, smaller where a band lets whole tiles be skipped."""
-        side = 512 if problem.band == (None, None) else 256
-        block_q, block_k = min(side, max(problem.query_length, 1)), min(side, max(problem.key_length, 1))
-        return cls(block_q, block_k, max(1, 2**18 // (block_q * block_k * problem.group)))
-
-    @classmethod
-    def exact(cls, problem: Problem) -> Tiles:
-        """Tiles of the exact path, which has a term for each query, key and channel of all heads in work."""
-        block_k = min(128, max(problem.key_length, 1))
-        block_q = 2**19 // (problem.query_heads * block_k * problem.value_dim)
-        return cls(min(max(block_q, 1), max(problem.query_length, 1)), block_k, problem.key_value_heads)
-
-
-class Block(NamedTuple):
-    """Some key/value heads of one batch entry, with the query heads that read them, in the compute dtype.
-
-    Arrays have the layout ``(heads, group or 1, length, dim)``; ``problem`` and ``inputs`` describe these heads alone.
-    """
-
-    problem: Problem
-    inputs: Inputs
-    index: tuple[int | slice, ...]  # of the query heads in the arrays of the call
-    kv_index: tuple[int | slice, ...]
-    q: Array  # finite, times the scale
-    k: Array  # finite
-    v: Array
-    beta: Array
-    broken: tuple[Array, Array] | None  # queries, keys that are not finite; None where it is known that all are
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -86,16 +33,16 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     lse = xp.full(problem.lse_shape, -math.inf, dtype=dtype, device=device)
     which = _values.forms(xp, problem, inputs)
     tiles = Tiles.fast(problem)
-    for block, values, all_inside in _blocks(xp, problem, inputs, which, tiles.heads):
+    for block, values, all_inside in _tiles.blocks(xp, problem, inputs, which, tiles.heads):
         inside = values.inside[..., None, None]
-        for rows in _spans(problem.query_length, tiles.block_q):
+        for rows in _tiles.spans(problem.query_length, tiles.block_q):
             o, l = _fast_rows(xp, block, values, which, rows, tiles.block_k)
             if all_inside is not True:
                 o_exact, l_exact = _exact_rows(xp, block, rows)
                 o, l = xp.where(inside, o, o_exact), xp.where(inside[..., 0], l, l_exact)
             shape = (block.problem.query_heads, rows.stop - rows.start)
-            out = _array.put(out, (*block.index, rows), xp.reshape(o, (*shape, problem.value_dim)))
-            lse = _array.put(lse, (*block.index, rows), xp.reshape(l, shape))
+            out = _array.put(out, (*block.at_query_heads, rows), xp.reshape(o, (*shape, problem.value_dim)))
+            lse = _array.put(lse, (*block.at_query_heads, rows), xp.reshape(l, shape))
     if problem.dtype == problem.compute_dtype:
         return Forward(out, lse)
     return Forward(xp.astype(out, inputs.query.dtype), lse, residual=out)
@@ -109,14 +56,14 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d
     total = _Totals(xp, problem, inputs)
     which = _values.forms(xp, problem, inputs)
     tiles = Tiles.fast(problem)
-    for block, values, all_inside in _blocks(xp, problem, inputs, which, tiles.heads):
+    for block, values, all_inside in _tiles.blocks(xp, problem, inputs, which, tiles.heads):
         shape = (block.problem.key_value_heads, problem.group, problem.query_length)
-        o = xp.reshape(out[block.index], (*shape, problem.value_dim))
-        l = xp.reshape(forward.lse[block.index], shape)
-        do = xp.reshape(xp.astype(d_out[block.index], dtype), o.shape)
+        o = xp.reshape(out[(*block.at_query_heads, ...)], (*shape, problem.value_dim))
+        l = xp.reshape(forward.lse[(*block.at_query_heads, ...)], shape)
+        do = xp.reshape(xp.astype(d_out[(*block.at_query_heads, ...)], dtype), o.shape)
         dl = xp.zeros(shape, dtype=dtype, device=device)
         if d_lse is not None:
-            dl = xp.reshape(xp.astype(d_lse[block.index], dtype), shape)
+            dl = xp.reshape(xp.astype(d_lse[(*block.at_query_heads, ...)], dtype), shape)
         state, block = _cotangents(xp, block, o, l, do, dl)
         if all_inside is not True:
             inside = values.inside[..., None]
@@ -124,126 +71,6 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d
             state = state.only(xp, inside)
         _fast_backward(xp, block, state, values, which, tiles, total)
     return total.gradients()
-
-
-# ------------------------------------------------------------------------------------------------ blocks and tiles
-
-
-def _blocks(
-    xp: Namespace, problem: Problem, inputs: Inputs, which: Forms, heads: int
-) -> Iterator[tuple[Block, Values, bool | None]]:
-    """Blocks of heads with their transformed values, and whether all of them are inside the fast range.
-
-    A block of which that is known to be false comes head by head, so that no head pays for another.
-    """
-    if problem.key_length == 0 or problem.query_length == 0:
-        return
-    for index in itertools.product(*map(range, problem.batch)):
-        spans = _spans(problem.key_value_heads, heads)
-        while spans:
-            span = spans.pop(0)
-            block = _block(xp, problem, inputs, index, span)
-            values = _values.exponentiate(xp, block.v, block.beta, which, _within_lengths(xp, block))
-            inside = _array.known(xp.all(values.inside))
-            if inside is False and span.stop - span.start > 1:
-                spans = [slice(h, h + 1) for h in range(span.start, span.stop)] + spans
-            else:
-                yield block, values, inside
-
-
-def _block(xp: Namespace, problem: Problem, inputs: Inputs, index: tuple[int, ...], span: slice) -> Block:
-    dtype = _array.dtype(xp, problem.compute_dtype)
-    query_span = slice(span.start * problem.group, span.stop * problem.group)
-    part = Inputs(
-        inputs.query[(*index, query_span)],
-        inputs.key[(*index, span)],
-        inputs.value[(*index, span)],
-        _part(inputs.attn_mask, index, query_span),
-        _part(inputs.bias, index, query_span),
-        _part(inputs.beta, (), query_span, trailing=1),
-        _part(inputs.query_seq_lengths, index, None, trailing=0),
-        _part(inputs.key_value_seq_lengths, index, None, trailing=0),
-    )
-    count = span.stop - span.start
-    own = dataclasses.replace(problem, batch=(), key_value_heads=count, query_heads=count * problem.group)
-    q = _reference.group_heads(xp, xp.astype(part.query, dtype), count, problem.group)
-    k, v = (xp.astype(x, dtype)[:, None, :, :] for x in (part.key, part.value))
-    broken = (_reference.any_nonfinite(xp, q)[..., :, None], _reference.any_nonfinite(xp, k)[..., None, :])
-    clean = _array.known(xp.any(broken[0]) | xp.any(broken[1])) is False
-    if not clean:
-        q, k = _reference.finite(xp, q), _reference.finite(xp, k)
-    return Block(
-        problem=own,
-        inputs=part,
-        index=(*index, query_span),
-        kv_index=(*index, span),
-        q=q * problem.scale,
-        k=k,
-        v=v,
-        beta=_reference.beta_of(xp, own, part),
-        broken=None if clean else broken,
-    )
-
-
-def _part(x: Array | None, index: tuple[int, ...], span: slice | None, trailing: int = 2) -> Array | None:
-    """One batch entry and some heads of an array that broadcasts over either."""
-    if x is None:
-        return None
-    with_heads = trailing + (span is not None)
-    leading = max(x.ndim - with_heads, 0)
-    own = index[len(index) - leading :]
-    pick: list[int | slice] = [i if n != 1 else 0 for i, n in zip(own, x.shape, strict=False)]
-    if span is not None and x.ndim >= with_heads:
-        pick.append(span if x.shape[leading] != 1 else slice(None))
-    return x[tuple(pick)] if pick else x
-
-
-def _spans(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _key_spans(problem: Problem, rows: slice, block_k: int) -> list[slice]:
-    """The key tiles of which a query of ``rows`` may see something, by causality and window."""
-    low, high = problem.band
-    first = 0 if low is None else max(0, rows.start + low)
-    last = problem.key_length if high is None else min(problem.key_length, rows.stop + high)
-    return [slice(s.start, s.stop) for s in _spans(problem.key_length, block_k) if s.stop > first and s.start < last]
-
-
-def _within_lengths(xp: Namespace, block: Block) -> Array | None:
-    """Which keys are inside the sequence length, or None where there is no such length."""
-    if block.inputs.key_value_seq_lengths is None:
-        return None
-    only = block.inputs._replace(attn_mask=None, query_seq_lengths=None)
-    free = dataclasses.replace(block.problem, causal=None, window=(None, None))
-    seen = _reference.visible(xp, free, only, slice(0, 1), slice(0, block.problem.key_length))
-    return seen[..., 0, :]
-
-
-class _Tile(NamedTuple):
-    s: Array  # (heads, group, block_q, block_k); −∞ where hidden
-    slope: Array | None  # of the soft cap
-    partial: bool  # some of it may be hidden
-
-
-def _scores(xp: Namespace, block: Block, rows: slice, columns: slice) -> _Tile:
-    problem, inputs = block.problem, block.inputs
-    s = xp.matmul(block.q[..., rows, :], xp.matrix_transpose(block.k[..., columns, :]))
-    slope = None
-    if problem.logits_soft_cap is not None:
-        t = xp.tanh(s / problem.logits_soft_cap)
-        s, slope = problem.logits_soft_cap * t, 1 - t * t
-    if inputs.bias is not None:
-        bias = _reference.window_of(inputs.bias, rows, columns)
-        s = s + _reference.group_heads(xp, xp.astype(bias, s.dtype), problem.key_value_heads, problem.group)
-    if block.broken is not None:
-        broken = block.broken[0][..., rows, :] | block.broken[1][..., columns]
-        s = xp.where(broken & (s != -math.inf), xp.full_like(s, math.nan), s)
-    seen = _reference.visible(xp, problem, inputs, rows, columns)
-    if seen is not None:
-        seen = _reference.group_heads(xp, seen, problem.key_value_heads, problem.group)
-        s = xp.where(seen, s, xp.full_like(s, -math.inf))
-    return _Tile(s, slope, partial=seen is not None or inputs.bias is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -258,8 +85,8 @@ def _fast_rows(
     l = xp.zeros_like(m)
     acc = xp.zeros_like(m)
     broken = xp.zeros_like(m)
-    for columns in _key_spans(block.problem, rows, block_k):
-        s, _, partial = _scores(xp, block, rows, columns)
+    for columns in _tiles.key_spans(block.problem, rows, block_k):
+        s, _, partial = _tiles.scores(xp, block, rows, columns)
         m_new = xp.maximum(m, xp.max(s, axis=-1, keepdims=True))
         reference = m_new - _HEADROOM
         if partial:
@@ -287,14 +114,14 @@ def _exact_rows(xp: Namespace, block: Block, rows: slice) -> tuple[Array, Array]
     """o and l of some queries for every finite input: the definition, tile by tile, merged in the log domain."""
     tiles = Tiles.exact(block.problem)
     parts = []
-    for few in _spans(rows.stop - rows.start, tiles.block_q):
+    for few in _tiles.spans(rows.stop - rows.start, tiles.block_q):
         own = slice(rows.start + few.start, rows.start + few.stop)
         shape = (*block.q.shape[:2], own.stop - own.start)
         like = {"dtype": block.q.dtype, "device": _array.device(block.q)}
         o = xp.zeros((*shape, block.v.shape[-1]), **like)
         l = xp.full(shape, -math.inf, **like)
-        for columns in _key_spans(block.problem, own, tiles.block_k):
-            s = _scores(xp, block, own, columns).s
+        for columns in _tiles.key_spans(block.problem, own, tiles.block_k):
+            s = _tiles.scores(xp, block, own, columns).s
             part = _reference.attend(xp, s, block.v[..., None, columns, :], block.beta)
             o, l = _merge.merge(xp, o, l, *part, block.beta)
         parts.append((o, l))
@@ -344,10 +171,10 @@ class _Totals:
         )
         self.beta = xp.zeros((problem.query_heads, problem.value_dim), **like) if inputs.beta is not None else None
 
-    def add(self, name: str, index: tuple[int | slice, ...], block: Array) -> None:
+    def add(self, name: str, index: Index, block: Array) -> None:
         """Add a block to one of the gradients."""
         whole = getattr(self, name)
-        setattr(self, name, _array.put(whole, index, whole[index] + block))
+        setattr(self, name, _array.put(whole, index, whole[(*index, ...)] + block))
 
     def add_bias(self, block: Block, rows: slice, columns: slice, ds: Array) -> None:
         """Add a tile of ds to the gradient of the bias, summed over the axes that it was broadcast along."""
@@ -355,7 +182,7 @@ class _Totals:
             return
         shape = self.bias.shape
         full = (1,) * (len(self.problem.batch) + 3 - len(shape)) + tuple(shape)
-        wanted = (*block.index, rows, columns)
+        wanted = (*block.at_query_heads, rows, columns)
         index = tuple(slice(0, 1) if n == 1 else _as_slice(i) for n, i in zip(full, wanted, strict=True))
         ds = self.xp.reshape(ds, (block.problem.query_heads, *ds.shape[-2:]))
         leading = (1,) * len(self.problem.batch)
@@ -398,7 +225,7 @@ def _fast_backward(
         dk = xp.zeros((*block.q.shape[:2], k.shape[-2], k.shape[-1]), dtype=k.dtype, device=_array.device(k))
         pg = xp.zeros((*block.q.shape[:2], k.shape[-2], side.g.shape[-1]), dtype=k.dtype, device=_array.device(k))
         for rows in walk:
-            s, slope, _ = _scores(xp, block, rows, columns)
+            s, slope, _ = _tiles.scores(xp, block, rows, columns)
             p = xp.exp(s - lse[..., rows, :])
             g = side.g[..., rows, :]
             pg = pg + xp.matmul(xp.matrix_transpose(p), g)
@@ -417,7 +244,7 @@ def _exact_backward(xp: Namespace, block: Block, state: _State, tiles: Tiles, to
         dk = xp.zeros((*block.q.shape[:2], k.shape[-2], k.shape[-1]), dtype=k.dtype, device=_array.device(k))
         dv = xp.zeros((*block.q.shape[:2], k.shape[-2], v.shape[-1]), dtype=k.dtype, device=_array.device(k))
         for rows in walk:
-            s, slope, _ = _scores(xp, block, rows, columns)
+            s, slope, _ = _tiles.scores(xp, block, rows, columns)
             o, l, do, dl = (state.o[..., rows, :], state.l[..., rows], state.do[..., rows, :], state.dl[..., rows])
             ds, dv_part, dbeta = _gradient.through_values(xp, s, v, block.beta, o, l, do, dl)
             dk, dv = dk + _through_scores(xp, block, rows, columns, ds, slope, total), dv + dv_part
@@ -427,9 +254,11 @@ def _exact_backward(xp: Namespace, block: Block, state: _State, tiles: Tiles, to
 
 def _transposed(problem: Problem, tiles: Tiles) -> list[tuple[slice, list[slice]]]:
     """Each key tile with the query tiles that may see something of it."""
-    rows = _spans(problem.query_length, tiles.block_q)
-    seen = {(r.start, c.start) for r in rows for c in _key_spans(problem, r, tiles.block_k)}
-    return [(c, [r for r in rows if (r.start, c.start) in seen]) for c in _spans(problem.key_length, tiles.block_k)]
+    rows = _tiles.spans(problem.query_length, tiles.block_q)
+    seen = {(r.start, c.start) for r in rows for c in _tiles.key_spans(problem, r, tiles.block_k)}
+    return [
+        (c, [r for r in rows if (r.start, c.start) in seen]) for c in _tiles.spans(problem.key_length, tiles.block_k)
+    ]
 
 
 def _through_scores(
@@ -441,21 +270,21 @@ def _through_scores(
         ds = ds * slope
     dq = block.problem.scale * xp.matmul(ds, block.k[..., columns, :])
     heads = (block.problem.query_heads, *dq.shape[-2:])
-    total.add("q", (*block.index, rows), xp.reshape(dq, heads))
+    total.add("q", (*block.at_query_heads, rows), xp.reshape(dq, heads))
     return xp.matmul(xp.matrix_transpose(ds), block.q[..., rows, :])  # q carries the scale
 
 
 def _add_keys(xp: Namespace, block: Block, columns: slice, dk: Array, dv: Array, total: _Totals) -> None:
     """Add to dk and dv, summed over the query heads of the group."""
-    total.add("k", (*block.kv_index, columns), xp.sum(dk, axis=1))
-    total.add("v", (*block.kv_index, columns), xp.sum(dv, axis=1))
+    total.add("k", (*block.at_key_value_heads, columns), xp.sum(dk, axis=1))
+    total.add("v", (*block.at_key_value_heads, columns), xp.sum(dv, axis=1))
 
 
 def _add_beta(xp: Namespace, block: Block, dbeta: Array, total: _Totals) -> None:
     if total.beta is not None:
         shape = (block.problem.query_heads, block.problem.value_dim)
         whole = xp.broadcast_to(dbeta, (block.problem.key_value_heads, block.problem.group, shape[1]))
-        total.add("beta", (block.index[-1],), xp.reshape(whole, shape))
+        total.add("beta", (block.at_query_heads[-1],), xp.reshape(whole, shape))
 
 
 def _residual_dtype(problem: Problem) -> str | None:
