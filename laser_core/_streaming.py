@@ -16,7 +16,7 @@ import math
 from typing import NamedTuple
 
 from . import _array, _gradient, _merge, _reference, _tiles, _values
-from ._array import Array, Namespace
+from ._array import Array, DType, Namespace
 from ._problem import Inputs, Problem
 from ._registry import Backend, Forward, Gradients
 from ._tiles import Block, Index, Tiles
@@ -195,8 +195,11 @@ class _Totals:
 
     def gradients(self) -> Gradients:
         """Each in the shape and dtype of its argument."""
-        cast = self.xp.astype
         i = self.inputs
+
+        def cast(x: Array, dtype: DType) -> Array:
+            return self.xp.astype(x, dtype, copy=False)
+
         return Gradients(
             query=cast(self.q, i.query.dtype),
             key=cast(self.k, i.key.dtype),

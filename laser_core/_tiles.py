@@ -38,7 +38,10 @@ class Tiles:
         """Tiles of the fast path: about a megabyte of scores, smaller where a band lets whole tiles be skipped."""
         side = 512 if problem.band == (None, None) else 256
         block_q, block_k = min(side, max(problem.query_length, 1)), min(side, max(problem.key_length, 1))
-        return cls(block_q, block_k, max(1, 2**18 // (block_q * block_k * problem.group)))
+        heads = min(
+            2**18 // (block_q * block_k * problem.group), 2**19 // max(problem.key_length * problem.value_dim, 1)
+        )
+        return cls(block_q, block_k, max(1, heads))
 
     @classmethod
     def exact(cls, problem: Problem) -> Tiles:
@@ -105,8 +108,8 @@ def _block(xp: Namespace, problem: Problem, inputs: Inputs, index: tuple[int, ..
     )
     count = span.stop - span.start
     own = dataclasses.replace(problem, batch=(), key_value_heads=count, query_heads=count * problem.group)
-    q = _reference.group_heads(xp, xp.astype(part.query, dtype), count, problem.group)
-    k, v = (xp.astype(x, dtype)[:, None, :, :] for x in (part.key, part.value))
+    q = _reference.group_heads(xp, xp.astype(part.query, dtype, copy=False), count, problem.group)
+    k, v = (xp.astype(x, dtype, copy=False)[:, None, :, :] for x in (part.key, part.value))
     broken = (_reference.any_nonfinite(xp, q)[..., :, None], _reference.any_nonfinite(xp, k)[..., None, :])
     clean = _array.known(xp.any(broken[0]) | xp.any(broken[1])) is False
     if not clean:
@@ -174,7 +177,7 @@ def scores(xp: Namespace, block: Block, rows: slice, columns: slice) -> Tile:
         s, slope = problem.logits_soft_cap * t, 1 - t * t
     if inputs.bias is not None:
         bias = _reference.window_of(inputs.bias, rows, columns)
-        s = s + _reference.group_heads(xp, xp.astype(bias, s.dtype), problem.key_value_heads, problem.group)
+        s = s + _reference.group_heads(xp, xp.astype(bias, s.dtype, copy=False), problem.key_value_heads, problem.group)
     if block.broken is not None:
         broken = block.broken[0][..., rows, :] | block.broken[1][..., columns]
         s = xp.where(broken & (s != -math.inf), xp.full_like(s, math.nan), s)

@@ -8,8 +8,9 @@ one row's result. Two transformations are in use, per channel:
 
 c is an integer per head and channel. Scaling by a power of two is exact, so neither the result nor its bits depend on
 which c was chosen: what a query cannot see may move c, and does not move the output. A head is *inside* the fast range
-when every channel's βv spans no more than ``RANGE_BITS``: since the greatest weight of a row is at least 1/Lk, nothing
-that matters can then underflow or overflow in float32. The others need the exact path.
+when every channel's βv spans no more than ``RANGE``: since the greatest weight of a row is at least 1/Lk, nothing that
+matters can then underflow or overflow in float32. The others need the exact path. Where all |βv| ≤ 22, c is 0 and all
+this is X = exp(βv), o = log(A)/β, bit for bit.
 
 Backward, with ``G = do · exp(−βo) · 2^c`` the rest is that of softmax attention on (X, G), where the row term
 Σ_j p_ij dP_ij of softmax attention has become the row sum of do (``_gradient`` has the mathematics):
@@ -27,8 +28,10 @@ from . import _array
 from ._array import Array, Namespace
 from ._problem import Inputs, Problem
 
-RANGE_BITS = 100.0
-_CLIP = 80.0  # exp(80) is finite in float32; see ``exponentiate`` for why clipping βv there loses nothing
+RANGE = 69.0  # nats
+_CLIP = 80.0  # exp(80) is finite in float32; see ``_expm1_columns`` for why clipping βv there loses nothing
+_STEP = 64  # exponents are split off in steps of so many bits: a value of less than 22 nats stays as it is
+_EASY = 22.0  # nats; below _STEP/2 bits
 _LN2 = {  # log 2 in two parts; the first has few bits, so that its products with integers are exact
     "float32": (0.693359375, -2.12194440054690583e-4),
     "float64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
@@ -47,14 +50,14 @@ class Values(NamedTuple):
 
     Attributes:
         x: ``(..., Lk, W)``: the exp columns, then the expm1 columns; W is E or 2E. Finite.
-        c: ``(..., 1, E)``, integers in a floating dtype.
+        c: ``(..., 1, E)``, integers in a floating dtype; None where all are 0 because all |βv| ≤ 22.
         inside: ``(...)`` boolean: the head is inside the fast range.
         broken: Columns that say where the value is NaN and where βv is +∞, ``(..., Lk, 2E)`` of 0 and 1; None
             where there is none. Finite matrix products cannot carry them.
     """
 
     x: Array
-    c: Array
+    c: Array | None
     inside: Array
     broken: Array | None
 
@@ -78,26 +81,27 @@ def exponentiate(xp: Namespace, v: Array, beta: Array, which: Forms, inside_leng
         inside_lengths: ``(..., Lk)`` boolean: keys that any query can see; the others do not count for the range.
     """
     y = beta * v
-    counts = xp.isfinite(y)
-    broken = None
-    if _array.known(xp.all(counts)) is not True:
-        broken = xp.astype(xp.concat([xp.isnan(y), y == math.inf], axis=-1), v.dtype)
-    if inside_lengths is not None:
-        counts = counts & inside_lengths[..., None]
-    zero = xp.zeros_like(y)
-
-    n = xp.floor(y * math.log2(math.e) + 0.5)
-    top = xp.max(xp.where(counts, n, xp.full_like(y, -1e30)), axis=-2, keepdims=True)
-    low = xp.min(xp.where(counts, n, xp.full_like(y, 1e30)), axis=-2, keepdims=True)
-    inside = xp.all(top - low <= RANGE_BITS, axis=(-2, -1))
-    fits = counts & inside[..., None, None]
-    c = xp.where((top >= low) & inside[..., None, None], xp.floor((top + low) / 2), xp.zeros_like(top))
+    easy = _array.known(xp.all(xp.abs(y) <= _EASY)) is True
+    if easy:
+        c, broken, fits = None, None, None
+        inside = xp.ones(y.shape[:-2], dtype=xp.bool, device=_array.device(y))
+    else:
+        counts = xp.isfinite(y)
+        broken = None
+        if _array.known(xp.all(counts)) is not True:
+            broken = xp.astype(xp.concat([xp.isnan(y), y == math.inf], axis=-1), v.dtype)
+        if inside_lengths is not None:
+            counts = counts & inside_lengths[..., None]
+        top = xp.max(xp.where(counts, y, xp.full_like(y, -math.inf)), axis=-2, keepdims=True)
+        low = xp.min(xp.where(counts, y, xp.full_like(y, math.inf)), axis=-2, keepdims=True)
+        inside = xp.all(top - low <= RANGE, axis=(-2, -1))  # none that counts: −∞ − ∞
+        fits = counts & inside[..., None, None]
+        middle = xp.where(inside[..., None, None] & (top >= low), (top + low) / 2, xp.zeros_like(top))
+        c = xp.floor(middle * math.log2(math.e) + 0.5)
 
     columns = []
     if which.exp:
-        n = xp.where(fits, n, zero)
-        fraction = xp.where(fits, _minus_ln2(xp, y, n), zero)
-        columns.append(xp.where(fits, xp.exp(fraction) * _pow2(xp, n - c), zero))
+        columns.append(xp.exp(y) if c is None else _scaled_exp(xp, xp.where(fits, y, xp.zeros_like(y)), c, fits))
     if which.expm1:
         columns.append(_expm1_columns(xp, v, y, beta))
     return Values(columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1), c, inside, broken)
@@ -128,7 +132,8 @@ def finish(xp: Namespace, attended: Array, values: Values, beta: Array, which: F
     safe = xp.where(beta == 0, xp.ones_like(beta), beta)
     o = None
     if which.exp:
-        o = _log(xp, attended[..., :width], values.c) / safe
+        a = attended[..., :width]
+        o = (xp.log(a) if values.c is None else _log(xp, a, values.c)) / safe
     if which.expm1:
         s = attended[..., -width:] / _expm1_scale(values.x.shape[-2])
         u = beta * s
@@ -173,10 +178,9 @@ def rows(xp: Namespace, o: Array, do: Array, dl: Array, values: Values, beta: Ar
     columns, r, dbeta = [], zero, zero
     if which.exp:
         d = xp.where(linear, zero, do)
-        n = xp.floor(y * math.log2(math.e) + 0.5)
-        columns.append(d * xp.exp(-_minus_ln2(xp, y, n)) * _pow2(xp, values.c - n))
+        columns.append(d * (xp.exp(-y) if values.c is None else _scaled_exp(xp, -y, -values.c)))
         r = r - d / safe
-        dbeta = dbeta - d * (o - _centre(values, safe)) / safe
+        dbeta = dbeta - d * (o - _centre(xp, values, safe)) / safe
     if which.expm1:
         d = xp.where(linear, do, zero)
         t = xp.where(linear, y, zero)
@@ -201,7 +205,7 @@ def keys(xp: Namespace, v: Array, values: Values, beta: Array, which: Forms) -> 
         part = values.x[..., :width]
         x.append(part / safe)
         to_dv.append(part)
-        to_dbeta.append(part * (v - _centre(values, safe)) / safe)
+        to_dbeta.append(part * (v - _centre(xp, values, safe)) / safe)
     if which.expm1:
         t = xp.where(finite, xp.clip(y, max=_CLIP), xp.zeros_like(y))
         x.append(values.x[..., -width:] / _expm1_scale(v.shape[-2]))
@@ -211,9 +215,9 @@ def keys(xp: Namespace, v: Array, values: Values, beta: Array, which: Forms) -> 
     return Keys(*together)
 
 
-def _centre(values: Values, beta: Array) -> Array:
+def _centre(xp: Namespace, values: Values, beta: Array) -> Array:
     """The value that c stands for: Σ_j dv_je = Σ_i do_ie lets dβ be summed about it, with fewer digits lost."""
-    return values.c * math.log(2) / beta
+    return xp.zeros_like(beta) if values.c is None else values.c * math.log(2) / beta
 
 
 def sum_forms(xp: Namespace, x: Array, which: Forms) -> Array:
@@ -224,25 +228,29 @@ def sum_forms(xp: Namespace, x: Array, which: Forms) -> Array:
     return x[..., :width] + x[..., width:]
 
 
-def _minus_ln2(xp: Namespace, y: Array, n: Array) -> Array:
-    """``y − n·log 2`` to full precision."""
+def _scaled_exp(xp: Namespace, y: Array, c: Array, where: Array | None = None) -> Array:
+    """``exp(y)·2^−c``, the same bits times a power of two for every c; zero outside ``where``."""
     high, low = _LN2[_array.dtype_name(y)]
-    return (y - n * high) - n * low
+    steps = xp.floor(y / (_STEP * math.log(2)) + 0.5)
+    x = xp.exp((y - steps * (_STEP * high)) - steps * (_STEP * low))
+    first = xp.min(steps, axis=-2, keepdims=True)
+    result = x * _pow2(xp, _STEP * first - c)
+    for further in (1.0, 2.0):  # inside the fast range there are no more
+        result = xp.where(steps == first + further, x * _pow2(xp, _STEP * (first + further) - c), result)
+    return result if where is None else xp.where(where, result, xp.zeros_like(result))
 
 
 def _log(xp: Namespace, a: Array, c: Array) -> Array:
     """``log(a·2^c)``, the same bits for every c with the same ``a·2^c``; log 0 = −∞, and NaN stays NaN."""
     high, low = _LN2[_array.dtype_name(a)]
-    positive = a > 0
-    special = xp.where(a == 0, xp.full_like(a, -math.inf), a)
-    a = xp.where(positive, a, xp.ones_like(a))
-    n = xp.floor(xp.log2(a) + 0.5)
-    a = a * _pow2(xp, -n)
-    for too_far, step in ((a > math.sqrt(2), 1.0), (a < math.sqrt(0.5), -1.0)):  # log2 may round across the edge
-        n = xp.where(too_far, n + step, n)
-        a = xp.where(too_far, a * 2.0**-step, a)
-    n = n + c
-    return xp.where(positive, n * high + (n * low + xp.log(a)), special)
+    steps = xp.floor(c / _STEP + 0.5)
+    a = a * _pow2(xp, c - _STEP * steps)
+    steps = steps + xp.zeros_like(a)
+    edge = 2.0 ** (_STEP // 2)
+    for outside, step in ((a >= edge, 1), (a < 1 / edge, -1)):  # comparisons are exact: one class for one number
+        steps = xp.where(outside, steps + step, steps)
+        a = xp.where(outside, a * 2.0 ** (-_STEP * step), a)
+    return steps * (_STEP * high) + (steps * (_STEP * low) + xp.log(a))
 
 
 def _pow2(xp: Namespace, n: Array) -> Array:
