@@ -41,7 +41,7 @@ def through_values(
     Returns:
         ``ds (..., Lq, Lk)``, ``dv (..., Lk, E)`` and ``dβ (..., E)``, for these queries and keys.
     """
-    hidden = s == -math.inf
+    hidden = (s == -math.inf) | silent(xp, do, dl)[..., None]
     empty = l == -math.inf
     do = xp.where(empty[..., None], xp.zeros_like(do), do)[..., None, :]  # (..., Lq, 1, E)
     dl = xp.where(empty, xp.zeros_like(dl), dl)[..., None]
@@ -66,6 +66,11 @@ def through_values(
     dv = xp.sum(xp.where(hide, zero, do * w), axis=-3)
     dbeta = xp.sum(xp.where(hide, zero, do * curve), axis=(-3, -2))
     return ds, dv, dbeta
+
+
+def silent(xp: Namespace, do: Array, dl: Array) -> Array:
+    """Which queries have cotangents of zero: nothing flows through them, not even where they are NaN."""
+    return xp.all(do == 0, axis=-1) & (dl == 0)
 
 
 def backward(problem: Problem, inputs: Inputs, d_out: Array, d_lse: Array | None) -> Gradients:

@@ -138,25 +138,29 @@ class _State(NamedTuple):
     l: Array
     do: Array
     dl: Array
+    silent: Array | None  # queries that nothing flows through, though they may be NaN; None where none is NaN
 
     def only(self, xp: Namespace, which: Array) -> _State:
-        """The same with the cotangents of other heads set to zero."""
-        do = xp.where(which[..., None], self.do, xp.zeros_like(self.do))
-        return self._replace(do=do, dl=xp.where(which, self.dl, xp.zeros_like(self.dl)))
+        """The same with everything but l set to zero in the other heads, so that they add nothing."""
+        o, do = (xp.where(which[..., None], x, xp.zeros_like(x)) for x in (self.o, self.do))
+        return self._replace(o=o, do=do, dl=xp.where(which, self.dl, xp.zeros_like(self.dl)))
 
 
 def _cotangents(xp: Namespace, block: Block, o: Array, l: Array, do: Array, dl: Array) -> tuple[_State, Block]:
     """Finite operands for the products; rows whose o, do or dl are not finite are marked broken instead."""
     empty = l == -math.inf
     fine = xp.all(xp.isfinite(o) & xp.isfinite(do), axis=-1) & xp.isfinite(dl) & xp.isfinite(l)
-    if _array.known(xp.all(fine)) is not True:
-        odd = (~fine & ~empty)[..., None]
+    silent = None
+    if block.broken is not None or _array.known(xp.all(fine)) is not True:
+        silent = _gradient.silent(xp, do, dl)
+        odd = (~fine & ~empty & ~silent)[..., None]
         nothing = xp.zeros_like(block.k[..., 0], dtype=xp.bool)[..., None, :]
         queries, keys = block.broken or (odd, nothing)
         block = block._replace(broken=(queries | odd, keys))
         o, do = (xp.where(fine[..., None], x, xp.zeros_like(x)) for x in (o, do))
         dl, l = (xp.where(fine, x, xp.zeros_like(x)) for x in (dl, l))
-    return _State(o, l, do, dl), block
+        silent = silent[..., None]
+    return _State(o, l, do, dl, silent), block
 
 
 class _Totals:
@@ -229,6 +233,8 @@ def _fast_backward(
         pg = xp.zeros((*block.q.shape[:2], k.shape[-2], side.g.shape[-1]), dtype=k.dtype, device=_array.device(k))
         for rows in walk:
             s, slope, _ = _tiles.scores(xp, block, rows, columns)
+            if state.silent is not None:
+                s = xp.where(state.silent[..., rows, :], xp.full_like(s, -math.inf), s)
             p = xp.exp(s - lse[..., rows, :])
             g = side.g[..., rows, :]
             pg = pg + xp.matmul(xp.matrix_transpose(p), g)

@@ -123,7 +123,7 @@ def _expm1_columns(xp: Namespace, v: Array, y: Array, beta: Array) -> Array:
 
 
 def _expm1_scale(keys: int) -> float:
-    return 2.0 ** -keys.bit_length()
+    return 2.0 ** -(keys.bit_length() + 24)  # 24: a kernel may keep p that many bits above 1
 
 
 def finish(xp: Namespace, attended: Array, values: Values, beta: Array, which: Forms) -> Array:
@@ -135,7 +135,8 @@ def finish(xp: Namespace, attended: Array, values: Values, beta: Array, which: F
         a = attended[..., :width]
         o = (xp.log(a) if values.c is None else _log(xp, a, values.c)) / safe
     if which.expm1:
-        s = attended[..., -width:] / _expm1_scale(values.x.shape[-2])
+        largest = float(xp.finfo(attended.dtype).max)
+        s = xp.clip(attended[..., -width:] / _expm1_scale(values.x.shape[-2]), -largest, largest)
         u = beta * s
         usable = (xp.abs(u) <= 0.5) & (xp.abs(beta) < 1)
         linear = s * _array.log1p_over(xp, xp.where(usable, u, xp.zeros_like(u)))
