@@ -145,12 +145,15 @@ def _absent(name: str, module: str) -> Backend:
 def named(names: str | Sequence[str]) -> list[Backend]:
     """The backends of these names; ``ValueError`` lists the known ones for a name that is not among them."""
     known = backends()
+    allowed = f"allowed: None, {', '.join(map(repr, known))}, or a sequence of these"
+    if not isinstance(names, str | Sequence):
+        raise TypeError(f"backend: got {names!r}; {allowed}")
     asked = [names] if isinstance(names, str) else list(names)
     for name in asked:
         if name not in known:
-            raise ValueError(
-                f"backend: got {name!r}; allowed: None, {', '.join(map(repr, known))}, or a sequence of these"
-            )
+            raise ValueError(f"backend: got {name!r}; {allowed}")
+    if not asked:
+        raise ValueError(f"backend: got an empty sequence; {allowed}")
     return [known[name] for name in asked]
 
 
@@ -162,8 +165,6 @@ def select(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
         Unsupported: None of the backends asked for can run the problem; says why, for each.
     """
     asked = list(backends().values()) if backend is None else named(backend)
-    if not asked:
-        raise ValueError("backend: got an empty sequence; allowed: None, a name, or a sequence of names")
     able = [candidate for candidate in asked if candidate.refuses(problem) is None]
     if not able:
         reasons = "; ".join(f"backend {b.name!r} cannot run this: {b.refuses(problem)}" for b in asked)

@@ -148,7 +148,7 @@ def mark_broken(xp: Namespace, o: Array, seen: Array, beta: Array) -> Array:
     """``o`` with what NaN and infinite visible values make of it; ``seen`` counts them, ``(..., Lq, 2E)``."""
     width = o.shape[-1]
     infinity = xp.where(beta < 0, xp.full_like(beta, -math.inf), xp.full_like(beta, math.inf))
-    o = xp.where(seen[..., width:] > 0, infinity, o)
+    o = xp.where((seen[..., width:] > 0) & ~xp.isnan(o), infinity, o)
     return xp.where(seen[..., :width] > 0, xp.full_like(o, math.nan), o)
 
 
