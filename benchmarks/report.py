@@ -1,0 +1,172 @@
+"""Write the tables of docs/performance.md and README.md from the result files: ``python benchmarks/report.py``.
+
+Numbers in documents come from here and are never typed. ``--check`` writes nothing, and fails where one is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from laser_core import backends
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS = {
+    "numpy": "softmax attention in plain NumPy, scores materialised",
+    "torch": "`scaled_dot_product_attention` (softmax)",
+    "jax": "`jax.nn.dot_product_attention` (softmax), jitted",
+}
+GOALS = {  # issue and contract: times of the peer that LASER may take at the most, from which length on
+    ("numpy", "forward", False): (1.0, 2048, 2048),
+    ("numpy", "forward", True): (1 / 1.6, 2048, 2048),
+    ("torch", "forward", False): (1.15, 2048, 10**9),
+    ("torch", "forward", True): (1.15, 2048, 10**9),
+    ("torch", "forward and backward", False): (1.2, 2048, 10**9),
+    ("torch", "forward and backward", True): (1.2, 2048, 10**9),
+    **{("jax", p, c): (1.0, 0, 10**9) for p in ("forward", "forward and backward") for c in (False, True)},
+}
+MEBI = 2**20
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def goal(record: dict[str, Any]) -> float | None:
+    """The ratio that was asked of this record, or None."""
+    limit, first, last = GOALS.get((record["framework"], record["pass"], record["causal"]), (None, 0, 0))
+    return limit if limit is not None and first <= record["length"] <= last else None
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """The goal, and whether it was reached."""
+    limit = goal(record)
+    if limit is None:
+        return "–"
+    return f"≤ {limit:.3g}: " + ("reached" if record["ratio"] <= limit else f"missed by {record['ratio'] - limit:.2f}")
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Where the numbers come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    where = f"Python {result['python']}, {versions}; {result['device']}"
+    return f"{result['date']}, commit `{result['commit'][:12]}`, {where}."
+
+
+def cpu_page(result: dict[str, Any]) -> str:
+    """All records, a table for each framework."""
+    b, h, _, d = result["shape"]
+    parts = [
+        provenance(result),
+        f"B = {b}, H = {h}, D = E = {d}, {result['dtype']}. Ratios are times of the peer, the median over turns taken "
+        "with it; below 1 LASER is faster. Memory is the peak beside inputs and results. Error is the worst of sampled "
+        "rows over the bound of [numerics](numerics.md), in the process that was timed.",
+    ]
+    for framework, peer in PEERS.items():
+        records = [r for r in result["records"] if r["framework"] == framework]
+        if not records:
+            continue
+        softmax = {(r["length"], r["causal"], r["pass"]): r for r in records if r["candidate"] == "softmax"}
+        recipe = {(r["length"], r["causal"], r["pass"]): r for r in records if r["candidate"] == "recipe"}
+        rows = []
+        for r in records:
+            if r["candidate"] != "laser":
+                continue
+            key = (r["length"], r["causal"], r["pass"])
+            row = [
+                str(r["length"]),
+                "yes" if r["causal"] else "no",
+                r["pass"],
+                f"{softmax[key]['seconds'] * 1e3:.1f}",
+                f"{r['seconds'] * 1e3:.1f}",
+                f"{r['ratio']:.2f}",
+            ]
+            if recipe:
+                row.append(f"{recipe[key]['ratio']:.2f}")
+            else:
+                row += [f"{x['memory'] / MEBI:.0f}" for x in (softmax[key], r)]
+            rows.append([*row, f"{r['error_over_bound']:.2f}", verdict(r)])
+        extra = ["recipe, ratio"] if recipe else ["softmax, MiB", "LASER, MiB"]
+        header = ["L", "causal", "pass", "softmax, ms", "LASER, ms", "ratio", *extra, "error / bound", "goal"]
+        parts += [
+            f"### {framework}: beside {peer}",
+            f"Backend: `{result['backends'][framework]}`.",
+            table(header, rows),
+        ]
+    extra_import = result["import"]["laser_core"] - result["import"]["numpy"]
+    parts += [
+        "### Import",
+        f"`import laser_core` takes {extra_import * 1e3:.0f} ms more than `import numpy` "
+        f"({result['import']['numpy'] * 1e3:.0f} ms).",
+    ]
+    return "\n\n".join(parts)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line per framework: the ratios at the middle length."""
+    rows = []
+    for framework, peer in PEERS.items():
+        own = [r for r in result["records"] if r["framework"] == framework and r["candidate"] == "laser"]
+        at = {(r["causal"], r["pass"]): f"{r['ratio']:.2f}" for r in own if r["length"] == 2048}
+        if at:
+            passes = ("forward", "forward and backward")
+            rows.append([framework, peer, *(at[(c, p)] for p in passes for c in (False, True))])
+    header = ["arrays", "peer", "forward", "forward, causal", "with backward", "with backward, causal"]
+    return table(header, rows) + "\n\nTimes of the peer at L = 2048. " + provenance(result)
+
+
+def support() -> str:
+    """A line for each registered backend, from its record."""
+    rows = [
+        [
+            f"`{b.name}`",
+            ", ".join(b.frameworks) or "any",
+            ", ".join(b.devices) or "any",
+            ", ".join(b.dtypes),
+            b.summary,
+        ]
+        for b in backends().values()
+    ]
+    return table(["backend", "arrays of", "device", "dtypes", "what it is"], rows)
+
+
+def filled(path: Path, name: str, text: str) -> str:
+    """The file's text with the block of that name replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    whole = path.read_text()
+    if begin not in whole or end not in whole:
+        raise SystemExit(f"{path.relative_to(ROOT)}: has no block {begin} … {end}")
+    head, rest = whole.split(begin)
+    return f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+
+
+def main() -> int:
+    """Fill the blocks, or with --check compare them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
+    check = parser.parse_args().check
+    result = json.loads((RESULTS / "cpu.json").read_text())
+    stale = False
+    for path, name, text in (
+        (ROOT / "docs" / "performance.md", "cpu", cpu_page(result)),
+        (ROOT / "README.md", "benchmarks", summary(result)),
+        (ROOT / "README.md", "support", support()),
+    ):
+        new = filled(path, name, text)
+        if new != path.read_text():
+            stale = True
+            if check:
+                print(f"{path.relative_to(ROOT)}: out of date; run python benchmarks/report.py", file=sys.stderr)
+            else:
+                path.write_text(new)
+    return int(check and stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
