@@ -217,7 +217,7 @@ def _run(backend: Backend, problem: Problem, inputs: Inputs) -> Forward:
 
 def _quiet(framework: str) -> AbstractContextManager[object]:
     binding = _binding(framework)
-    return _array.quiet() if binding is None else binding.quiet()
+    return _array.quiet(framework) if binding is None else binding.quiet()
 
 
 class _Binding(Protocol):

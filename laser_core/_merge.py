@@ -57,6 +57,6 @@ def merge_states(
     else:
         b = xp.astype(beta_array, dtype)
         b = xp.reshape(b, (1,) * (2 - b.ndim) + tuple(b.shape))[..., None, :]
-    with _array.quiet():
+    with _array.quiet(_array.framework(xp)):
         o, l = merge(xp, o_a, l_a, o_b, l_b, b)
     return xp.astype(o, out_a.dtype), xp.astype(l, lse_a.dtype)
