@@ -18,7 +18,7 @@ from ._problem import Inputs, Problem
 from ._registry import Backend, Forward, Gradients
 
 
-def attend(xp: Namespace, s: Array, v: Array, beta: Array) -> tuple[Array, Array]:
+def attend(xp: Namespace, s: Array, v: Array, beta: Array, large_beta: bool = False) -> tuple[Array, Array]:
     """LASER attention over given scores.
 
     Args:
@@ -26,6 +26,7 @@ def attend(xp: Namespace, s: Array, v: Array, beta: Array) -> tuple[Array, Array
         s: Scores ``(..., K)``; −∞ hides a key, and what a hidden key's value is does not matter.
         v: Values, broadcastable to ``(..., K, E)``.
         beta: Inverse temperature, broadcastable to ``(..., E)``.
+        large_beta: All |β| ≥ 1: the log form is all that is needed.
 
     Returns:
         ``o (..., E)`` and ``l (...)``. A row that sees no key has o = 0 and l = −∞.
@@ -49,6 +50,8 @@ def attend(xp: Namespace, s: Array, v: Array, beta: Array) -> tuple[Array, Array
     log_terms = xp.where(nothing, xp.full_like(terms, -math.inf), xp.log(xp.where(nothing, xp.ones_like(terms), terms)))
     zero = beta == 0
     from_log = (top + log_terms - log_total[..., None]) / xp.where(zero, xp.ones_like(beta), beta)
+    if large_beta:
+        return xp.where(empty[..., None], xp.zeros_like(from_log), from_log), l
 
     # expm1 form: S = Σ p (exp(βv) − 1)/β and o = log1p(βS)/β, which has no 1/β to lose digits by
     near = xp.max(xp.abs(beta[..., None, :] * v), axis=-2) <= 1

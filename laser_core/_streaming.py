@@ -38,7 +38,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         for rows in _tiles.spans(problem.query_length, tiles.block_q):
             o, l = _fast_rows(xp, block, values, which, rows, tiles.block_k)
             if all_inside is not True:
-                o_exact, l_exact = _exact_rows(xp, block, rows)
+                o_exact, l_exact = _exact_rows(xp, block, which, rows)
                 o, l = xp.where(inside, o, o_exact), xp.where(inside[..., 0], l, l_exact)
             shape = (block.problem.query_heads, rows.stop - rows.start)
             out = _array.put(out, (*block.at_query_heads, rows), xp.reshape(o, (*shape, problem.value_dim)))
@@ -110,7 +110,7 @@ def _fast_rows(
     return o, log_l[..., 0]
 
 
-def _exact_rows(xp: Namespace, block: Block, rows: slice) -> tuple[Array, Array]:
+def _exact_rows(xp: Namespace, block: Block, which: Forms, rows: slice) -> tuple[Array, Array]:
     """o and l of some queries for every finite input: the definition, tile by tile, merged in the log domain."""
     tiles = Tiles.exact(block.problem)
     parts = []
@@ -122,7 +122,7 @@ def _exact_rows(xp: Namespace, block: Block, rows: slice) -> tuple[Array, Array]
         l = xp.full(shape, -math.inf, **like)
         for columns in _tiles.key_spans(block.problem, own, tiles.block_k):
             s = _tiles.scores(xp, block, own, columns).s
-            part = _reference.attend(xp, s, block.v[..., None, columns, :], block.beta)
+            part = _reference.attend(xp, s, block.v[..., None, columns, :], block.beta, not which.expm1)
             o, l = _merge.merge(xp, o, l, *part, block.beta)
         parts.append((o, l))
     return xp.concat([o for o, _ in parts], axis=-2), xp.concat([l for _, l in parts], axis=-1)
