@@ -1,0 +1,96 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox>=2025.2.9"]
+# ///
+"""Every task of the project: ``nox -l`` lists them, ``nox -s lint`` runs one, ``nox -t quick`` the short ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.tags = ["quick"]
+
+PYTHONS = ("3.11", "3.12", "3.13")
+FRAMEWORKS = {  # what a test session installs, and what must then be there
+    "numpy": ("test,demo", "array_api_strict"),
+    "torch": ("test,demo,torch", "array_api_strict,torch"),
+    "jax": ("test,demo,jax", "array_api_strict,jax"),
+}
+CONSTRAINED = ("--constraint", ".ci/constraints.txt")
+
+if "PIP_FIND_LINKS" in os.environ:  # uv has its own name for it
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # without bytecode every import of torch takes twice as long
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("framework", [nox.param(name, id=name) for name in FRAMEWORKS])
+def tests(session: nox.Session, framework: str) -> None:
+    """The tests with one framework beside NumPy and array-api-strict; its absence is an error."""
+    extras, required = FRAMEWORKS[framework]
+    session.install(*CONSTRAINED, f".[{extras}]")
+    session.run("pytest", *session.posargs, env={"LASER_REQUIRE": required})
+
+
+@nox.session(tags=["quick"])
+def lint(session: nox.Session) -> None:
+    """Style and spelling: ruff check, ruff format --check, typos."""
+    session.install(*CONSTRAINED, "ruff", "typos")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("typos")
+
+
+@nox.session(tags=["quick"])
+def types(session: nox.Session) -> None:
+    """mypy --strict, with every framework there to be checked against."""
+    session.install(*CONSTRAINED, ".[types,test,demo,torch,jax]")
+    session.run("mypy")
+
+
+@nox.session(tags=["quick"])
+def docs(session: nox.Session) -> None:
+    """The documentation with warnings as errors, and its examples executed."""
+    session.install(*CONSTRAINED, ".[docs,test,torch,jax]")
+    session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "docs", "docs/_build/html")
+    required = "array_api_strict,torch,jax"
+    session.run("pytest", "-q", "tests/test_examples.py", env={"LASER_REQUIRE": required})
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The demo on NumPy alone, as the README has it; arguments after -- are passed on."""
+    session.install(*CONSTRAINED, ".[demo]")
+    session.run("laser-attention", "demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks side by side on this machine; they write a result file."""
+    session.install(*CONSTRAINED, ".[torch,jax]")
+    session.run("python", "benchmarks/bench.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """An sdist, the wheel from it, and a smoke test of the wheel in an environment with nothing else."""
+    session.install("build")
+    dist = Path(session.create_tmp()) / "dist"
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    clean = Path(session.create_tmp()) / "clean"
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    commands = clean / ("Scripts" if os.name == "nt" else "bin")
+    wheel = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.run(str(commands / "python"), "-m", "pip", "install", "--quiet", str(wheel), external=True)
+    for arguments in (["--version"], ["doctor"], ["explain", "--shape", "2,8,4096,64", "--causal"]):
+        session.run(str(commands / "laser-attention"), *arguments, external=True)
+
+
+if __name__ == "__main__":
+    nox.main()
