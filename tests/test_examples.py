@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("with_*.py"))
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+)
 FRAMEWORKS = ("torch", "jax", "array_api_strict", "cupy")
 
 
@@ -22,9 +24,7 @@ def execute(program: str) -> str:
         needed = re.search(rf"^(import|from) {framework}\b", program, re.MULTILINE)
         if needed and importlib.util.find_spec(framework) is None:
             pytest.skip(f"needs {framework}, which is not installed")
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

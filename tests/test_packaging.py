@@ -15,7 +15,18 @@ PACKAGES = sorted(
     for folder in (".", "backends", "conformance")
     for path in ROOT.glob(f"{folder}/laser_*/__init__.py")
 )
-FRAMEWORKS = ("torch", "jax", "cupy", "triton", "array_api_strict", "ml_dtypes", "matplotlib", "tqdm", "threadpoolctl", "scipy")
+FRAMEWORKS = (
+    "torch",
+    "jax",
+    "cupy",
+    "triton",
+    "array_api_strict",
+    "ml_dtypes",
+    "matplotlib",
+    "tqdm",
+    "threadpoolctl",
+    "scipy",
+)
 
 
 def run(program: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,15 +65,16 @@ def _read_file(path: str) -> bytes:
 
 
 def _standard_library() -> list[bytes]:
-    """The sources of the standard library without its tests, in the order of their paths."""
-    root = Path(sysconfig.get_path("stdlib"))
+    """The sources of the standard library without its tests, in a fixed order."""
     files = []
-    for path in sorted(root.rglob("*.py")):
-        if EXCLUDED.isdisjoint(path.relative_to(root).parts):
-            try:
-                files.append(path.read_bytes())
-            except OSError:  # a dangling link or a private file is no reason not to train
-                continue
+    for folder, inside, names in os.walk(sysconfig.get_path("stdlib")):
+        inside[:] = sorted(set(inside) - EXCLUDED)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                try:
+                    files.append(Path(folder, name).read_bytes())
+                except OSError:  # a dangling link or a private file is no reason not to train
+                    continue
     if not files:
         raise Usage("--text: this Python has no sources of its standard library; give a file")
     return files
