@@ -149,11 +149,11 @@ def test_doctor_reports_what_is_broken_with_code_1(call: Any, monkeypatch: pytes
     def clash() -> None:
         raise RuntimeError("two backends are registered under the name 'x'")
 
-    monkeypatch.setitem(_doctor.DEVICES, "numpy", broken)
+    monkeypatch.setattr(_doctor, "DEVICES", {"numpy": broken})
     code, out, _ = call("doctor")
     assert code == 1
     assert "broken: OSError: libnumpy.so: cannot open" in out
-    monkeypatch.undo()
+    monkeypatch.setattr(_doctor, "DEVICES", {})
     monkeypatch.setattr(laser_core, "backends", clash)
     code, out, _ = call("doctor")
     assert code == 1
