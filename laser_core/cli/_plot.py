@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ._demo import Run
 
 COLORS = ("#5b6b7f", "#d1462f")
-SUBDIVISIONS = (1, 2, 3, 4, 5, 7)  # of a decade, labelled
+LOSS_TICKS, NORM_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8), (1, 2, 3, 5, 7)  # of a decade
 INK, GRID = "#22272e", "#e3e6ea"
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -52,9 +52,9 @@ def save(runs: Sequence[Run], title: str, path: str) -> None:
                 norms.plot(steps, smooth, color=color, linestyle=dashes, linewidth=1.8, label=name)
         losses.set(title="Loss", xlabel="step", ylabel="bits per byte")
         norms.set(title="Gradient norm at the query and key projections", xlabel="step")
-        for axes in (losses, norms):
+        for axes, ticks in ((losses, LOSS_TICKS), (norms, NORM_TICKS)):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=SUBDIVISIONS, numticks=30))
+            axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=30))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.title.set(fontsize=11, fontweight="bold")
