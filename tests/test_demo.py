@@ -146,13 +146,19 @@ def test_a_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert main(small(text, tmp_path / "curves.png")) == 1
-    assert f'needs {module}, which is not installed: pip install "laser-attention[demo]"' in capsys.readouterr().err
+    assert f"needs {module}, which is not installed: pip install matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_divergence_is_a_failure_of_the_run(text: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(small(text, tmp_path / "curves.png", "--rate", "1e30")) == 1
-    assert "diverged at step" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "diverged at step" in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_too_large_is_no_traceback(text: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(small(text, tmp_path / "curves.png", "--width", str(2**40))) == 1
+    assert "not enough memory" in capsys.readouterr().err
 
 
 def test_standard_library_is_split_by_file_in_a_fixed_order() -> None:

@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failure as error:
         print(f"laser-attention {command}: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"laser-attention {command}: not enough memory: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -27,6 +27,7 @@ from ._text import Bytes, Text
 LN2 = math.log(2)
 
 ATTENTIONS = (("softmax", 0.0), ("LASER", 1.0))
+EXTRA = ("matplotlib", "threadpoolctl", "tqdm")
 PROJECTIONS = ("query", "key")
 SMALL = (1e-3, 1e-7)
 EVALUATIONS = 24  # points of the held-out curve
@@ -125,9 +126,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> Sizes:
     """Refuse, before any work, what could only fail after it."""
-    for module in ("matplotlib", "threadpoolctl", "tqdm"):
+    for module in EXTRA:
         if importlib.util.find_spec(module) is None:
-            raise Failure(f'the demo needs {module}, which is not installed: pip install "laser-attention[demo]"')
+            raise Failure(f"needs {module}, which is not installed: pip install {' '.join(EXTRA)}, or the extra demo")
     if options.width % options.heads:
         raise Usage(f"--heads: got {options.heads}; allowed: a divisor of --width {options.width}")
     for name in ("out", "json"):
@@ -180,37 +181,41 @@ def train(run: Run, initial: Parameters, sizes: Sizes, rate: float, data: Data, 
         Failure: The loss is no longer finite.
     """
     began = time.perf_counter()
+    with np.errstate(all="ignore"):  # what diverges is seen in the loss
+        _train(run, initial, sizes, rate, data, tick)
+    run.seconds = time.perf_counter() - began
+    return run
+
+
+def _train(run: Run, initial: Parameters, sizes: Sizes, rate: float, data: Data, tick: Callable[[Run], None]) -> None:
     parameters = {name: x.copy() for name, x in initial.items()}
     optimizer = _model.Adam(parameters)
     steps = len(data.starts)
     evaluate_at = set(np.linspace(0, steps, min(steps, EVALUATIONS) + 1, dtype=int).tolist())
+
+    def bits(step: int, text: Bytes, observe: _model.Observer | None = None) -> tuple[Floats, Callable[[], Parameters]]:
+        """The loss of each window, and what returns the gradient."""
+        nats, pullback = _model.loss(parameters, sizes, text, run.beta, observe)
+        if not np.all(np.isfinite(nats)):
+            raise Failure(f"the training with {run.name} diverged at step {step}: try a smaller --rate than {rate:g}")
+        return np.mean(nats, axis=-1) / LN2, pullback
+
     for step, (starts, now) in enumerate(zip(data.starts, _model.rates(steps, rate), strict=True)):
         if step in evaluate_at:
-            run.held_out.append((step, _bits(parameters, sizes, data.curve, run.beta)))
-        nats, pullback = _model.loss(parameters, sizes, _text.windows(data.train, starts, sizes.context), run.beta)
-        bits = float(np.mean(nats)) / LN2
-        if not math.isfinite(bits):
-            raise Failure(f"the training with {run.name} diverged at step {step}: try a smaller --rate than {rate:g}")
+            run.held_out.append((step, float(np.mean(bits(step, data.curve)[0]))))
+        losses, pullback = bits(step, _text.windows(data.train, starts, sizes.context))
         gradients = pullback()
         for part, norms in run.gradient_norms.items():
             squares = (np.sum(np.square(gradients[f"{n}.attention.{part}"])) for n in range(sizes.layers))
             norms.append(math.sqrt(sum(map(float, squares))))
         optimizer.update(parameters, gradients, now)
-        run.train.append(bits)
+        run.train.append(float(np.mean(losses)))
         tick(run)
-    run.held_out.append((steps, _bits(parameters, sizes, data.curve, run.beta)))
+    run.held_out.append((steps, float(np.mean(bits(steps, data.curve)[0]))))
     counted = _SmallProbabilities()
     for text in data.final:
-        nats, _ = _model.loss(parameters, sizes, text, run.beta, counted)
-        run.final += (np.mean(nats, axis=-1) / LN2).tolist()
+        run.final += bits(steps, text, counted)[0].tolist()
     run.small_probabilities = counted.shares()
-    run.seconds = time.perf_counter() - began
-    return run
-
-
-def _bits(parameters: Parameters, sizes: Sizes, text: Bytes, beta: float) -> float:
-    nats, _ = _model.loss(parameters, sizes, text, beta)
-    return float(np.mean(nats)) / LN2
 
 
 class _SmallProbabilities:
