@@ -31,7 +31,7 @@ from ._problem import Inputs, Problem
 RANGE = 69.0  # nats
 _CLIP = 80.0  # exp(80) is finite in float32; see ``_expm1_columns`` for why clipping βv there loses nothing
 _STEP = 64  # exponents are split off in steps of so many bits: a value of less than 22 nats stays as it is
-_EASY = 22.0  # nats; below _STEP/2 bits
+EASY = 22.0  # nats; below _STEP/2 bits
 _LN2 = {  # log 2 in two parts; the first has few bits, so that its products with integers are exact
     "float32": (0.693359375, -2.12194440054690583e-4),
     "float64": (6.93147180369123816490e-01, 1.90821492927058770002e-10),
@@ -81,7 +81,7 @@ def exponentiate(xp: Namespace, v: Array, beta: Array, which: Forms, inside_leng
         inside_lengths: ``(..., Lk)`` boolean: keys that any query can see; the others do not count for the range.
     """
     y = beta * v
-    easy = _array.known(xp.all(xp.abs(y) <= _EASY)) is True
+    easy = _array.known(xp.all(xp.abs(y) <= EASY)) is True
     if easy:
         c, broken, fits = None, None, None
         inside = xp.ones(y.shape[:-2], dtype=xp.bool, device=_array.device(y))
@@ -101,7 +101,7 @@ def exponentiate(xp: Namespace, v: Array, beta: Array, which: Forms, inside_leng
 
     columns = []
     if which.exp:
-        columns.append(xp.exp(y) if c is None else _scaled_exp(xp, xp.where(fits, y, xp.zeros_like(y)), c, fits))
+        columns.append(xp.exp(y) if c is None else _scaled_exp(xp, xp.where(fits, y, middle), c, fits))
     if which.expm1:
         columns.append(_expm1_columns(xp, v, y, beta))
     return Values(columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1), c, inside, broken)
@@ -179,7 +179,11 @@ def rows(xp: Namespace, o: Array, do: Array, dl: Array, values: Values, beta: Ar
     columns, r, dbeta = [], zero, zero
     if which.exp:
         d = xp.where(linear, zero, do)
-        columns.append(d * (xp.exp(-y) if values.c is None else _scaled_exp(xp, -y, -values.c)))
+        if values.c is None:
+            columns.append(d * xp.exp(-y))
+        else:  # a row that does not count may be far from the values
+            near = xp.where(d == 0, values.c * math.log(2), y)
+            columns.append(d * _scaled_exp(xp, -near, -values.c))
         r = r - d / safe
         dbeta = dbeta - d * (o - _centre(xp, values, safe)) / safe
     if which.expm1:

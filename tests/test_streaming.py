@@ -161,3 +161,21 @@ def test_the_automatic_choice_on_numpy():
     long = np.zeros((1, 1024, 16))
     assert explain(long, long, long).chosen == "streaming"
     assert _streaming.BACKEND.name == "streaming"
+
+
+@pytest.mark.parametrize("offset", [1000.0, -1000.0])
+def test_what_does_not_count_does_not_touch_values_far_from_zero(offset):
+    """Padding, hidden NaN and queries that see nothing stand at 0, far from such values."""
+    call, d_out, d_lse = make("square", "lengths")
+    call["value"] += offset
+    call["value"][..., -1, :] = 0
+    call["key_value_seq_lengths"][:] = (8, 6)
+    call["attn_mask"] = np.ones((9, 9), dtype=bool)
+    call["attn_mask"][0, :] = call["attn_mask"][:, 4] = False
+    call["value"][..., 4, :] = np.nan
+    (out, lse), pullback = laser_attention_vjp(**call, return_lse=True, backend="streaming")
+    (want, want_lse), want_pullback = laser_attention_vjp(**call, return_lse=True, backend="reference")
+    assert error(out, want) < 1e-12 * abs(offset)
+    assert error(lse, want_lse) < 1e-13
+    for got, w in zip(pullback(d_out, d_lse)[:3], want_pullback(d_out, d_lse)[:3], strict=True):
+        assert error(got, w) < 1e-14 * abs(offset) * 10
