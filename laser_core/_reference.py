@@ -47,7 +47,9 @@ def attend(xp: Namespace, s: Array, v: Array, beta: Array, large_beta: bool = Fa
     top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
     terms = xp.sum(xp.exp(t - top[..., None, :]), axis=-2)
     nothing = terms == 0
-    log_terms = xp.where(nothing, xp.full_like(terms, -math.inf), xp.log(xp.where(nothing, xp.ones_like(terms), terms)))
+    log_terms = xp.log(xp.where(nothing, xp.ones_like(terms), terms))
+    # not in empty rows: what is divided by β should be finite there, or autodiff makes NaN of it
+    log_terms = xp.where(nothing & ~empty[..., None], xp.full_like(terms, -math.inf), log_terms)
     zero = beta == 0
     from_log = (top + log_terms - log_total[..., None]) / xp.where(zero, xp.ones_like(beta), beta)
     if large_beta:
