@@ -19,11 +19,21 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 def is_array(x: object) -> bool:
     """Whether ``x`` is an array of a namespace that speaks the standard."""
-    return bool(compat.is_array_api_obj(x)) and not isinstance(x, numpy.generic)
+    return _is_torch(x) or (bool(compat.is_array_api_obj(x)) and not isinstance(x, numpy.generic))
+
+
+def _is_torch(x: object) -> bool:
+    """Whether ``x`` is a torch tensor; torch.compile traces this without the warning that a cached function gets."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def namespace(*arrays: Array) -> Namespace:
     """The array namespace that ``arrays`` share; ``TypeError`` where they do not share one."""
+    if all(map(_is_torch, arrays)):
+        import array_api_compat.torch
+
+        return array_api_compat.torch
     return compat.array_namespace(*arrays)
 
 
@@ -49,11 +59,15 @@ def dtype(xp: Namespace, name: str) -> DType:
 
 def device(x: Array) -> Any:
     """The device of ``x``, to create arrays beside it; None where the framework places arrays itself (JAX)."""
+    if _is_torch(x):
+        return x.device
     return None if compat.is_jax_array(x) else compat.device(x)
 
 
 def device_kind(x: Array) -> str:
     """The kind of device that ``x`` is on: ``cpu``, ``cuda``, ``tpu``, ``mps``, …"""
+    if _is_torch(x):
+        return str(x.device.type)
     if compat.is_jax_array(x):
         jax = sys.modules["jax"]
         traced = isinstance(x, jax.core.Tracer)

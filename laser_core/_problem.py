@@ -234,7 +234,7 @@ def _check_arrays(
     """Every argument that should be an array is one, all of the namespace and device of the first."""
     for name, x in arrays.items():
         needed = name in required
-        if not (_array.is_array(x) or (x is None and not needed)):
+        if not ((x is None and not needed) or _array.is_array(x)):
             what = "an array" if needed else ("a real number or an array" if name == "beta" else "an array or None")
             shown = (
                 f"{type(x).__name__} {x!r}" if x is None or isinstance(x, str | numbers.Number) else type(x).__name__
@@ -300,7 +300,7 @@ def _sizes(query: Array, key: Array, value: Array) -> dict[str, Any]:
 
 def _check_broadcast(name: str, shape: tuple[int, ...], target: tuple[int, ...], meaning: str) -> None:
     fits = len(shape) <= len(target) and all(
-        n in (1, t) for n, t in zip(reversed(shape), reversed(target), strict=False)
+        n == 1 or n == t for n, t in zip(reversed(shape), reversed(target), strict=False)
     )
     if not fits:
         raise ValueError(_refuse(name, f"shape {shape}", f"a shape that broadcasts to {meaning} = {target}"))
@@ -311,7 +311,7 @@ def _shape(x: Array | None) -> tuple[int, ...] | None:
 
 
 def _number(name: str, x: Any) -> float:
-    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not math.isfinite(x):
+    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not -math.inf < float(x) < math.inf:
         raise _kind(x)(_refuse(name, repr(x), "a finite real number"))
     return float(x)
 
