@@ -93,36 +93,42 @@ def blocks(
                 yield block, values, inside
 
 
-def _block(xp: Namespace, problem: Problem, inputs: Inputs, index: tuple[int, ...], span: slice) -> Block:
-    dtype = _array.dtype(xp, problem.compute_dtype)
-    query_span = slice(span.start * problem.group, span.stop * problem.group)
-    part = Inputs(
-        inputs.query[(*index, query_span, ...)],
+def part(problem: Problem, inputs: Inputs, index: tuple[int, ...], span: slice) -> tuple[Problem, Inputs]:
+    """The problem of some key/value heads of one batch entry, and of the query heads that read them."""
+    queries = slice(span.start * problem.group, span.stop * problem.group)
+    count = span.stop - span.start
+    own = dataclasses.replace(problem, batch=(), key_value_heads=count, query_heads=count * problem.group)
+    return own, Inputs(
+        inputs.query[(*index, queries, ...)],
         inputs.key[(*index, span, ...)],
         inputs.value[(*index, span, ...)],
-        _part(inputs.attn_mask, index, query_span),
-        _part(inputs.bias, index, query_span),
-        _part(inputs.beta, (), query_span, trailing=1),
+        _part(inputs.attn_mask, index, queries),
+        _part(inputs.bias, index, queries),
+        _part(inputs.beta, (), queries, trailing=1),
         _part(inputs.query_seq_lengths, index, None, trailing=0),
         _part(inputs.key_value_seq_lengths, index, None, trailing=0),
     )
-    count = span.stop - span.start
-    own = dataclasses.replace(problem, batch=(), key_value_heads=count, query_heads=count * problem.group)
-    q = _reference.group_heads(xp, xp.astype(part.query, dtype, copy=False), count, problem.group)
-    k, v = (xp.astype(x, dtype, copy=False)[:, None, :, :] for x in (part.key, part.value))
+
+
+def _block(xp: Namespace, problem: Problem, inputs: Inputs, index: tuple[int, ...], span: slice) -> Block:
+    dtype = _array.dtype(xp, problem.compute_dtype)
+    query_span = slice(span.start * problem.group, span.stop * problem.group)
+    own, few = part(problem, inputs, index, span)
+    q = _reference.group_heads(xp, xp.astype(few.query, dtype, copy=False), own.key_value_heads, problem.group)
+    k, v = (xp.astype(x, dtype, copy=False)[:, None, :, :] for x in (few.key, few.value))
     broken = (_reference.any_nonfinite(xp, q)[..., :, None], _reference.any_nonfinite(xp, k)[..., None, :])
     clean = _array.known(xp.any(broken[0]) | xp.any(broken[1])) is False
     if not clean:
         q, k = _reference.finite(xp, q), _reference.finite(xp, k)
     return Block(
         problem=own,
-        inputs=part,
+        inputs=few,
         at_query_heads=(*index, query_span),
         at_key_value_heads=(*index, span),
         q=q * problem.scale,
         k=k,
         v=v,
-        beta=_reference.beta_of(xp, own, part),
+        beta=_reference.beta_of(xp, own, few),
         broken=None if clean else broken,
     )
 

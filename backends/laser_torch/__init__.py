@@ -1,0 +1,81 @@
+"""LASER attention for torch: the records of its backends. Importing this does not import torch."""
+
+from __future__ import annotations
+
+import math
+
+from laser_core import Backend, Forward, Gradients, Inputs, Problem
+from laser_core._array import Array
+
+MASK_BYTES = 2**28  # the additive mask that torch's kernel wants may take this much
+
+
+def _forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import sdpa
+
+    return sdpa.forward(problem, inputs)
+
+
+def _backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    from . import sdpa
+
+    return sdpa.backward(problem, inputs, forward, d_out, d_lse)
+
+
+def causal(problem: Problem) -> bool | None:
+    """Whether the band of a problem is causality from the top left (True) or hides nothing (False); else None."""
+    low, high = problem.band
+    if low is not None and low > 1 - problem.query_length:
+        return None
+    if high is None or high >= problem.key_length - 1:
+        return False
+    return True if high == 0 else None
+
+
+def mask_shape(problem: Problem) -> tuple[int, ...] | None:
+    """The shape of the mask that attn_mask and the key lengths make together, batch folded; None without one."""
+    if problem.mask_shape is None and not problem.key_value_lengths:
+        return None
+    shape = problem.mask_shape or ()
+    shape = (1,) * (len(problem.score_shape) - len(shape)) + shape
+    own_batch = problem.key_value_lengths or any(n != 1 for n in shape[:-3])
+    return (math.prod(problem.batch) if own_batch else 1, shape[-3], shape[-2], problem.key_length)
+
+
+def _why_not(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return (
+            f"device {problem.device}: torch operators cannot branch on the device, so values outside the fast range "
+            "could not take the exact path without a host round trip (supported: cpu)"
+        )
+    if problem.beta is None:
+        return "beta is an array: its channels may need both transformations of the values (supported: a number)"
+    if 0 < abs(problem.beta) < 1:
+        return f"beta = {problem.beta}: its expm1 form needs more columns (supported: 0, or |beta| ≥ 1)"
+    if problem.bias_shape is not None:
+        return "bias: torch's kernel returns no gradient for it"
+    if problem.logits_soft_cap is not None:
+        return "logits_soft_cap: torch's kernel has none"
+    if causal(problem) is None:
+        return "is_causal and window_size: torch's kernel knows causality from the top left alone"
+    shape = mask_shape(problem)
+    if shape is not None and 8 * math.prod(shape) > MASK_BYTES:
+        return f"attn_mask and lengths: the additive mask of shape {shape} would take over {MASK_BYTES >> 20} MiB"
+    return None
+
+
+def _residual_dtype(problem: Problem) -> str | None:
+    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
+
+
+SDPA = Backend(
+    name="torch-sdpa",
+    summary="torch's own flash attention on exponentiated values; heads outside the fast range take the exact path",
+    forward=_forward,
+    backward=_backward,
+    frameworks=("torch",),
+    requires=("torch",),
+    why_not=_why_not,
+    priority=lambda problem: 30,
+    residual_dtype=_residual_dtype,
+)
