@@ -44,6 +44,11 @@ class Forms(NamedTuple):
     exp: bool
     expm1: bool
 
+    @property
+    def linear(self) -> bool:
+        """β is the number 0: X = v and o = p·v, and no function of β need be evaluated."""
+        return not self.exp
+
 
 class Values(NamedTuple):
     """Transformed values of some heads.
@@ -103,11 +108,11 @@ def exponentiate(xp: Namespace, v: Array, beta: Array, which: Forms, inside_leng
     if which.exp:
         columns.append(xp.exp(y) if c is None else _scaled_exp(xp, xp.where(fits, y, middle), c, fits))
     if which.expm1:
-        columns.append(_expm1_columns(xp, v, y, beta))
+        columns.append(_expm1_columns(xp, v, y, beta, which))
     return Values(columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1), c, inside, broken)
 
 
-def _expm1_columns(xp: Namespace, v: Array, y: Array, beta: Array) -> Array:
+def _expm1_columns(xp: Namespace, v: Array, y: Array, beta: Array, which: Forms) -> Array:
     """(exp(βv) − 1)/β, scaled so that a sum over keys stays finite.
 
     βv is clipped: o is read from these columns only while ½ ≤ p·exp(βv) ≤ 1½, and inside the fast range a key with
@@ -115,6 +120,8 @@ def _expm1_columns(xp: Namespace, v: Array, y: Array, beta: Array) -> Array:
     """
     finite = xp.isfinite(y)
     v = xp.where(finite, v, xp.zeros_like(y))
+    if which.linear:
+        return v * _expm1_scale(v.shape[-2])
     clipped = xp.where(finite, xp.clip(y, max=_CLIP), xp.zeros_like(y))
     x = v * _array.expm1_over(xp, clipped)
     x = xp.where(y == -math.inf, -1 / xp.where(beta == 0, xp.ones_like(beta), beta), x)
@@ -137,6 +144,8 @@ def finish(xp: Namespace, attended: Array, values: Values, beta: Array, which: F
     if which.expm1:
         largest = float(xp.finfo(attended.dtype).max)
         s = xp.clip(attended[..., -width:] / _expm1_scale(values.x.shape[-2]), -largest, largest)
+        if which.linear:
+            return s
         u = beta * s
         usable = (xp.abs(u) <= 0.5) & (xp.abs(beta) < 1)
         linear = s * _array.log1p_over(xp, xp.where(usable, u, xp.zeros_like(u)))
@@ -157,7 +166,7 @@ class Rows(NamedTuple):
 
     g: Array
     r: Array
-    dbeta: Array  # (..., 1, E): the part of dβ that is a sum over queries
+    dbeta: Array  # (..., 1, E): the part of dβ that is a sum over queries; zero where β is the number 0
 
 
 class Keys(NamedTuple):
@@ -170,12 +179,13 @@ class Keys(NamedTuple):
 
 def rows(xp: Namespace, o: Array, do: Array, dl: Array, values: Values, beta: Array, which: Forms) -> Rows:
     """The query side of the backward pass, from o, do ``(..., Lq, E)`` and dl ``(..., Lq)``, all finite."""
+    if which.linear:
+        r = dl[..., None] - xp.sum(do * o, axis=-1, keepdims=True)
+        return Rows(do, r, xp.zeros_like(o[..., :1, :]))
     y = beta * o
     safe = xp.where(beta == 0, xp.ones_like(beta), beta)
     zero = xp.zeros_like(y)
     linear = (xp.abs(y) <= 0.5) & (xp.abs(beta) < 1) if which.expm1 else xp.zeros_like(y, dtype=xp.bool)
-    if not which.exp:
-        linear = xp.ones_like(linear)
     columns, r, dbeta = [], zero, zero
     if which.exp:
         d = xp.where(linear, zero, do)
@@ -203,6 +213,8 @@ def keys(xp: Namespace, v: Array, values: Values, beta: Array, which: Forms) -> 
     y = beta * v
     finite = xp.isfinite(y)
     v = xp.where(finite, v, xp.zeros_like(y))
+    if which.linear:
+        return Keys(v, xp.ones_like(v), xp.zeros_like(v))
     safe = xp.where(beta == 0, xp.ones_like(beta), beta)
     width = v.shape[-1]
     x, to_dv, to_dbeta = [], [], []
