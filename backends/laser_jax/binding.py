@@ -1,0 +1,83 @@
+"""JAX: the analytic gradient as a ``custom_vjp``, under jit, grad, vmap, checkpoint and shard_map."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from laser_core import Backend, Forward, Inputs, Problem, Unsupported, _registry
+
+from . import tiles
+
+Array = jax.Array
+Saved = tuple[Inputs, Forward]
+
+
+def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
+    """Output and log-sum-exp, with the analytic gradient unless the backend leaves differentiation to JAX."""
+    chosen = _registry.select(problem, backend)
+    inputs = tiles.vary(inputs, inputs)  # so that shard_map sums what belongs to a replicated argument
+    if chosen.native:
+        with quiet():
+            out, lse, _ = chosen.forward(problem, inputs)
+        return out, lse
+    result: tuple[Array, Array] = _attention(problem, chosen, inputs)
+    return result
+
+
+def quiet() -> AbstractContextManager[object]:
+    """Products of float32 in float32, which XLA rounds to less on GPU and TPU, unless the user has set a precision."""
+    if jax.config.jax_default_matmul_precision is None:
+        return jax.default_matmul_precision("highest")
+    return nullcontext()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[Array, Array]:
+    return _forward(problem, backend, inputs)[0]
+
+
+def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
+    def run(inputs: Inputs) -> Forward:
+        with quiet():
+            return backend.forward(problem, inputs)
+
+    done = _first_order(backend.name, run)(inputs)
+    kept = done if done.residual is None else done._replace(out=None)
+    return (done.out, done.lse), (inputs, kept)
+
+
+def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
+    def run(saved: Saved, d_out: Array, d_lse: Array | None) -> Any:
+        inputs, done = saved
+        if done.out is None and done.residual is not None:
+            done = done._replace(out=done.residual.astype(problem.dtype))
+        with quiet():
+            return backend.backward(problem, inputs, done, d_out, d_lse)
+
+    d_out, d_lse = cotangents
+    gradients = _first_order(backend.name, run)(saved, d_out, d_lse if problem.return_lse else None)
+    none = Inputs(*(None,) * len(Inputs._fields))
+    return (none._replace(**gradients._asdict()),)  # None: masks and lengths have no cotangent
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _first_order(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which says so when it is differentiated itself."""
+    wrapped = jax.custom_jvp(run)
+
+    @wrapped.defjvp
+    def refuse(*_: Any) -> Any:
+        raise Unsupported(
+            f"backend {name!r}: its gradient is analytic and of first order, and a derivative of it was asked for; "
+            "backend='reference' is differentiable to any order"
+        )
+
+    return wrapped
