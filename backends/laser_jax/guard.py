@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient, _merge, _reference, _values
+from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient, _reference, _values
 
 from . import tiles
 from .tiles import Array, Grid, Operands, Start
@@ -124,9 +124,13 @@ def _exact(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Arr
     def rows(i: Any, done: tuple[Array, Array]) -> tuple[Array, Array]:
         def column(j: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
             s, _ = tiles.scores(problem, head, grid, i * grid.rows.block, j * grid.columns.block)
-            v = tiles.cut(head.v, -2, j * grid.columns.block, grid.columns.block)
-            part = _reference.attend(jnp, s, v[..., None, :, :], head.beta)
-            merged: tuple[Array, Array] = _merge.merge(jnp, *state, *part, head.beta)
+            v = tiles.cut(head.v, -2, j * grid.columns.block, grid.columns.block)[..., None, :, :]
+            # what has been attended to so far is one more key, with score l and value o
+            o, l = (x[..., None] for x in state)
+            o = jnp.swapaxes(o, -2, -1)
+            s = jnp.concat([l, s], axis=-1)
+            v = jnp.concat([o, jnp.broadcast_to(v, (*o.shape[:-2], *v.shape[-2:]))], axis=-2)
+            merged: tuple[Array, Array] = _reference.attend(jnp, s, v, head.beta)
             return merged
 
         nothing = (
@@ -144,8 +148,8 @@ def _mark(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Arra
     """o and l of one head with what the queries see of NaN and infinities."""
     problem, grid = call.problem, call.grid
     head = tiles.one_head(call.ops, at)
-    broken = _values.exponentiate(jnp, head.v, head.beta, call.which).broken
-    assert broken is not None  # while tracing, nothing is known to be finite
+    y = head.beta * head.v
+    broken = jnp.concat([jnp.isnan(y), y == jnp.inf], axis=-1).astype(y.dtype)
 
     def rows(i: Any, done: tuple[Array, Array]) -> tuple[Array, Array]:
         row = i * grid.rows.block
@@ -238,7 +242,7 @@ def _gradients(call: Call, total: Totals) -> Gradients:
 def through_scores(
     ops: Operands, grid: Grid, at: Start, row: Any, column: Any, ds: Array, slope: Array | None, total: Totals
 ) -> tuple[Array, Totals]:
-    """Pass a tile of ds on to the bias and the queries; returns the keys' share."""
+    """Pass a tile of ds on to the bias and the queries; returns the keys' share, ``(..., 1, D, block_k)``."""
     if total.bias is not None:
         place = tiles.place(total.bias, at, row, column)
         total = total._replace(bias=tiles.add(total.bias, tiles.to_bias(ds, total.bias), place))
@@ -246,7 +250,7 @@ def through_scores(
         ds = ds * slope
     dq = tiles.over_keys(ds, tiles.cut(ops.k, -2, column, grid.columns.block))
     total = total._replace(q=tiles.add(total.q, dq, (*at, 0, row, 0)))
-    return tiles.over_queries(ds, tiles.cut(ops.q, -2, row, grid.rows.block), 1), total
+    return tiles.over_queries(tiles.cut(ops.q, -2, row, grid.rows.block), ds, 1), total
 
 
 def _exact_backward(call: Call, at: Start, state: State, total: Totals) -> Totals:
@@ -265,7 +269,7 @@ def _exact_backward(call: Call, at: Start, state: State, total: Totals) -> Total
             ds, dv, dbeta = _gradient.through_values(jnp, s, v, head.beta, o, l[..., 0], do, dl[..., 0])
             dk, total = through_scores(head, grid, at, row, column, ds, slope, total)
             return total._replace(
-                k=tiles.add(total.k, dk, (*at, 0, column, 0)),
+                k=tiles.add(total.k, jnp.matrix_transpose(dk), (*at, 0, column, 0)),
                 v=tiles.add(total.v, jnp.sum(dv, axis=-3, keepdims=True), (*at, 0, column, 0)),
                 beta=tiles.add(total.beta, dbeta[..., None, :], (*at, 0, 0, 0)),
             )
@@ -289,10 +293,11 @@ def _poison(call: Call, at: Start, odd: Array, total: Totals) -> Totals:
             reached = reached & tiles.cut(odd, -2, row, grid.rows.block)
             nan = jnp.where(reached, jnp.nan, jnp.zeros((), head.q.dtype))  # products carry it to all it belongs to
             dk, total = through_scores(head, grid, at, row, column, nan, None, total)
-            dv = tiles.over_queries(nan, tiles.full(head.q, (*nan.shape[:-1], problem.value_dim), 1), 1)
+            ones = tiles.full(head.q, (*nan.shape[:-1], problem.value_dim), 1)
+            dv = jnp.matrix_transpose(tiles.over_queries(ones, nan, 1))
             dbeta = tiles.full(head.q, (*head.q.shape[:-2], 1, problem.value_dim), 1) * jnp.sum(nan)
             return total._replace(
-                k=tiles.add(total.k, dk, (*at, 0, column, 0)),
+                k=tiles.add(total.k, jnp.matrix_transpose(dk), (*at, 0, column, 0)),
                 v=tiles.add(total.v, dv, (*at, 0, column, 0)),
                 beta=tiles.add(total.beta, dbeta, (*at, 0, 0, 0)),
             )

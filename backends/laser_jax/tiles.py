@@ -203,11 +203,15 @@ def for_heads(problem: Problem, chosen: Array, body: Callable[[Start, Any], Any]
     A loop, and no ``lax.cond``: under vmap a cond computes both sides for everyone.
     """
     shape = leading(problem)
-    chosen = jnp.ravel(jnp.broadcast_to(chosen, shape))
-    order = jnp.argsort(~chosen)
-    count = jnp.sum(chosen, dtype=order.dtype)
-    step = lambda n, carry: body(jnp.unravel_index(order[n], shape), carry)  # noqa: E731
-    return lax.fori_loop(jnp.zeros_like(count), count, step, carry)
+    left = jnp.ravel(jnp.broadcast_to(chosen, shape))
+    heads = jnp.arange(left.size, dtype=jnp.int32)
+
+    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        left, carry = state
+        head = jnp.argmax(left).astype(jnp.int32)
+        return left & (heads != head), body(jnp.unravel_index(head, shape), carry)
+
+    return lax.while_loop(lambda state: jnp.any(state[0]), step, (left, carry))[1]
 
 
 def full(like: Any, shape: tuple[int, ...], value: float, dtype: Any = None) -> Array:
@@ -316,11 +320,14 @@ def over_keys(p: Array, x: Array) -> Array:
     return jnp.einsum("...qk,...kd->...qd", p, x)
 
 
-def over_queries(p: Array, a: Array, groups: int) -> Array:
-    """``pᵀ·a``: (..., g, q, k) and (..., g, q, d) to (..., g, k, d), or summed over the group to (..., 1, k, d)."""
+def over_queries(a: Array, p: Array, groups: int) -> Array:
+    """``aᵀ·p``: (..., g, q, d) and (..., g, q, k) to (..., g, d, k), or summed over the group to (..., 1, d, k).
+
+    Not ``pᵀ·a``: XLA would transpose the larger of the two on a CPU.
+    """
     if groups == 1:
-        return jnp.einsum("...gqk,...gqd->...kd", p, a)[..., None, :, :]
-    return jnp.einsum("...qk,...qd->...kd", p, a)
+        return jnp.einsum("...gqd,...gqk->...dk", a, p)[..., None, :, :]
+    return jnp.einsum("...qd,...qk->...dk", a, p)
 
 
 def to_bias(ds: Array, bias: Array) -> Array:

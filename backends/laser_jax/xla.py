@@ -91,16 +91,17 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
             s, slope = tiles.scores(problem, ops, grid, row, column)
             l, g, r = (tiles.cut(x, -2, row, grid.rows.block) for x in (state.l, side.g, side.r))
             p = jnp.exp(s - l)
-            pg = pg + tiles.over_queries(p, g, groups)
+            pg = pg + tiles.over_queries(g, p, groups)
             ds = p * (tiles.row_products(g, x) + r)
             dk_part, total = guard.through_scores(ops, grid, at, row, column, ds, slope, total)
             return total, dk + dk_part, pg
 
         nothing = (
-            tiles.full(ops.q, (*ops.k.shape[:-2], grid.columns.block, problem.head_dim), 0),
-            tiles.full(ops.q, (*to_dv.shape[:-2], grid.columns.block, to_dv.shape[-1]), 0),
+            tiles.full(ops.q, (*ops.k.shape[:-2], problem.head_dim, grid.columns.block), 0),
+            tiles.full(ops.q, (*to_dv.shape[:-2], to_dv.shape[-1], grid.columns.block), 0),
         )
         total, dk, pg = lax.fori_loop(*grid.rows_of(problem, j), row, (total, *nothing))
+        dk, pg = jnp.matrix_transpose(dk), jnp.matrix_transpose(pg)
         dv = jnp.sum(_values.sum_forms(jnp, to_dv * pg, which), axis=-3, keepdims=True)
         dbeta = jnp.sum(_values.sum_forms(jnp, to_dbeta * pg, which), axis=-2, keepdims=True)
         return total._replace(
