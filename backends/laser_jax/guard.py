@@ -63,14 +63,15 @@ class State(NamedTuple):
     """Results and their cotangents, all finite: (..., Hkv, group, Lq, E), or 1 for E."""
 
     o: Array
-    l: Array  # +∞ for a query that does not count, so that its p is 0
+    l: Array  # +∞ for a query that nothing flows through here: its p is 0
     do: Array
     dl: Array
 
     def only(self, heads: Array) -> State:
-        """The same with the cotangents of other heads set to zero."""
+        """The same with everything but l set to zero in the other heads, so that they add nothing."""
         heads = heads[..., None, None, None]
-        return self._replace(do=jnp.where(heads, self.do, 0), dl=jnp.where(heads, self.dl, 0))
+        o, do, dl = (jnp.where(heads, x, 0) for x in (self.o, self.do, self.dl))
+        return self._replace(o=o, do=do, dl=dl)
 
 
 class Totals(NamedTuple):
@@ -130,7 +131,7 @@ def _exact(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Arr
             o = jnp.swapaxes(o, -2, -1)
             s = jnp.concat([l, s], axis=-1)
             v = jnp.concat([o, jnp.broadcast_to(v, (*o.shape[:-2], *v.shape[-2:]))], axis=-2)
-            merged: tuple[Array, Array] = _reference.attend(jnp, s, v, head.beta)
+            merged: tuple[Array, Array] = _reference.attend(jnp, s, v, head.beta, not call.which.expm1)
             return merged
 
         nothing = (
@@ -170,7 +171,7 @@ def _mark(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Arra
         )
         count, bad = lax.fori_loop(*grid.columns_of(problem, i), column, nothing)
         start = (*at, 0, row, 0)
-        o, l = (lax.dynamic_slice(x, start, (*shape, x.shape[-1])) for x in done)
+        o, l = (tiles.take(x, start, (*shape, x.shape[-1])) for x in done)
         o = _values.mark_broken(jnp, o, count, head.beta)
         return tuple(tiles.put(x, jnp.where(bad, jnp.nan, part), start) for x, part in zip(done, (o, l), strict=True))  # type: ignore[return-value]
 
@@ -191,11 +192,11 @@ def backward(
     o = call.laid_out(done.out if done.residual is None else done.residual)
     l, do = call.laid_out(done.lse, 1), call.laid_out(d_out)
     dl = jnp.zeros_like(l) if d_lse is None else call.laid_out(d_lse, 1)
-    empty = l == -jnp.inf
+    silent = (l == -jnp.inf) | _gradient.silent(jnp, do, dl[..., 0])[..., None]
     fine = jnp.all(jnp.isfinite(o) & jnp.isfinite(do), axis=-1, keepdims=True) & jnp.isfinite(dl) & jnp.isfinite(l)
     state = State(
         o=jnp.where(fine, o, 0),
-        l=jnp.where(fine, l, jnp.inf),
+        l=jnp.where(fine & ~silent, l, jnp.inf),
         do=jnp.where(fine, do, 0),
         dl=jnp.where(fine, dl, 0),
     )
@@ -208,7 +209,7 @@ def backward(
     )
     total = fast(call, state.only(call.inside), total)
     total = tiles.for_heads(problem, ~call.inside, lambda at, total: _exact_backward(call, at, state, total), total)
-    odd = ~fine & ~empty
+    odd = ~fine & ~silent
     odd_heads = jnp.any(odd, axis=(-3, -2, -1))
     total = tiles.for_heads(problem, odd_heads, lambda at, total: _poison(call, at, odd, total), total)
     return _gradients(call, total)

@@ -166,6 +166,11 @@ def pad_to(x: Array, dim: int, axis: Axis, value: float = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
+def take(x: Array, start: Start, shape: tuple[int, ...]) -> Array:
+    """The block of ``x`` of that shape at ``start``."""
+    return lax.dynamic_slice(x, tuple(jnp.asarray(i, jnp.int32) for i in start), shape)
+
+
 def cut(x: Array, dim: int, start: Any, size: int) -> Array:
     """A block of one dimension of ``x``, or ``x`` itself where that dimension broadcasts."""
     return x if x.shape[dim] in (1, size) else lax.dynamic_slice_in_dim(x, start, size, dim)
@@ -178,7 +183,7 @@ def leading(problem: Problem) -> tuple[int, ...]:
 
 def one_head(tree: Any, at: Start) -> Any:
     """The arrays of ``tree`` for one key/value head alone, with leading axes of 1."""
-    return jax.tree.map(lambda x: lax.dynamic_slice(x, place(x, at), (1,) * len(at) + x.shape[len(at) :]), tree)
+    return jax.tree.map(lambda x: take(x, place(x, at), (1,) * len(at) + x.shape[len(at) :]), tree)
 
 
 def place(x: Array, at: Start, rows: Any = 0, columns: Any = 0) -> Start:
@@ -189,12 +194,12 @@ def place(x: Array, at: Start, rows: Any = 0, columns: Any = 0) -> Start:
 
 def add(total: Array, part: Array, start: Start) -> Array:
     """``total`` with ``part`` added at ``start``."""
-    return lax.dynamic_update_slice(total, lax.dynamic_slice(total, start, part.shape) + part, start)
+    return put(total, take(total, start, part.shape) + part, start)
 
 
 def put(total: Array, part: Array, start: Start) -> Array:
     """``total`` with ``part`` put at ``start``."""
-    return lax.dynamic_update_slice(total, part, start)
+    return lax.dynamic_update_slice(total, part, tuple(jnp.asarray(i, jnp.int32) for i in start))
 
 
 def for_heads(problem: Problem, chosen: Array, body: Callable[[Start, Any], Any], carry: Any) -> Any:

@@ -91,6 +91,8 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
             s, slope = tiles.scores(problem, ops, grid, row, column)
             l, g, r = (tiles.cut(x, -2, row, grid.rows.block) for x in (state.l, side.g, side.r))
             p = jnp.exp(s - l)
+            if ops.bias is not None:  # which may be NaN
+                p = jnp.where(l == jnp.inf, 0, p)
             pg = pg + tiles.over_queries(g, p, groups)
             ds = p * (tiles.row_products(g, x) + r)
             dk_part, total = guard.through_scores(ops, grid, at, row, column, ds, slope, total)
