@@ -7,22 +7,22 @@ from laser_core._array import Array
 
 
 def _residual_dtype(problem: Problem) -> str | None:
-    """The output is kept unrounded: the weights that it normalises in the backward pass must sum to one."""
+    """The output is kept unrounded: the weights w that it normalises must sum to one."""
     return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
 
 
 def _xla_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import xla
 
-    return xla.forward(problem, inputs)
+    done: Forward = xla.forward(problem, inputs)
+    return done
 
 
-def _xla_backward(
-    problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
-) -> Gradients:
+def _xla_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     from . import xla
 
-    return xla.backward(problem, inputs, forward, d_out, d_lse)
+    gradients: Gradients = xla.backward(problem, inputs, forward, d_out, d_lse)
+    return gradients
 
 
 XLA = Backend(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from laser_core import Backend, Forward, Inputs, Problem, Unsupported, _registry
 
 from . import tiles
 
-Array = jax.Array
-Saved = tuple[Inputs, Forward]
+Array: TypeAlias = jax.Array
+Saved: TypeAlias = tuple[Inputs, Forward]
 
 
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
@@ -32,9 +31,8 @@ def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | N
 
 def quiet() -> AbstractContextManager[object]:
     """Products of float32 in float32, which XLA rounds to less on GPU and TPU, unless the user has set a precision."""
-    if jax.config.jax_default_matmul_precision is None:
-        return jax.default_matmul_precision("highest")
-    return nullcontext()
+    chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return nullcontext() if chosen is not None else jax.default_matmul_precision("highest")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -15,14 +15,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient, _reference, _values
+from laser_core._values import Forms, Values
 
 from . import tiles
 from .tiles import Array, Grid, Operands, Start
-
-Forms, Values = _values.Forms, _values.Values
 
 
 class Call(NamedTuple):
@@ -105,15 +103,11 @@ def forward(problem: Problem, inputs: Inputs, fast: FastForward) -> Forward:
     return Forward(out.astype(problem.dtype), lse, residual=out)
 
 
-def residual_dtype(problem: Problem) -> str | None:
-    """The output is kept unrounded: the weights w that it normalises must sum to one."""
-    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
-
-
 def _odd_heads(call: Call) -> Array:
-    odd_values = ~jnp.isfinite(call.ops.beta * call.ops.v)
-    any_of = lambda x: jnp.any(x, axis=(-3, -2, -1))  # noqa: E731
-    return any_of(call.ops.odd_q) | any_of(call.ops.odd_k) | any_of(odd_values)
+    """Heads with a query, key or value that is not finite."""
+    ops = call.ops
+    q, k, v = (jnp.any(x, axis=(-3, -2, -1)) for x in (ops.odd_q, ops.odd_k, ~jnp.isfinite(ops.beta * ops.v)))
+    return q | k | v
 
 
 def _exact(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -138,11 +132,11 @@ def _exact(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Arr
             tiles.full(head.q, (*shape, problem.value_dim), 0),
             tiles.full(head.q, shape, -jnp.inf),
         )
-        o, l = lax.fori_loop(*grid.columns_of(problem, i), column, nothing)
+        o, l = tiles.loop(grid.columns_of(problem, i), column, nothing)
         start = (*at, 0, i * grid.rows.block, 0)
         return tiles.put(done[0], o, start), tiles.put(done[1], l[..., None], start)
 
-    return lax.fori_loop(0, grid.rows.count, rows, done)
+    return tiles.loop((0, grid.rows.number), rows, done)
 
 
 def _mark(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -169,13 +163,14 @@ def _mark(call: Call, at: Start, done: tuple[Array, Array]) -> tuple[Array, Arra
             tiles.full(head.q, (*shape, broken.shape[-1]), 0),
             tiles.full(head.q, (*shape, 1), False, bool),
         )
-        count, bad = lax.fori_loop(*grid.columns_of(problem, i), column, nothing)
+        count, bad = tiles.loop(grid.columns_of(problem, i), column, nothing)
         start = (*at, 0, row, 0)
         o, l = (tiles.take(x, start, (*shape, x.shape[-1])) for x in done)
         o = _values.mark_broken(jnp, o, count, head.beta)
-        return tuple(tiles.put(x, jnp.where(bad, jnp.nan, part), start) for x, part in zip(done, (o, l), strict=True))  # type: ignore[return-value]
+        o, l = (jnp.where(bad, jnp.nan, x) for x in (o, l))
+        return tiles.put(done[0], o, start), tiles.put(done[1], l, start)
 
-    return lax.fori_loop(0, grid.rows.count, rows, done)
+    return tiles.loop((0, grid.rows.number), rows, done)
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -203,7 +198,9 @@ def backward(
     ops = call.ops
     shape = (*ops.q.shape[:-2], 1, problem.value_dim)
     total = Totals(
-        *(jnp.zeros_like(x) for x in (ops.q, ops.k, ops.v)),
+        q=jnp.zeros_like(ops.q),
+        k=jnp.zeros_like(ops.k),
+        v=jnp.zeros_like(ops.v),
         bias=None if ops.bias is None else jnp.zeros_like(ops.bias),
         beta=tiles.full(ops.q, shape, 0),
     )
@@ -275,9 +272,9 @@ def _exact_backward(call: Call, at: Start, state: State, total: Totals) -> Total
                 beta=tiles.add(total.beta, dbeta[..., None, :], (*at, 0, 0, 0)),
             )
 
-        return lax.fori_loop(*grid.rows_of(problem, j), row, total)
+        return tiles.loop(grid.rows_of(problem, j), row, total)
 
-    return lax.fori_loop(0, grid.columns.count, columns, total)
+    return tiles.loop((0, grid.columns.number), columns, total)
 
 
 def _poison(call: Call, at: Start, odd: Array, total: Totals) -> Totals:
@@ -303,6 +300,6 @@ def _poison(call: Call, at: Start, odd: Array, total: Totals) -> Totals:
                 beta=tiles.add(total.beta, dbeta, (*at, 0, 0, 0)),
             )
 
-        return lax.fori_loop(*grid.rows_of(problem, j), row, total)
+        return tiles.loop(grid.rows_of(problem, j), row, total)
 
-    return lax.fori_loop(0, grid.columns.count, columns, total)
+    return tiles.loop((0, grid.columns.number), columns, total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,17 @@ from jax import lax
 
 from laser_core import Inputs, Problem, _array, _reference
 
-Array = jax.Array
-Start = tuple[Any, ...]  # where something begins, one integer for each leading axis
+Array: TypeAlias = jax.Array
+T = TypeVar("T")
+Start: TypeAlias = tuple[Any, ...]  # where something begins, one integer for each leading axis
 
 
 class Axis(NamedTuple):
-    """A length cut into ``count`` blocks; the last one may reach beyond its end."""
+    """A length cut into ``number`` blocks; the last one may reach beyond its end."""
 
     length: int
     block: int
-    count: int
+    number: int
 
     @classmethod
     def cut(cls, length: int, most: int) -> Axis:
@@ -44,7 +45,7 @@ class Axis(NamedTuple):
     @property
     def padded(self) -> int:
         """The length in whole blocks."""
-        return self.block * self.count
+        return self.block * self.number
 
 
 class Grid(NamedTuple):
@@ -57,6 +58,8 @@ class Grid(NamedTuple):
     def fast(cls, problem: Problem) -> Grid:
         """Tiles of the fast path: a few megabytes of scores for all heads together."""
         block_q, block_k = 256, 512
+        if problem.band != (None, None) and problem.query_length <= 512:
+            block_q, block_k = 128, 256  # smaller, to skip more of them
         heads = math.prod(problem.batch) * problem.query_heads
         while heads * block_q * block_k > 2**20 and block_q > 32:
             block_q, block_k = block_q // 2, max(block_k // 2, 64)
@@ -83,8 +86,8 @@ class Grid(NamedTuple):
 
     @staticmethod
     def _range(axis: Axis, start: Any, stop: Any, low: int | None, high: int | None) -> tuple[Any, Any]:
-        first = 0 if low is None else jnp.clip((start + low) // axis.block, 0, axis.count)
-        last = axis.count if high is None else jnp.clip((stop + high) // axis.block + 1, 0, axis.count)
+        first = 0 if low is None else jnp.clip((start + low) // axis.block, 0, axis.number)
+        last = axis.number if high is None else jnp.clip((stop + high) // axis.block + 1, 0, axis.number)
         return first, last
 
 
@@ -130,7 +133,10 @@ def operands(problem: Problem, inputs: Inputs, grid: Grid) -> Operands:
             x = pad_to(pad_to(x, -2, grid.rows), -1, grid.columns)
         masks.append(x)
     lengths = []
-    for n, limit in ((inputs.query_seq_lengths, problem.query_length), (inputs.key_value_seq_lengths, problem.key_length)):
+    for n, limit in (
+        (inputs.query_seq_lengths, problem.query_length),
+        (inputs.key_value_seq_lengths, problem.key_length),
+    ):
         if n is not None:
             n = _reference._positions(jnp, n, limit)
             n = jnp.reshape(n, (1,) * (rank - 4 - n.ndim) + n.shape + (1,) * 4)
@@ -153,7 +159,8 @@ def operands(problem: Problem, inputs: Inputs, grid: Grid) -> Operands:
 def laid_out(x: Array, heads: int, group: int, rank: int) -> Array:
     """``x (..., H, length, dim)``, of any rank below too, as ``(..., Hkv, group, length, dim)`` of the given rank."""
     x = jnp.reshape(x, (1,) * (rank - 1 - x.ndim) + x.shape)
-    return _reference.group_heads(jnp, x, heads, group)
+    out: Array = _reference.group_heads(jnp, x, heads, group)
+    return out
 
 
 def pad_to(x: Array, dim: int, axis: Axis, value: float = 0) -> Array:
@@ -202,7 +209,13 @@ def put(total: Array, part: Array, start: Start) -> Array:
     return lax.dynamic_update_slice(total, part, tuple(jnp.asarray(i, jnp.int32) for i in start))
 
 
-def for_heads(problem: Problem, chosen: Array, body: Callable[[Start, Any], Any], carry: Any) -> Any:
+def loop(bounds: tuple[Any, Any], body: Callable[[Any, T], T], carry: T) -> T:
+    """``lax.fori_loop`` with its type."""
+    done: T = lax.fori_loop(*bounds, body, carry)
+    return done
+
+
+def for_heads(problem: Problem, chosen: Array, body: Callable[[Start, T], T], carry: T) -> T:
     """Run ``body(at, carry)`` for the key/value heads of which ``chosen`` is true; the others cost nothing.
 
     A loop, and no ``lax.cond``: under vmap a cond computes both sides for everyone.
@@ -211,7 +224,7 @@ def for_heads(problem: Problem, chosen: Array, body: Callable[[Start, Any], Any]
     left = jnp.ravel(jnp.broadcast_to(chosen, shape))
     heads = jnp.arange(left.size, dtype=jnp.int32)
 
-    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+    def step(state: tuple[Array, T]) -> tuple[Array, T]:
         left, carry = state
         head = jnp.argmax(left).astype(jnp.int32)
         return left & (heads != head), body(jnp.unravel_index(head, shape), carry)
@@ -221,7 +234,8 @@ def for_heads(problem: Problem, chosen: Array, body: Callable[[Start, Any], Any]
 
 def full(like: Any, shape: tuple[int, ...], value: float, dtype: Any = None) -> Array:
     """A constant array that may be carried through a loop with ``like``, inside shard_map too."""
-    return vary(jnp.full(shape, value, dtype or like.dtype), like)
+    constant: Array = vary(jnp.full(shape, value, dtype or like.dtype), like)
+    return constant
 
 
 def vary(tree: Any, like: Any) -> Any:
@@ -337,4 +351,6 @@ def over_queries(a: Array, p: Array, groups: int) -> Array:
 
 def to_bias(ds: Array, bias: Array) -> Array:
     """A tile of ds summed over the axes along which ``bias`` broadcasts."""
-    return _array.unbroadcast(jnp, ds, tuple(1 if n == 1 else m for n, m in zip(bias.shape, ds.shape, strict=True)))
+    shape = tuple(1 if n == 1 else m for n, m in zip(bias.shape, ds.shape, strict=True))
+    out: Array = _array.unbroadcast(jnp, ds, shape)
+    return out

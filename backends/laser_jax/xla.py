@@ -1,4 +1,4 @@
-"""Engine ``jax-xla``: a flash kernel over exponentiated values, written in ``lax`` loops, for any device that XLA serves.
+"""Engine ``jax-xla``: a flash kernel over exponentiated values, in ``lax`` loops, for any device that XLA serves.
 
 All heads are in work at once, a tile of queries and a tile of keys at a time; loops over key tiles have bounds that
 depend on the query tile, so that causality and windows skip what they hide. Memory is O(L). Heads that this fast path
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from laser_core import Forward, Gradients, Inputs, Problem, _values
 
@@ -59,7 +58,7 @@ def fast_forward(call: Call) -> tuple[Array, Array]:
             tiles.full(ops.q, (*shape, 1), 0),
             tiles.full(ops.q, (*shape, x.shape[-1]), 0),
         )
-        m, l, acc = lax.fori_loop(*grid.columns_of(problem, i), column, nothing)
+        m, l, acc = tiles.loop(grid.columns_of(problem, i), column, nothing)
         empty = l == 0
         safe_l = jnp.where(empty, 1, l)
         o = _values.finish(jnp, acc / safe_l, call.values, ops.beta, call.which)
@@ -70,7 +69,7 @@ def fast_forward(call: Call) -> tuple[Array, Array]:
 
     whole = (*ops.q.shape[:-1], 1)
     nothing = (tiles.full(ops.q, (*whole[:-1], problem.value_dim), 0), tiles.full(ops.q, whole, -jnp.inf))
-    return lax.fori_loop(0, grid.rows.count, rows, nothing)
+    return tiles.loop((0, grid.rows.number), rows, nothing)
 
 
 def fast_backward(call: Call, state: State, total: Totals) -> Totals:
@@ -102,7 +101,7 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
             tiles.full(ops.q, (*ops.k.shape[:-2], problem.head_dim, grid.columns.block), 0),
             tiles.full(ops.q, (*to_dv.shape[:-2], to_dv.shape[-1], grid.columns.block), 0),
         )
-        total, dk, pg = lax.fori_loop(*grid.rows_of(problem, j), row, (total, *nothing))
+        total, dk, pg = tiles.loop(grid.rows_of(problem, j), row, (total, *nothing))
         dk, pg = jnp.matrix_transpose(dk), jnp.matrix_transpose(pg)
         dv = jnp.sum(_values.sum_forms(jnp, to_dv * pg, which), axis=-3, keepdims=True)
         dbeta = jnp.sum(_values.sum_forms(jnp, to_dbeta * pg, which), axis=-2, keepdims=True)
@@ -113,4 +112,4 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
         )
 
     total = total._replace(beta=total.beta + side.dbeta)
-    return lax.fori_loop(0, grid.columns.count, columns, total)
+    return tiles.loop((0, grid.columns.number), columns, total)
