@@ -1,0 +1,106 @@
+"""The command ``laser-conformance``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import laser_core
+
+from . import report
+from .arrays import known_libraries
+from .cases import LEVELS, all_cases, choose
+from .generate import DTYPES
+from .judge import Verdict
+from .run import TIME_LIMIT, CannotRun, Setup, run
+
+PASSED, FAILED, COULD_NOT = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0 where all is well, 1 where a case failed, 2 where nothing could be run."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+        return code
+    except (CannotRun, ValueError, FileExistsError, NotADirectoryError) as error:
+        print(f"laser-conformance: {error}", file=sys.stderr)
+        return COULD_NOT
+    except BrokenPipeError:
+        return COULD_NOT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="laser-conformance", description="Judge an implementation of LASER attention.", epilog=main.__doc__
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    judge = commands.add_parser("run", help="judge a registered backend")
+    judge.add_argument("--backend", required=True, metavar="NAME", help="the name that it is registered under")
+    judge.add_argument("--arrays", default="", metavar="LIBRARY", help=f"whose arrays: {', '.join(known_libraries())}")
+    judge.add_argument("--device", default="", help="a device of that library; default: its own default")
+    _selection(judge)
+    judge.add_argument(
+        "--dtype", action="append", default=[], choices=list(DTYPES), help="only this dtype; may be repeated"
+    )
+    judge.add_argument("--load", default="", metavar="MODULE:NAME", help="a backend record that no entry point names")
+    judge.add_argument("--limit", type=float, default=TIME_LIMIT, metavar="S", help="seconds per case (%(default)g)")
+    judge.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts")
+    judge.add_argument("--html", type=Path, metavar="FILE", help="write a report to look at")
+    judge.add_argument("--force", action="store_true", help="overwrite these files")
+    judge.set_defaults(command=_run)
+
+    lists = commands.add_parser("list", help="the levels and cases, a sentence each")
+    _selection(lists)
+    lists.set_defaults(command=_list)
+    return parser
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--level", action="append", default=[], metavar="LEVEL", help=f"only this level; may be repeated: {', '.join(LEVELS)}"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="CASE", help="only cases whose id begins like this; may be repeated"
+    )
+    parser.add_argument("--quick", action="store_true", help="the quick subset of the cases")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
+    for path in (arguments.json, arguments.html):
+        report.may_write(path, arguments.force)
+    setup = Setup(arguments.backend, arguments.arrays, arguments.device, arguments.load, tuple(arguments.dtype))
+    verdicts: list[Verdict] = []
+    progress = report.Progress(len(cases))
+    for verdict in run(setup, cases, arguments.limit):
+        if not verdicts or verdicts[-1].case != verdict.case:
+            progress.step(verdict)
+        verdicts.append(verdict)
+    progress.done()
+    record = report.record(verdicts)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(report.table(verdicts))
+    if any(v.status == "failed" for v in verdicts):
+        return FAILED
+    return PASSED if any(v.status == "passed" for v in verdicts) else COULD_NOT
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
+    width = max((len(case.id) for case in cases), default=0)
+    for level, sentence in LEVELS.items():
+        own = [case for case in cases if case.level == level]
+        if own:
+            print(f"{level} ({len(own)}): {sentence}")
+            for case in own:
+                print(f"  {case.id:<{width}}  {case.sentence}")
+    return PASSED
+
+
+assert laser_core and all_cases

@@ -1,0 +1,219 @@
+"""The runner: cases in a process of their own, so that one that crashes or hangs is a failed case and no more."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import laser_core
+
+from .arrays import Absent, open_library
+from .cases import Case, all_cases
+from .judge import Verdict, arrays_of, from_json, judge, to_json
+from .subject import Subject
+
+TIME_LIMIT = 120.0  # seconds per case
+_START_LIMIT = 180.0  # for importing a framework
+
+
+class CannotRun(RuntimeError):
+    """There is nothing to judge: an unknown or absent backend, or arrays that are not there."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Who is judged, on what.
+
+    Attributes:
+        backend: A registered name.
+        arrays: An array library; "" is the first that the backend names, or NumPy.
+        device: One of its devices; "" is its default.
+        load: ``module:ATTRIBUTE`` of a record to register first, for a backend that no entry point names.
+        dtypes: The dtypes to try; empty leaves the choice to the cases.
+    """
+
+    backend: str
+    arrays: str = ""
+    device: str = ""
+    load: str = ""
+    dtypes: tuple[str, ...] = ()
+
+    def subject(self) -> Subject:
+        """The backend and its arrays.
+
+        Raises:
+            CannotRun: Says why.
+        """
+        if self.load:
+            register(self.load)
+        known = laser_core.backends()
+        if self.backend not in known:
+            raise CannotRun(f"backend: got {self.backend!r}; allowed: {', '.join(map(repr, known))}")
+        record = known[self.backend]
+        if (reason := record.missing()) is not None:
+            raise CannotRun(f"backend {self.backend!r} is not there: it {reason}")
+        try:
+            return Subject(self.backend, open_library(self.arrays or (record.frameworks or ("numpy",))[0], self.device))
+        except (Absent, ValueError) as error:
+            raise CannotRun(str(error)) from error
+
+
+def register(load: str) -> laser_core.Backend:
+    """Add the record ``module:ATTRIBUTE`` to the registered backends of this process."""
+    module, _, attribute = load.partition(":")
+    try:
+        record = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CannotRun(f"load: got {load!r}; allowed: module:ATTRIBUTE of a laser_core.Backend; {error}") from error
+    if not isinstance(record, laser_core.Backend):
+        raise CannotRun(f"load: {load!r} is a {type(record).__name__}; allowed: a laser_core.Backend")
+    laser_core.backends()[record.name] = record
+    return record
+
+
+def run_here(setup: Setup, cases: tuple[Case, ...]) -> Iterator[Verdict]:
+    """Verdicts, in this process."""
+    subject = setup.subject()
+    for case in cases:
+        yield from judge(subject, case, setup.dtypes)
+
+
+def run(setup: Setup, cases: tuple[Case, ...], limit: float = TIME_LIMIT) -> Iterator[Verdict]:
+    """Verdicts case by case, each within a time limit, whatever an implementation does.
+
+    Raises:
+        CannotRun: Before the first case.
+    """
+    subject = setup.subject()
+    worker = _Worker(setup)
+    try:
+        for case in cases:
+            start = time.monotonic()
+            answer = worker.ask(case.id, limit)
+            if isinstance(answer, str):
+                seconds = time.monotonic() - start
+                yield Verdict(
+                    case.id, case.level, setup.backend, arrays_of(subject), "", "failed", None, answer, seconds
+                )
+                worker.close()
+                worker = _Worker(setup)
+            else:
+                yield from map(from_json, answer)
+    finally:
+        worker.close()
+
+
+class _Worker:
+    """A process that judges cases by id; its answers come through a pipe of their own."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.output: IO[bytes] = tempfile.TemporaryFile()
+        read, write = os.pipe()
+        # memory from malloc is filled with 0x7f, so that what compiled code does not write is noticed too
+        environment = os.environ | {"MALLOC_PERTURB_": "128", "PYTHONUNBUFFERED": "1"}
+        arguments = json.dumps({"pipe": write, **vars(setup)})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "laser_conformance.run", arguments],
+            stdin=subprocess.PIPE,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write,),
+            env=environment,
+        )
+        os.close(write)
+        self.answers = os.fdopen(read, "rb", buffering=0)
+        self.rest = b""
+        self.started = False
+
+    def ask(self, case: str, limit: float) -> list[dict[str, Any]] | str:
+        """The verdicts on a case; or a sentence where there are none."""
+        if not self.started:
+            ready = self._line(_START_LIMIT)
+            if ready is None:
+                return f"the worker did not start: {self._death()}"
+            self.started = True
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(case.encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return f"crashed: {self._death()}"
+        line = self._line(limit)
+        if line is None:
+            if self.process.poll() is None and not self._ended():
+                return f"gave no answer within {limit:g} s"
+            return f"crashed: {self._death()}"
+        answer: list[dict[str, Any]] = json.loads(line)
+        return answer
+
+    def _line(self, limit: float) -> bytes | None:
+        end = time.monotonic() + limit
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            while b"\n" not in self.rest:
+                left = end - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    return None
+                chunk = os.read(self.answers.fileno(), 65536)
+                if not chunk:
+                    return None
+                self.rest += chunk
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
+
+    def _ended(self) -> bool:
+        try:
+            self.process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _death(self) -> str:
+        try:
+            code = self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.output.seek(0)
+        said = self.output.read()[-2000:].decode(errors="replace").strip().splitlines()
+        return f"{how}; its last words: {' | '.join(said[-3:])}" if said else how
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.answers, self.output):
+            if stream is not None:
+                try:
+                    stream.close()
+                except BrokenPipeError:
+                    pass
+
+
+def _serve(arguments: str) -> None:
+    """The worker: a case id a line from standard input, verdicts as JSON a line to the pipe."""
+    options = json.loads(arguments)
+    pipe = options.pop("pipe")
+    setup = Setup(**(options | {"dtypes": tuple(options["dtypes"])}))
+    cases = {case.id: case for case in all_cases()}
+    subject = setup.subject()
+    with os.fdopen(pipe, "w", buffering=1) as answers:
+        answers.write("ready\n")
+        for line in sys.stdin:
+            verdicts = judge(subject, cases[line.strip()], setup.dtypes)
+            answers.write(json.dumps([to_json(v) for v in verdicts]) + "\n")
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
