@@ -22,8 +22,6 @@ from ._registry import Backend, Forward, Gradients
 from ._tiles import Block, Index, Tiles
 from ._values import Forms, Values
 
-_HEADROOM = 16.0  # p is kept e^16 above the row's own scale, that much further from underflow
-
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output tile by tile."""
@@ -88,9 +86,7 @@ def _fast_rows(
     for columns in _tiles.key_spans(block.problem, rows, block_k):
         s, _, partial = _tiles.scores(xp, block, rows, columns)
         m_new = xp.maximum(m, xp.max(s, axis=-1, keepdims=True))
-        reference = m_new - _HEADROOM
-        if partial:
-            reference = xp.where(m_new == -math.inf, xp.zeros_like(m_new), reference)
+        reference = m_new if not partial else xp.where(m_new == -math.inf, xp.zeros_like(m_new), m_new)
         rescale = xp.exp(m - m_new) if not partial else xp.where(m == m_new, xp.ones_like(m), xp.exp(m - m_new))
         p = xp.exp(s - reference)
         l = l * rescale + xp.sum(p, axis=-1, keepdims=True)
@@ -106,7 +102,7 @@ def _fast_rows(
     if values.broken is not None:
         o = _values.mark_broken(xp, o, xp.broadcast_to(broken, (*shape[:3], values.broken.shape[-1])), block.beta)
     o = xp.where(empty, xp.zeros_like(o), o)
-    log_l = xp.where(empty, xp.full_like(l, -math.inf), m - _HEADROOM + xp.log(safe_l))
+    log_l = xp.where(empty, xp.full_like(l, -math.inf), m + xp.log(safe_l))
     return o, log_l[..., 0]
 
 
