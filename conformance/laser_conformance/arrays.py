@@ -87,7 +87,10 @@ def _strict(device: str) -> Library:
     dtypes = ("float32",) if device in ("no_float64", "no_x64") else ("float64", "float32")
 
     def context(dtype: str) -> AbstractContextManager[Any]:
-        return xp.ArrayAPIStrictFlags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
+        flags: AbstractContextManager[Any] = xp.ArrayAPIStrictFlags(
+            boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
+        )
+        return flags
 
     def put(x: Floats) -> Array:
         return xp.asarray(x, device=place)
@@ -120,9 +123,7 @@ def _torch(device: str) -> Library:
         if place.type == "cuda":
             torch.cuda.synchronize(place)
 
-    return Library(
-        "torch", device, put, get, ALL, True, lambda dtype: contextlib.nullcontext(), synchronize
-    )
+    return Library("torch", device, put, get, ALL, True, lambda dtype: contextlib.nullcontext(), synchronize)
 
 
 def _writable(x: Floats) -> Floats:
@@ -167,7 +168,13 @@ def _cupy(device: str) -> Library:
 
     dtypes = ("float64", "float32", "float16")
     return Library(
-        "cupy", device, put, cupy.asnumpy, dtypes, True, lambda dtype: contextlib.nullcontext(),
+        "cupy",
+        device,
+        put,
+        cupy.asnumpy,
+        dtypes,
+        True,
+        lambda dtype: contextlib.nullcontext(),
         lambda a: cupy.cuda.get_current_stream().synchronize(),
     )
 
@@ -188,20 +195,12 @@ _MAKERS: dict[str, Callable[[str], Library]] = {
 def poisoned(library: str) -> Iterator[None]:
     """Within, memory that ``empty`` and its like hand out is full of NaN, so that what is not written is noticed."""
     with ExitStack() as stack:
-        for module, names in _EMPTY.get(library, {"numpy": ("empty", "empty_like")}).items():
+        for module in {"numpy", library} & {"numpy", "torch", "cupy"}:
             target: Any = importlib.import_module(module)
-            for part in module.split(".")[1:]:
-                target = getattr(target, part, target)
-            for name in names:
+            for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
                 if hasattr(target, name):
                     stack.enter_context(mock.patch.object(target, name, _filling(getattr(target, name))))
         yield
-
-
-_EMPTY = {
-    "torch": {"numpy": ("empty", "empty_like"), "torch": ("empty", "empty_like", "empty_strided", "empty_permuted")},
-    "cupy": {"numpy": ("empty", "empty_like"), "cupy": ("empty", "empty_like")},
-}
 
 
 def _filling(function: Callable[..., Array]) -> Callable[..., Array]:

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import laser_core
-
 from . import report
 from .arrays import known_libraries
-from .cases import LEVELS, all_cases, choose
+from .cases import LEVELS, choose
 from .generate import DTYPES
 from .judge import Verdict
 from .run import TIME_LIMIT, CannotRun, Setup, run
@@ -62,10 +60,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--level", action="append", default=[], metavar="LEVEL", help=f"only this level; may be repeated: {', '.join(LEVELS)}"
+        "--level",
+        action="append",
+        default=[],
+        metavar="LEVEL",
+        help=f"only this level; may be repeated: {', '.join(LEVELS)}",
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="CASE", help="only cases whose id begins like this; may be repeated"
+        "--only",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help="only cases whose id begins like this; may be repeated",
     )
     parser.add_argument("--quick", action="store_true", help="the quick subset of the cases")
 
@@ -101,6 +107,3 @@ def _list(arguments: argparse.Namespace) -> int:
             for case in own:
                 print(f"  {case.id:<{width}}  {case.sentence}")
     return PASSED
-
-
-assert laser_core and all_cases

@@ -85,7 +85,7 @@ def in_norm(what: str, got: Floats, expected: Floats, allowed: float) -> Finding
         return Finding(
             what,
             math.inf if math.isnan(ratio) else ratio,
-            f"{what}: error {error:.4g} in the Frobenius norm, allowed {allowed:.4g}, norm {norm(expected):.4g}{detail}",
+            f"{what}: error {error:.4g} in the Frobenius norm, allowed {allowed:.4g}, of {norm(expected):.4g}{detail}",
         )
     return Finding(what, ratio)
 

@@ -1,8 +1,8 @@
 """Inputs that are the same bits on every machine: integers from a counter, exact arithmetic, one rounding at the end.
 
 Word n of the stream with key κ is splitmix64's output function applied to κ + n·0x9E3779B97F4A7C15 (mod 2⁶⁴), n ≥ 1.
-A normal number is the sum of the twelve 16-bit parts of three words, less its mean, over 2¹⁶ (its variance is 1 − 2⁻³²):
-an integer of 20 bits over a power of two, so no library function that may differ between machines is involved.
+A normal number is the sum of the twelve 16-bit parts of three words, less its mean, over 2¹⁶ (variance 1 − 2⁻³²): an
+integer of 20 bits over a power of two, so no library function that may differ between machines is involved.
 It is scaled in float64, then rounded to nearest even to float32 and from there to the dtype.
 """
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[Any]
+Floats: TypeAlias = Any  # NumPy arrays; of bfloat16, which is no NumPy dtype, static types know nothing
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "float64": np.dtype(np.float64),
@@ -66,17 +66,19 @@ def normal(key: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Standard normal numbers, in float64 and exact."""
     count = int(np.prod(shape, dtype=np.int64))
     parts = words(key, 3 * count).astype("<u8").view("<u2").reshape(count, 12)
-    return ((parts.sum(axis=1, dtype=np.int64) - 6 * 65535) / 65536.0).reshape(shape)
+    sums: NDArray[np.int64] = parts.sum(axis=1, dtype=np.int64)
+    return ((sums - 6 * 65535) / 65536.0).reshape(shape)
 
 
 def uniform(key: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Multiples of 2⁻⁵³ in [0, 1)."""
-    return ((words(key, int(np.prod(shape, dtype=np.int64))) >> np.uint64(11)) * 2.0**-53).reshape(shape)
+    bits = words(key, int(np.prod(shape, dtype=np.int64))) >> np.uint64(11)
+    return (bits.astype(np.float64) * 2.0**-53).reshape(shape)
 
 
 def limits(dtype: str) -> Any:
     """``finfo`` of a dtype by name."""
-    return ml_dtypes.finfo(DTYPES[dtype])
+    return ml_dtypes.finfo(DTYPES[dtype])  # type: ignore[no-untyped-call]
 
 
 def rounded(x: Floats, dtype: str) -> Floats:
@@ -128,4 +130,4 @@ def little_endian(x: Floats) -> bytes:
     x = np.ascontiguousarray(x)
     if x.dtype.byteorder == ">" or (x.dtype.byteorder == "=" and not np.little_endian):
         x = x.byteswap()
-    return x.tobytes()
+    return bytes(x.tobytes())

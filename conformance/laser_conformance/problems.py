@@ -12,6 +12,7 @@ import numpy as np
 
 from .generate import Fill, Floats, fill, key_of, rounded, uniform
 
+NORMAL = Fill()
 Alignment = Literal["top_left", "bottom_right"]
 GRADIENTS = ("query", "key", "value", "bias", "beta")
 
@@ -28,9 +29,9 @@ class Spec:
     heads: tuple[int, int] = (2, 2)  # Hq, Hkv
     lengths: tuple[int, int] = (33, 40)  # Lq, Lk
     dims: tuple[int, int] = (16, 16)  # D, E
-    query: Fill = Fill()
-    key: Fill = Fill()
-    value: Fill = Fill()
+    query: Fill = NORMAL
+    key: Fill = NORMAL
+    value: Fill = NORMAL
     scale: float | None = None
     beta: float = 1.0
     beta_shape: tuple[int, ...] | None = None
@@ -40,7 +41,7 @@ class Spec:
     mask_shape: tuple[int, ...] | None = None
     mask_density: float = 0.6
     bias_shape: tuple[int, ...] | None = None
-    bias: Fill = Fill()
+    bias: Fill = NORMAL
     bias_hides: float = 0.0  # the share of −∞ in the bias
     query_lengths: tuple[int, ...] | None = None
     key_lengths: tuple[int, ...] | None = None

@@ -21,6 +21,7 @@ class Progress:
     """A bar on standard error, where that is a terminal."""
 
     def __init__(self, total: int) -> None:
+        """For so many cases."""
         self.total, self.count, self.failed = total, 0, 0
         self.shown = sys.stderr.isatty()
 
@@ -32,7 +33,9 @@ class Progress:
             filled = 30 * self.count // max(self.total, 1)
             state = f" {self.failed} failed" if self.failed else ""
             bar = "█" * filled + "░" * (30 - filled)
-            print(f"\r\033[K{bar} {self.count}/{self.total}{state}  {verdict.case}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{bar} {self.count}/{self.total}{state}  {verdict.case}", end="", file=sys.stderr, flush=True
+            )
 
     def done(self) -> None:
         """Take the bar away."""
@@ -86,7 +89,9 @@ def table(verdicts: list[Verdict]) -> str:
     if not verdicts:
         return "no case was selected"
     lines = [f"{verdicts[0].backend} on {verdicts[0].arrays}", ""]
-    lines.append(f"{'level':<12} {'':<8} {'passed':>6} {'failed':>6} {'refused':>7} {'skipped':>7} {'worst':>6} {'seconds':>8}")
+    lines.append(
+        f"{'level':<12} {'':<8} {'passed':>6} {'failed':>6} {'refused':>7} {'skipped':>7} {'worst':>6} {'seconds':>8}"
+    )
     for level, own in by_level(verdicts).items():
         count = {s: sum(v.status == s for v in own) for s in ("passed", "failed", "refused", "skipped")}
         ratio = worst(own)

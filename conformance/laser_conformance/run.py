@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -117,7 +118,7 @@ class _Worker:
     """A process that judges cases by id; its answers come through a pipe of their own."""
 
     def __init__(self, setup: Setup) -> None:
-        self.output: IO[bytes] = tempfile.TemporaryFile()
+        self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
         # memory from malloc is filled with 0x7f, so that what compiled code does not write is noticed too
         environment = os.environ | {"MALLOC_PERTURB_": "128", "PYTHONUNBUFFERED": "1"}
@@ -195,10 +196,8 @@ class _Worker:
         self.process.wait()
         for stream in (self.process.stdin, self.answers, self.output):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
 
 
 def _serve(arguments: str) -> None:

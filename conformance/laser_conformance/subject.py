@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import laser_core
 import numpy as np
+
+import laser_core
 
 from .arrays import Library, poisoned
 from .compare import Finding, like, same_bits
@@ -38,7 +39,9 @@ class Subject:
     def why_not(self, data: Data) -> str | None:
         """The reason of the backend's record for not running a problem, or None."""
         if data.dtype not in self.library.dtypes:
-            return f"{self.library.name} has no {data.dtype}" + (f" on {self.library.device}" if self.library.device else "")
+            return f"{self.library.name} has no {data.dtype}" + (
+                f" on {self.library.device}" if self.library.device else ""
+            )
         with self.library.context(data.dtype):
             arguments = {n: self.library.put(x) for n, x in data.arrays.items()}
             report = laser_core.explain(**arguments, **data.options(), backend=self.backend)
@@ -73,7 +76,9 @@ class Subject:
                 got = {f"d_{n}": getattr(grads, n, None) for n in GRADIENTS if n in arguments}
                 for name in GRADIENTS:
                     if name not in arguments and getattr(grads, name, None) is not None:
-                        raise TypeError(f"the gradient of {name} is {type(getattr(grads, name)).__name__}; it should be None")
+                        raise TypeError(
+                            f"the gradient of {name} is {type(getattr(grads, name)).__name__}; it should be None"
+                        )
             else:
                 pulled = {}
                 result = laser_core.laser_attention(**arguments, **options, backend=self.backend)

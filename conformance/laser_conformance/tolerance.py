@@ -6,19 +6,21 @@ Outputs. With u the unit roundoff of the dtype (float16 2⁻¹¹, bfloat16 2⁻�
     float32               1e-5·(1 + |o|)  + ε_s         log-sum-exp: 1e-4·(1 + |l|)
     float64               the float32 bounds, times 2⁻²⁹
 
-ε_s = 2⁻²⁰·S is what float32 scores cost, S = scale·max|q_i|·max|k_j| + max|bias|: adding a bias of 1000 in float32 rounds
-as much as a product of 1000 does. For |β| < 1, where expm1 takes the place of exp and an error of the scores is no longer
-divided by β, the constant terms and ε_s are multiplied by 1 + max|v| over what the query sees.
+ε_s = 2⁻²⁰·S is what float32 scores cost, S = scale·max|q_i|·max|k_j| + max|bias|: adding a bias of 1000 in float32
+rounds as much as a product of 1000 does. For |β| < 1, where expm1 takes the place of exp and an error of the scores is
+no longer divided by β, the constant terms and ε_s are multiplied by 1 + max|v| over what the query sees.
 
-Gradients. In the Frobenius norm of each, at most 2 × what the plain formula loses when its matrix products take operands
-rounded to the dtype, plus u times the norm. The plain formula is that of a kernel, evaluated in float32 (float64 problems:
-in float64), forward with p = exp(s − m) and backward with p = exp(s − l):
+Gradients. In the Frobenius norm of each, at most 2 × what the plain formula loses when its matrix products take
+operands rounded to the dtype, plus u times the norm, plus what flushing subnormal numbers to zero costs. The plain
+formula is that of a kernel, evaluated in float32 (float64 problems: in float64), forward with p = exp(s − m), backward
+with p = exp(s − l):
 
     P·X,  pᵀ·G,  G·Xᵀ,  dS·K,  dSᵀ·Q        with X = exp(βv) or (exp(βv) − 1)/β,  G = do·exp(−βo)
 
-in which each operand keeps the significand of the dtype and any exponent, so that it has a loss for every range of values.
-Where the references m and c lie is up to an implementation, and so is its luck with a few roundings: the loss is the greatest
-of 8 evaluations (2 of large problems) with shifted references. Where no float wider than float64 exists to measure the loss of float64 with, it is that of float32, times 2⁻²⁹.
+in which each operand keeps the significand of the dtype and any exponent, so that it has a loss for every range of
+values. Where the references m and c lie is up to an implementation, and so is its luck with a few roundings: the loss
+is the greatest of 8 evaluations (2 of large problems) with shifted references. Where no float wider than float64
+exists to measure the loss of float64 with, it is that of float32, times 2⁻²⁹.
 """
 
 from __future__ import annotations
@@ -96,7 +98,10 @@ def norm(x: Floats) -> float:
 
 def _flush(dtype: str, size: int) -> float:
     """What results that are flushed to zero, or rounded to a multiple of the least number, may lose in norm."""
-    least = max(float(limits(dtype).smallest_subnormal), float(limits("float64" if dtype == "float64" else "float32").smallest_normal))
+    least = max(
+        float(limits(dtype).smallest_subnormal),
+        float(limits("float64" if dtype == "float64" else "float32").smallest_normal),
+    )
     return math.sqrt(size) * least
 
 
@@ -109,7 +114,9 @@ def gradient_losses(data: Data, rows: tuple[int, int] | None = None) -> dict[str
     if data.dtype == "float64" and np.finfo(np.longdouble).nmant == np.finfo(np.float64).nmant:
         arrays = {n: rounded(x, "float32") if x.dtype == np.float64 else x for n, x in data.arrays.items()}
         d_lse = None if data.d_lse is None else rounded(data.d_lse, "float32")
-        data = dataclasses.replace(data, dtype="float32", arrays=arrays, d_out=rounded(data.d_out, "float32"), d_lse=d_lse)
+        data = dataclasses.replace(
+            data, dtype="float32", arrays=arrays, d_out=rounded(data.d_out, "float32"), d_lse=d_lse
+        )
         factor = _FLOAT64
     exact = truth(data, gradients=True, rows=rows).gradients
     evaluations = 8 if data.spec.terms <= _FEW_TERMS else 2
@@ -130,7 +137,7 @@ def significand(x: Floats, dtype: str) -> Floats:
 
 
 def plain_gradients(data: Data, rows: tuple[int, int] | None = None, shift: float = 0.0) -> dict[str, Floats]:
-    """All gradients by the plain formula in the compute dtype with rounded operands, the references of the exponentials shifted."""
+    """All gradients by the plain formula with rounded operands, the references of the exponentials shifted."""
     compute: Any = np.float64 if data.dtype == "float64" else np.float32
     s = data.spec
     grads = {n: np.zeros(x.shape, np.float64) for n, x in data.arrays.items() if n in ("query", "key", "value")}
@@ -163,7 +170,7 @@ def plain_gradients(data: Data, rows: tuple[int, int] | None = None, shift: floa
 def _plain_head(
     s: Floats, v: Floats, beta: Floats, do: Floats, dl: Floats, dtype: str, shift: Any
 ) -> tuple[Floats, Floats, Floats]:
-    """ds, dv and dβ of one head; channels with |β| < 1 whose values are mild in the expm1 form, the others in the exp form.
+    """ds, dv and dβ of one head; channels with |βv| ≤ 1 and |β| < 1 in the expm1 form, the others in the exp form.
 
     A product of exponentials is kept as the exponential of a sum, times one plus the relative rounding of each factor.
     """
@@ -222,6 +229,8 @@ def _rounded_exp(y: Floats, shift: Any, dtype: str) -> tuple[Floats, Floats]:
     exact = np.where(np.isfinite(y), y, 0).astype(wider) - wider(shift)
     n = np.floor(exact * wider(math.log2(math.e)))  # 2ⁿ is taken out: it changes no significand
     mild = np.abs(argument) < 80
-    x = np.where(mild, np.exp(np.where(mild, argument, 0)), np.exp2((exact * wider(math.log2(math.e)) - n).astype(y.dtype)))
+    x = np.where(
+        mild, np.exp(np.where(mild, argument, 0)), np.exp2((exact * wider(math.log2(math.e)) - n).astype(y.dtype))
+    )
     scaled = np.where(mild, np.exp(np.where(mild, exact, 0)), np.exp2(exact * wider(math.log2(math.e)) - n))
     return np.exp(y - shift), (significand(x.astype(y.dtype), dtype) / scaled - 1).astype(y.dtype)

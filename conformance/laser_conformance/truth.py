@@ -10,7 +10,6 @@ finite differences. float64 problems are evaluated in the machine's ``long doubl
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ _TERMS = 2**21  # of p_ij·exp(βv_je) in memory at a time
 class Truth:
     """Expected results, in float64 or wider.
 
-    ``gradients`` holds query, key, value, bias and beta; it is empty where they were not asked for. ``low`` and ``high``
-    are the least and greatest value that a query sees, per channel; ``size`` the greatest magnitude.
+    ``gradients`` holds query, key, value, bias and beta; it is empty where they were not asked for. ``low`` and
+    ``high`` are the least and greatest value that a query sees, per channel; ``size`` the greatest magnitude.
     """
 
     out: Floats
@@ -87,7 +86,7 @@ def heads(data: Data, dtype: Any, rows: tuple[int, int] | None = None) -> Iterat
     for start in range(first, last, step):
         part = slice(start, min(start + step, last))
         seen_by = visible(data, part)
-        for at in itertools.product(*map(range, s.batch), range(hq)):
+        for at in np.ndindex(*s.batch, hq):
             kv = (*at[:-1], at[-1] // (hq // hkv))
             seen = seen_by[at]
             some_query, some_key = seen.any(axis=1)[:, None], seen.any(axis=0)[:, None]
@@ -123,7 +122,7 @@ def _truth(data: Data, dtype: Any, gradients: bool, rows: tuple[int, int] | None
     dbias = np.zeros((*s.out_shape[:-1], s.lengths[1]), dtype=dtype) if "bias" in grads else None
     dbeta = np.zeros((s.heads[0], s.dims[1]), dtype=dtype)
     for head in heads(data, dtype, rows):
-        here = (*head.at, slice(head.rows.start - first, head.rows.stop - first))
+        here: Any = (*head.at, slice(head.rows.start - first, head.rows.stop - first))
         some = head.seen.any(axis=1)
         if not some.any():
             continue
@@ -158,7 +157,7 @@ _DIFFERENTIABLE = ("query", "key", "value", "bias", "beta")
 
 
 def attend(s: Floats, v: Floats, beta: Floats) -> tuple[Floats, Floats, Floats]:
-    """o, l and p from scores ``(Lq, Lk)``, values ``(Lk, E)`` and ``beta (E,)``; a row that sees nothing has 0, −∞, 0."""
+    """o, l and p from scores ``(Lq, Lk)``, values ``(Lk, E)`` and ``beta (E,)``; 0, −∞ and 0 where nothing is seen."""
     empty = np.all(s == -math.inf, axis=1)
     m = np.where(empty, 0, np.max(s, axis=1))[:, None]
     total = np.sum(np.exp(s - m), axis=1)[:, None]
@@ -213,9 +212,7 @@ def defect(u: Floats, below: float = 0.3) -> Floats:
     return _by_series(u, series, lambda u: ((1 + u) * np.log1p(u) - u) / (u * u), below)
 
 
-def _by_series(
-    t: Floats, coefficients: list[float], direct: Callable[[Floats], Floats], below: float
-) -> Floats:
+def _by_series(t: Floats, coefficients: list[float], direct: Callable[[Floats], Floats], below: float) -> Floats:
     near = np.abs(t) < below
     small = np.where(near, t, 0)
     total = np.zeros_like(small)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
-import laser_core
 import ml_dtypes
 import numpy as np
+
+import laser_core
 from laser_core import Forward, Gradients, Inputs, Problem
 
-Floats = np.ndarray[Any, np.dtype[Any]]
+Floats: TypeAlias = Any
 
 
 class Honest:
@@ -100,13 +101,15 @@ class Honest:
 
     def clean(self, q: Floats, k: Floats, v: Floats, seen: Floats) -> tuple[Floats, Floats, Floats]:
         """What is not finite is taken out of the products; it is put back into the scores where it is seen."""
-        zero = lambda x, axis: np.where(seen.any(axis=axis)[..., None], x, 0)  # noqa: E731
-        return zero(q, -1), zero(k, -2), zero(v, -2)
+        query, key = seen.any(axis=-1)[..., None], seen.any(axis=-2)[..., None]
+        return np.where(query, q, 0), np.where(key, k, 0), np.where(key, v, 0)
 
     def products(self, problem: Problem, q: Floats, k: Floats) -> Floats:
         """scale·q·kᵀ."""
         broken = ~np.isfinite(q).all(axis=-1)[..., :, None] | ~np.isfinite(k).all(axis=-1)[..., None, :]
-        x = problem.scale * (np.nan_to_num(q, posinf=0, neginf=0) @ np.nan_to_num(k, posinf=0, neginf=0).swapaxes(-1, -2))
+        x = problem.scale * (
+            np.nan_to_num(q, posinf=0, neginf=0) @ np.nan_to_num(k, posinf=0, neginf=0).swapaxes(-1, -2)
+        )
         return np.where(broken, np.nan, x)
 
     def scores(self, problem: Problem, inputs: Inputs, x: Floats, seen: Floats) -> tuple[Floats, Floats]:

@@ -1,0 +1,77 @@
+"""The suite can fail: every sabotaged implementation is rejected, by the level that its flaw belongs to."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from laser_conformance.arrays import Library, open_library
+from laser_conformance.cases import choose
+from laser_conformance.checks import forward
+from laser_conformance.judge import judge
+from laser_conformance.problems import Spec, build
+from laser_conformance.sabotage import FLAWS, Honest
+from laser_conformance.subject import Subject
+
+import laser_core
+
+
+@pytest.fixture
+def register() -> Iterator[object]:
+    added = []
+
+    def register(cls: type[Honest]) -> Subject:
+        record = cls.backend()
+        laser_core.backends()[record.name] = record
+        added.append(record.name)
+        return Subject(record.name, open_library("numpy"))
+
+    yield register
+    for name in added:
+        del laser_core.backends()[name]
+
+
+def test_enough_flaws():
+    assert len(FLAWS) >= 25
+    assert all(cls.__doc__ for cls in FLAWS.values())
+
+
+def test_honest_passes(register):
+    subject = register(Honest)
+    failed = [v for case in choose(quick=True) for v in judge(subject, case) if v.status != "passed"]
+    assert not failed, failed[0]
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_rejected(name, register):
+    cls = FLAWS[name]
+    subject = register(cls)
+    addresses = cls.caught_by == "scale"  # the other long problems need a backend that does not materialise
+    cases = choose((cls.caught_by,), only=("scale/beyond",) if addresses else (), quick=not addresses)
+    assert any(v.status == "failed" for case in cases for v in judge(subject, case))
+
+
+def test_another_device():
+    """A result on another device of the same namespace is rejected, whatever its values."""
+    strict = pytest.importorskip("array_api_strict")
+
+    class AnotherDevice(Honest):
+        """The output is on another device."""
+
+        def frameworks(self):
+            return ("array_api_strict",)
+
+        def forward(self, problem, inputs):
+            inputs = type(inputs)(*(None if x is None else np.asarray(x._array) for x in inputs))
+            result = super().forward(problem, inputs)
+            return result._replace(out=strict.asarray(result.out, device=strict.Device("device1")))
+
+    record = AnotherDevice.backend()
+    laser_core.backends()[record.name] = record
+    try:
+        library: Library = open_library("array_api_strict")
+        found = forward(Subject(record.name, library), build(Spec(seed="device"), "float32"))
+    finally:
+        del laser_core.backends()[record.name]
+    (problem,) = [f.problem for f in found if f.problem]
+    assert problem.startswith("out is on device")
+    assert "device1" in problem
