@@ -85,7 +85,7 @@ def rounded(x: Floats, dtype: str) -> Floats:
     """``x`` in a dtype; by way of float32 to those below it."""
     if dtype in ("float16", "bfloat16"):
         x = x.astype(np.float32)
-    return x.astype(DTYPES[dtype])
+    return np.ascontiguousarray(x.astype(DTYPES[dtype]))
 
 
 def fill(how: Fill, name: str, shape: tuple[int, ...], dtype: str) -> Floats:
@@ -109,7 +109,7 @@ def fill(how: Fill, name: str, shape: tuple[int, ...], dtype: str) -> Floats:
         x = np.where(u < 0, u * 0.4 - 0.5, u * 0.4 + 0.5) * min(float(limits(dtype).max), _FLOAT32_MAX)
     else:
         x = how.scale * normal(key, shape) + how.offset
-    return rounded(x, dtype)
+    return rounded(np.ascontiguousarray(x), dtype)
 
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
