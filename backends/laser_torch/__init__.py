@@ -43,11 +43,6 @@ def mask_shape(problem: Problem) -> tuple[int, ...] | None:
 
 
 def _why_not(problem: Problem) -> str | None:
-    if problem.device != "cpu":
-        return (
-            f"device {problem.device}: torch operators cannot branch on the device, so values outside the fast range "
-            "could not take the exact path without a host round trip (supported: cpu)"
-        )
     if problem.beta is None:
         return "beta is an array: its channels may need both transformations of the values (supported: a number)"
     if 0 < abs(problem.beta) < 1:
@@ -74,6 +69,7 @@ SDPA = Backend(
     forward=_forward,
     backward=_backward,
     frameworks=("torch",),
+    devices=("cpu",),  # elsewhere torch cannot branch on the device: the exact path would need a host round trip
     requires=("torch",),
     why_not=_why_not,
     priority=lambda problem: 30,
