@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient, _reference, _values
 from laser_core._values import Forms, Values
@@ -184,6 +185,8 @@ def backward(
         none: Gradients = _gradient.no_gradients(jnp, inputs)
         return none
     call = Call.of(problem, inputs)
+    # A cotangent is often constant, and XLA takes seconds to fold reductions of a constant.
+    d_out = lax.optimization_barrier(d_out)  # type: ignore[no-untyped-call]
     o = call.laid_out(done.out if done.residual is None else done.residual)
     l, do = call.laid_out(done.lse, 1), call.laid_out(d_out)
     dl = jnp.zeros_like(l) if d_lse is None else call.laid_out(d_lse, 1)
