@@ -25,6 +25,26 @@ def _xla_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Arr
     return gradients
 
 
+def _dpa_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import dpa
+
+    return dpa.forward(problem, inputs)
+
+
+def _dpa_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    from . import dpa
+
+    return dpa.backward(problem, inputs, forward, d_out, d_lse)
+
+
+def _dpa_why_not(problem: Problem) -> str | None:
+    if problem.bias_shape is not None:
+        return "bias: its gradient would need the probabilities, which JAX's function does not return"
+    if problem.logits_soft_cap is not None:
+        return "logits_soft_cap: JAX's function has none"
+    return None
+
+
 XLA = Backend(
     name="jax-xla",
     summary="tile loops in lax on every device that XLA serves: every option, exact for all finite inputs, O(L) memory",
@@ -33,5 +53,18 @@ XLA = Backend(
     frameworks=("jax",),
     requires=("jax",),
     priority=lambda problem: 30,
+    residual_dtype=_residual_dtype,
+)
+
+DPA = Backend(
+    name="jax-dpa",
+    summary="jax.nn.dot_product_attention on exponentiated values; heads outside the fast range take the exact path",
+    forward=_dpa_forward,
+    backward=_dpa_backward,
+    frameworks=("jax",),
+    dtypes=("float16", "bfloat16", "float32"),  # JAX's function takes the softmax in float32 whatever it is given
+    requires=("jax",),
+    why_not=_dpa_why_not,
+    priority=lambda problem: 15,  # it materialises the scores, and was the slower of the two wherever both were timed
     residual_dtype=_residual_dtype,
 )
