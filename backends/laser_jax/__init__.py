@@ -28,13 +28,15 @@ def _xla_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Arr
 def _dpa_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import dpa
 
-    return dpa.forward(problem, inputs)
+    done: Forward = dpa.forward(problem, inputs)
+    return done
 
 
 def _dpa_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     from . import dpa
 
-    return dpa.backward(problem, inputs, forward, d_out, d_lse)
+    gradients: Gradients = dpa.backward(problem, inputs, forward, d_out, d_lse)
+    return gradients
 
 
 def _dpa_why_not(problem: Problem) -> str | None:

@@ -82,9 +82,11 @@ def _attend(call: Call, seen: Array | None) -> Callable[[Array, Array, Array], t
         if x.shape[-3] != k.shape[-3]:  # β differs between the query heads of a group, and so do their values
             k = jnp.broadcast_to(k, (*x.shape[:-2], *k.shape[-2:]))
         width = max(q.shape[-1], x.shape[-1])  # the function wants one width
-        padded = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])]) for a in (q, k, x))
-        operands = (jnp.swapaxes(_heads_first(a), 1, 2) for a in padded)
-        a, l = jax.nn.dot_product_attention(*operands, mask=mask, scale=1.0, implementation="xla", return_residual=True)
+        padded = [jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])]) for a in (q, k, x)]
+        bq, bk, bx = (jnp.swapaxes(_heads_first(a), 1, 2) for a in padded)
+        a, l = jax.nn.dot_product_attention(
+            bq, bk, bx, mask=mask, scale=1.0, implementation="xla", return_residual=True
+        )
         a = jnp.swapaxes(a, 1, 2)[..., : x.shape[-1]]
         return jnp.reshape(a, (*q.shape[:-1], x.shape[-1])), jnp.reshape(jnp.swapaxes(l, 1, 2), (*q.shape[:-1], 1))
 

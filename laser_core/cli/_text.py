@@ -82,4 +82,5 @@ def _standard_library() -> list[bytes]:
 
 def windows(text: Bytes, starts: NDArray[np.int64], context: int) -> Bytes:
     """The ``context`` + 1 bytes from each of ``starts``, ``(len(starts), context + 1)``."""
-    return text[starts[:, None] + np.arange(context + 1)]
+    taken: Bytes = text[starts[:, None] + np.arange(context + 1)]
+    return taken
