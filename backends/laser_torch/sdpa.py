@@ -261,8 +261,10 @@ def _rows(
 
 
 def _pad(x: Tensor, width: int) -> Tensor:
-    """Zero columns up to the one width that the kernel wants of all its operands."""
-    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    """Zero columns up to the one width that the kernel wants of all its operands; it takes columns to be adjacent."""
+    if x.shape[-1] != width:
+        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------- exceptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import frameworks, properties
 from .case import EACH, LEVELS, TWO, Case
 from .cases_hard import SIGMAS, determinism, hostile, isolation, layout, precision, scale
 from .cases_plain import masks, options, plain
@@ -11,7 +12,19 @@ __all__ = ["EACH", "LEVELS", "SIGMAS", "TWO", "Case", "all_cases", "choose"]
 
 def all_cases() -> tuple[Case, ...]:
     """Every case, in the order of the levels."""
-    makers = (plain, masks, options, precision, hostile, isolation, determinism, layout, scale)
+    makers = (
+        plain,
+        masks,
+        options,
+        precision,
+        hostile,
+        isolation,
+        determinism,
+        layout,
+        scale,
+        frameworks.cases,
+        properties.cases,
+    )
     found = [case for maker in makers for case in maker()]
     order = list(LEVELS)
     return tuple(sorted(found, key=lambda case: order.index(case.level)))

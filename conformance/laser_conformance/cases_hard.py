@@ -227,6 +227,7 @@ def determinism() -> Iterator[Case]:
 
 def layout() -> Iterator[Case]:
     """Strides and sizes."""
+    bias: dict[str, Any] = {"bias_shape": (2, 4, 33, 40), "heads": (4, 2)}
     for check, sentence in (
         ("heads inside", "Stored as (..., L, H, D)."),
         ("columns", "Stored as (..., D, L)."),
@@ -234,13 +235,10 @@ def layout() -> Iterator[Case]:
         ("stride 0", "Broadcast views."),
     ):
         name = check.replace(" ", "-")
-        yield Case(
-            id=f"layout/{name}",
-            sentence=sentence,
-            spec=Spec(seed=f"layout/{name}", batch=(2,), heads=(4, 2), bias_shape=(2, 4, 33, 40)),
-            check=check,
-            quick=check == "heads inside",
-        )
+        for suffix, more in (("", {}), ("-bias", bias)):
+            spec = Spec(seed=f"layout/{name}{suffix}", batch=(2,), **more)
+            quick = check in ("heads inside", "columns") and not more
+            yield Case(id=f"layout/{name}{suffix}", sentence=sentence, spec=spec, check=check, quick=quick)
     for lq, lk in (
         (1, 1),
         (7, 3),
