@@ -236,9 +236,9 @@ def layout() -> Iterator[Case]:
     ):
         name = check.replace(" ", "-")
         for suffix, more in (("", {}), ("-bias", bias)):
-            spec = Spec(seed=f"layout/{name}{suffix}", batch=(2,), **more)
+            problem = Spec(seed=f"layout/{name}{suffix}", batch=(2,), **more)
             quick = check in ("heads inside", "columns") and not more
-            yield Case(id=f"layout/{name}{suffix}", sentence=sentence, spec=spec, check=check, quick=quick)
+            yield Case(id=f"layout/{name}{suffix}", sentence=sentence, spec=problem, check=check, quick=quick)
     for lq, lk in (
         (1, 1),
         (7, 3),

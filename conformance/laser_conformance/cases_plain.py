@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .case import EACH, TWO, Case
+from .case import TWO, Case
 from .generate import Fill
 from .problems import Spec
 
@@ -13,7 +13,7 @@ from .problems import Spec
 def pair(id: str, sentence: str, *, quick: bool = False, dtypes: str = TWO, **spec: Any) -> Iterator[Case]:
     """The case itself and the one with gradients."""
     problem = Spec(seed=id, **spec)
-    yield Case(id=id, sentence=sentence, spec=problem, dtypes=dtypes, quick=quick)
+    yield Case(id=id, sentence=sentence, spec=problem, dtypes=dtypes)
     with_grad = f"{sentence.removesuffix('.')}; with gradients."
     yield Case(id=f"{id}+grad", sentence=with_grad, spec=problem, check="gradients", dtypes=dtypes, quick=quick)
 
@@ -33,8 +33,8 @@ def plain() -> Iterator[Case]:
     ):
         problem = Spec(seed=f"forward/{name}", **spec)
         quick = name in ("plain", "decode", "wide-values")
-        yield Case(id=f"forward/{name}", sentence=sentence, spec=problem, dtypes=EACH, quick=quick)
-        yield Case(id=f"gradients/{name}", sentence=sentence, spec=problem, check="gradients", dtypes=EACH, quick=quick)
+        yield Case(id=f"forward/{name}", sentence=sentence, spec=problem, quick=quick)
+        yield Case(id=f"gradients/{name}", sentence=sentence, spec=problem, check="gradients", quick=quick)
 
 
 def masks() -> Iterator[Case]:

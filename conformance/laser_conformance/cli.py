@@ -80,7 +80,9 @@ def _run(arguments: argparse.Namespace) -> int:
     cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
     for path in (arguments.json, arguments.html):
         report.may_write(path, arguments.force)
-    setup = Setup(arguments.backend, arguments.arrays, arguments.device, arguments.load, tuple(arguments.dtype))
+    setup = Setup(
+        arguments.backend, arguments.arrays, arguments.device, arguments.load, tuple(arguments.dtype), arguments.quick
+    )
     verdicts: list[Verdict] = []
     progress = report.Progress(len(cases))
     for verdict in run(setup, cases, arguments.limit):

@@ -63,15 +63,19 @@ def arrays_of(subject: Subject) -> str:
     return f"{library.name}:{library.device}" if library.device not in ("", "cpu") else library.name
 
 
-def judge(subject: Subject, case: Case, asked: tuple[str, ...] = ()) -> list[Verdict]:
-    """A verdict for each dtype that the case is to be tried in, of those ``asked`` for."""
+def judge(subject: Subject, case: Case, asked: tuple[str, ...] = (), quick: bool = False) -> list[Verdict]:
+    """A verdict for each dtype that the case is to be tried in, of those ``asked`` for.
+
+    A case for two dtypes is tried in the first wide one and the first narrow one that are served; ``quick``: in the
+    first that is served.
+    """
     reason = _not_here(subject, case)
     if reason is not None:
         return [_verdict(subject, case, "", "skipped", reason)]
     if asked or case.dtypes == EACH:
         return [_in_dtype(subject, case, dtype) for dtype in (asked or tuple(DTYPES))]
     verdicts = []
-    for preference in (WIDE, NARROW):
+    for preference in (WIDE + NARROW,) if quick else (WIDE, NARROW):
         tried = []
         for dtype in preference:
             tried.append(_in_dtype(subject, case, dtype))

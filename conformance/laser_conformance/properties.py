@@ -1,7 +1,7 @@
 """Laws that need no reference, over problems that Hypothesis draws.
 
-Tolerances are the bounds of section 2.3 for both sides of an equation. Sums of gradients may be off by four roundings of
-each term, where a rounding is the u of 2.3 (1e-5 in float32): those of p, exp(v), exp(−o) and the result.
+Tolerances are the bounds of section 2.3 for both sides of an equation. Sums of gradients may be off by four roundings
+of each term, where a rounding is the u of 2.3 (1e-5 in float32): those of p, exp(v), exp(−o) and the result.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
-import laser_core
 import numpy as np
 from hypothesis import strategies as st
+
+import laser_core
 
 from .case import Case
 from .compare import Finding

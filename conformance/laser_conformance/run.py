@@ -41,6 +41,7 @@ class Setup:
         device: One of its devices; "" is its default.
         load: ``module:ATTRIBUTE`` of a record to register first, for a backend that no entry point names.
         dtypes: The dtypes to try; empty leaves the choice to the cases.
+        quick: Try fewer dtypes.
     """
 
     backend: str
@@ -48,6 +49,7 @@ class Setup:
     device: str = ""
     load: str = ""
     dtypes: tuple[str, ...] = ()
+    quick: bool = False
 
     def subject(self) -> Subject:
         """The backend and its arrays.
@@ -86,7 +88,7 @@ def run_here(setup: Setup, cases: tuple[Case, ...]) -> Iterator[Verdict]:
     """Verdicts, in this process."""
     subject = setup.subject()
     for case in cases:
-        yield from judge(subject, case, setup.dtypes)
+        yield from judge(subject, case, setup.dtypes, setup.quick)
 
 
 def run(setup: Setup, cases: tuple[Case, ...], limit: float = TIME_LIMIT) -> Iterator[Verdict]:
@@ -210,7 +212,7 @@ def _serve(arguments: str) -> None:
     with os.fdopen(pipe, "w", buffering=1) as answers:
         answers.write("ready\n")
         for line in sys.stdin:
-            verdicts = judge(subject, cases[line.strip()], setup.dtypes)
+            verdicts = judge(subject, cases[line.strip()], setup.dtypes, setup.quick)
             answers.write(json.dumps([to_json(v) for v in verdicts]) + "\n")
 
 

@@ -13,7 +13,7 @@ no longer divided by β, the constant terms and ε_s are multiplied by 1 + max|v
 Gradients. In the Frobenius norm of each, at most 2 × what the plain formula loses when its matrix products take
 operands rounded to the dtype, plus u times the norm, plus what flushing subnormal numbers to zero costs. The plain
 formula is that of a kernel, evaluated in float32 (float64 problems: in float64), forward with p = exp(s − m), backward
-with p = exp(s − l):
+with p = exp(s − l) from l and from scores that are computed again, in another order:
 
     P·X,  pᵀ·G,  G·Xᵀ,  dS·K,  dSᵀ·Q        with X = exp(βv) or (exp(βv) − 1)/β,  G = do·exp(−βo)
 
@@ -148,11 +148,12 @@ def plain_gradients(data: Data, rows: tuple[int, int] | None = None, shift: floa
         if not some.any():
             continue
         scores, slope = head.scores()
+        again, _ = dataclasses.replace(head, q=head.q[:, ::-1], k=head.k[:, ::-1]).scores()
         do = np.where(some[:, None], data.d_out[head.at][head.rows], 0).astype(compute)
         dl = np.zeros(do.shape[0], compute)
         if data.d_lse is not None:
             dl = np.where(some, data.d_lse[head.at][head.rows], 0).astype(compute)
-        ds, dv, db = _plain_head(scores, head.v, head.beta, do, dl, data.dtype, compute(shift))
+        ds, dv, db = _plain_head(scores, again, head.v, head.beta, do, dl, data.dtype, compute(shift))
         dx = significand(ds * slope, data.dtype)
         grads["query"][head.at][head.rows] = head.scale * (dx @ head.k)
         grads["key"][head.kv] += head.scale * (dx.T @ head.q)
@@ -168,7 +169,7 @@ def plain_gradients(data: Data, rows: tuple[int, int] | None = None, shift: floa
 
 
 def _plain_head(
-    s: Floats, v: Floats, beta: Floats, do: Floats, dl: Floats, dtype: str, shift: Any
+    s: Floats, again: Floats, v: Floats, beta: Floats, do: Floats, dl: Floats, dtype: str, shift: Any
 ) -> tuple[Floats, Floats, Floats]:
     """ds, dv and dβ of one head; channels with |βv| ≤ 1 and |β| < 1 in the expm1 form, the others in the exp form.
 
@@ -179,7 +180,7 @@ def _plain_head(
     p, loss_p = _rounded_exp(s - m, s.dtype.type(0), dtype)
     log_total = np.log(np.where(empty[:, None], 1, np.sum(p, axis=1, keepdims=True)))
     forward_log_p = s - m - log_total
-    log_p = s - (m + log_total)  # backward there is l alone, in float32
+    log_p = again - (m + log_total)  # backward there is l alone, in float32, and scores that are computed again
     p_forward, p = np.exp(forward_log_p), np.exp(log_p)
 
     y = beta * v
