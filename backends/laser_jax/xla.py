@@ -19,8 +19,6 @@ from . import guard, tiles
 from .guard import Call, State, Totals
 from .tiles import Array
 
-_HEADROOM = 16.0  # p is kept e^16 above the row's own scale, that much further from underflow
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -47,7 +45,7 @@ def fast_forward(call: Call) -> tuple[Array, Array]:
             column = j * grid.columns.block
             s, _ = tiles.scores(problem, ops, grid, row, column)
             m_new = jnp.maximum(m, jnp.max(s, axis=-1, keepdims=True))
-            p = jnp.exp(s - jnp.where(m_new == -jnp.inf, 0, m_new - _HEADROOM))
+            p = jnp.exp(s - jnp.where(m_new == -jnp.inf, 0, m_new))
             rescale = jnp.where(m == m_new, 1, jnp.exp(m - m_new))
             l = l * rescale + jnp.sum(p, axis=-1, keepdims=True)
             acc = acc * rescale + tiles.over_keys(p, tiles.cut(x, -2, column, grid.columns.block))
@@ -63,7 +61,7 @@ def fast_forward(call: Call) -> tuple[Array, Array]:
         safe_l = jnp.where(empty, 1, l)
         o = _values.finish(jnp, acc / safe_l, call.values, ops.beta, call.which)
         o = jnp.where(empty, 0, o)
-        l = jnp.where(empty, -jnp.inf, m - _HEADROOM + jnp.log(safe_l))
+        l = jnp.where(empty, -jnp.inf, m + jnp.log(safe_l))
         start = (0,) * (len(shape) - 1) + (row, 0)
         return tiles.put(done[0], o, start), tiles.put(done[1], l, start)
 

@@ -29,7 +29,6 @@ def precision() -> Iterator[Case]:
             sentence=f"value ~ N(0, {sigma:g}²), causal.",
             spec=spec,
             dtypes=EACH,
-            quick=sigma in (1.0, 20.0),
         )
         yield Case(
             id=f"precision/range-{sigma:g}+grad",

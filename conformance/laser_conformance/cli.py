@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
+from . import html, report, vectors
 from .arrays import known_libraries
 from .cases import LEVELS, choose
 from .generate import DTYPES
@@ -47,10 +47,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--load", default="", metavar="MODULE:NAME", help="a backend record that no entry point names")
     judge.add_argument("--limit", type=float, default=TIME_LIMIT, metavar="S", help="seconds per case (%(default)g)")
-    judge.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts")
-    judge.add_argument("--html", type=Path, metavar="FILE", help="write a report to look at")
-    judge.add_argument("--force", action="store_true", help="overwrite these files")
+    _outputs(judge)
     judge.set_defaults(command=_run)
+
+    exports = commands.add_parser("export", help="write problems and expected results as files")
+    exports.add_argument("folder", type=Path, help="a new or empty folder")
+    _selection(exports)
+    exports.add_argument(
+        "--dtype", action="append", default=[], choices=list(DTYPES), help="default: float32, bfloat16"
+    )
+    exports.set_defaults(command=_export)
+
+    checks = commands.add_parser("check", help="judge the results that an implementation wrote beside exported files")
+    checks.add_argument("folder", type=Path)
+    checks.add_argument("--name", default="files", help="what to call the implementation")
+    _outputs(checks)
+    checks.set_defaults(command=_check)
+
+    reports = commands.add_parser("report", help="one HTML page from the JSON files of several runs")
+    reports.add_argument("runs", type=Path, nargs="+", metavar="JSON")
+    reports.add_argument("--html", type=Path, required=True, metavar="FILE", help="the page to write")
+    reports.add_argument("--force", action="store_true", help="overwrite it")
+    reports.set_defaults(command=_report)
 
     lists = commands.add_parser("list", help="the levels and cases, a sentence each")
     _selection(lists)
@@ -76,6 +94,12 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the quick subset of the cases")
 
 
+def _outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report to look at")
+    parser.add_argument("--force", action="store_true", help="overwrite these files")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
     for path in (arguments.json, arguments.html):
@@ -90,13 +114,39 @@ def _run(arguments: argparse.Namespace) -> int:
             progress.step(verdict)
         verdicts.append(verdict)
     progress.done()
+    return _conclude(verdicts, arguments)
+
+
+def _conclude(verdicts: list[Verdict], arguments: argparse.Namespace) -> int:
+    """Write what was asked for, print the table, and say how it went."""
     record = report.record(verdicts)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.html:
+        arguments.html.write_text(html.page([record]))
     print(report.table(verdicts))
     if any(v.status == "failed" for v in verdicts):
         return FAILED
     return PASSED if any(v.status == "passed" for v in verdicts) else COULD_NOT
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
+    count = vectors.export(arguments.folder, cases, tuple(arguments.dtype) or ("float32", "bfloat16"))
+    print(f"{count} problems in {arguments.folder}")
+    return PASSED if count else COULD_NOT
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    for path in (arguments.json, arguments.html):
+        report.may_write(path, arguments.force)
+    return _conclude(vectors.check(arguments.folder, arguments.name), arguments)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    report.may_write(arguments.html, arguments.force)
+    arguments.html.write_text(html.page([report.read(path) for path in arguments.runs]))
+    return PASSED
 
 
 def _list(arguments: argparse.Namespace) -> int:

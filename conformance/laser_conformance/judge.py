@@ -106,7 +106,7 @@ def _in_dtype(subject: Subject, case: Case, dtype: str) -> Verdict:
         found = CHECKS[case.check](subject, build(case.spec, dtype))
     except Refused as error:
         return _verdict(subject, case, dtype, "refused", str(error), start)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return _verdict(subject, case, dtype, "failed", _told(error), start)
     return _from_findings(subject, case, dtype, found, start)
 

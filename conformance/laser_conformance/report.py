@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import sys
 from collections.abc import Iterable
@@ -111,6 +112,18 @@ def table(verdicts: list[Verdict]) -> str:
             message = v.message.replace("\n", "\n      ")
             lines += [f"  {v.case} {v.dtype}", f"      {message}", f"      {v.reproduce}"]
     return "\n".join(lines)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record of a run, from its JSON file."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        form, version = found["format"], found["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no record of a run: {error}") from error
+    if (form, version) != (FORMAT, VERSION):
+        raise ValueError(f"{path}: got {form!r} version {version!r}; allowed: {FORMAT!r} version {VERSION}")
+    return found
 
 
 def record(verdicts: list[Verdict]) -> dict[str, Any]:
