@@ -52,7 +52,6 @@ def masks() -> Iterator[Case]:
         "More keys than queries, aligned at the bottom.",
         causal="bottom_right",
         lengths=(20, 45),
-        quick=True,
     )
     yield from pair(
         "masks/causal-see-nothing",
@@ -117,7 +116,7 @@ def masks() -> Iterator[Case]:
         heads=(4, 2),
         **lengths,
     )
-    yield from pair("masks/mask", "A boolean mask for each head.", mask_shape=(1, 2, 33, 40), quick=True)
+    yield from pair("masks/mask", "A boolean mask for each head.", mask_shape=(1, 2, 33, 40))
     yield from pair("masks/mask-of-keys", "A padding mask, (B, 1, 1, Lk).", mask_shape=(3, 1, 1, 40), batch=(3,))
     yield from pair("masks/mask-broadcast", "A mask (Lq, Lk) for all.", mask_shape=(33, 40), batch=(2,))
     yield from pair("masks/mask-of-queries", "A mask (Lq, 1): some queries see nothing.", mask_shape=(33, 1))
@@ -155,7 +154,7 @@ def options() -> Iterator[Case]:
         lengths=(45, 20),
         heads=(4, 2),
     )
-    yield from pair("options/bias", "A bias for each head.", bias_shape=(1, 2, 33, 40), quick=True)
+    yield from pair("options/bias", "A bias for each head.", bias_shape=(1, 2, 33, 40))
     yield from pair(
         "options/bias-broadcast",
         "A bias (1, H, 1, Lk), broadcast over batch and queries.",
@@ -173,9 +172,7 @@ def options() -> Iterator[Case]:
     yield from pair(
         "options/bias-hides", "−∞ in the bias hides keys.", bias_shape=(1, 2, 33, 40), bias_hides=0.4, lse=True
     )
-    yield from pair(
-        "options/soft-cap", "Scores through 2·tanh(·/2).", soft_cap=2.0, query=Fill("normal", 3), quick=True
-    )
+    yield from pair("options/soft-cap", "Scores through 2·tanh(·/2).", soft_cap=2.0, query=Fill("normal", 3))
     yield from pair(
         "options/soft-cap-bias",
         "The cap comes before the bias.",
@@ -189,7 +186,7 @@ def options() -> Iterator[Case]:
     for scale in (0.0, 1.0, -0.4):
         yield from pair(f"options/scale-{scale}", f"scale = {scale}.", scale=scale, lse=True, quick=(scale == 0.0))
     for beta in (0.0, 1e-3, -1e-3, 0.3, 2.0, -1.0, -0.5, 20.0):
-        yield from pair(f"options/beta-{beta:g}", f"β = {beta:g}.", beta=beta, quick=beta in (0.0, 1e-3, -1.0))
+        yield from pair(f"options/beta-{beta:g}", f"β = {beta:g}.", beta=beta, quick=beta in (0.0, 1e-3))
     yield from pair(
         "options/beta-array",
         "β for each head and channel, of either sign, zero and small.",

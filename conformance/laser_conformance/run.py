@@ -23,7 +23,7 @@ from .cases import Case, all_cases
 from .judge import Verdict, arrays_of, from_json, judge, to_json
 from .subject import Subject
 
-TIME_LIMIT = 120.0  # seconds per case
+TIME_LIMIT = 300.0  # seconds per case
 _START_LIMIT = 180.0  # for importing a framework
 
 
