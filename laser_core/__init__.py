@@ -3,7 +3,7 @@
 from ._attention import Report, explain, laser_attention, laser_attention_vjp
 from ._merge import merge_states
 from ._problem import Inputs, Problem
-from ._registry import Backend, Forward, Gradients, Unsupported, backends
+from ._registry import Backend, Forward, Gradients, Unsupported, backends, unrounded_output
 
 __all__ = [
     "Backend",
@@ -18,4 +18,5 @@ __all__ = [
     "laser_attention",
     "laser_attention_vjp",
     "merge_states",
+    "unrounded_output",
 ]

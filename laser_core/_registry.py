@@ -48,6 +48,14 @@ def _nothing(problem: Problem) -> None:
     return None
 
 
+def unrounded_output(problem: Problem) -> str | None:
+    """The ``residual_dtype`` of a backend that keeps its output in the compute dtype where that is the wider one.
+
+    The backward pass normalises its weights by the output: rounded, they would not sum to one.
+    """
+    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """An implementation of LASER attention: what it serves, and its two functions.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from . import _array, _gradient, _merge, _reference, _tiles, _values
 from ._array import Array, DType, Namespace
 from ._problem import Inputs, Problem
-from ._registry import Backend, Forward, Gradients
+from ._registry import Backend, Forward, Gradients, unrounded_output
 from ._tiles import Block, Index, Tiles
 from ._values import Forms, Values
 
@@ -292,15 +292,11 @@ def _add_beta(xp: Namespace, block: Block, dbeta: Array, total: _Totals) -> None
         total.add("beta", (block.at_query_heads[-1],), xp.reshape(whole, shape))
 
 
-def _residual_dtype(problem: Problem) -> str | None:
-    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
-
-
 BACKEND = Backend(
     name="streaming",
     summary="the definition in tiles: every option on every array library, O(L) extra memory",
     forward=forward,
     backward=backward,
     priority=lambda problem: 10,
-    residual_dtype=_residual_dtype,
+    residual_dtype=unrounded_output,
 )

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from laser_core import Backend, Forward, Gradients, Inputs, Problem
+from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
-
-
-def _residual_dtype(problem: Problem) -> str | None:
-    """The output is kept unrounded: the weights w that it normalises must sum to one."""
-    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
 
 
 def _xla_forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -55,7 +50,7 @@ XLA = Backend(
     frameworks=("jax",),
     requires=("jax",),
     priority=lambda problem: 30,
-    residual_dtype=_residual_dtype,
+    residual_dtype=unrounded_output,
 )
 
 DPA = Backend(
@@ -68,5 +63,5 @@ DPA = Backend(
     requires=("jax",),
     why_not=_dpa_why_not,
     priority=lambda problem: 15,  # it materialises the scores, and was the slower of the two wherever both were timed
-    residual_dtype=_residual_dtype,
+    residual_dtype=unrounded_output,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from laser_core import Backend, Forward, Gradients, Inputs, Problem
+from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
 
 MASK_BYTES = 2**28  # the additive mask that torch's kernel wants may take this much
@@ -59,10 +59,6 @@ def _why_not(problem: Problem) -> str | None:
     return None
 
 
-def _residual_dtype(problem: Problem) -> str | None:
-    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
-
-
 SDPA = Backend(
     name="torch-sdpa",
     summary="torch's own flash attention on exponentiated values; heads outside the fast range take the exact path",
@@ -73,5 +69,5 @@ SDPA = Backend(
     requires=("torch",),
     why_not=_why_not,
     priority=lambda problem: 30,
-    residual_dtype=_residual_dtype,
+    residual_dtype=unrounded_output,
 )
