@@ -202,7 +202,7 @@ header{display:flex;align-items:baseline;gap:1rem;flex-wrap:wrap}header p{margin
 .good{color:var(--good)}.bad{color:var(--bad)}.note{color:var(--dim);font-size:.87rem;max-width:62rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem}
 .matrix td,.matrix th{border:1px solid var(--line);padding:.35rem .5rem;text-align:center;font-weight:500}
-.matrix tbody th{text-align:left;white-space:nowrap}.matrix small{display:block;color:var(--dim);font-size:.74rem}
+.matrix tbody th{text-align:left;white-space:nowrap}.matrix small{display:block;white-space:nowrap;color:var(--dim);font-size:.74rem}
 td.pass{background:#16a34a22}td.fail{background:#dc262633}td.refused,td.skipped{background:#a1a1aa22}
 .matrix a{color:inherit;font-weight:650;text-decoration:none}
 .pass>a{color:var(--good)}.fail>a{color:var(--bad)}.none{color:var(--dim)}
@@ -213,7 +213,7 @@ summary b{display:inline-block;min-width:4.2rem}b.pass{color:var(--good)}b.fail{
 .cases tr.failed td:nth-child(3){color:var(--bad);font-weight:650}.cases .share{white-space:nowrap;min-width:7rem}
 .cases .share i{display:inline-block;height:.55rem;background:#2563eb88;margin-right:.4rem;border-radius:2px}
 .cases tr.refused,.cases tr.skipped{color:var(--dim)}code{display:block;font-size:.8rem;color:var(--dim)}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:1rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:1rem}
 figure{margin:0;border:1px solid var(--line);border-radius:8px;padding:.5rem}svg{width:100%;height:auto;display:block}
 svg text{font-size:10px;fill:currentColor}svg .title{font-size:13px;font-weight:650}svg .tick{opacity:.65}
 .grid{stroke:var(--line);fill:none}.limit{stroke:currentColor;stroke-width:1.2;fill:none;opacity:.7}

@@ -15,7 +15,7 @@ from .cases import EACH, Case
 from .compare import Finding
 from .generate import DTYPES
 from .problems import build
-from .subject import Refused, Subject
+from .subject import NotThere, Refused, Subject
 
 Status = Literal["passed", "failed", "refused", "skipped"]
 WIDE, NARROW = ("float32", "float64"), ("bfloat16", "float16")
@@ -79,9 +79,13 @@ def judge(subject: Subject, case: Case, asked: tuple[str, ...] = (), quick: bool
         tried = []
         for dtype in preference:
             tried.append(_in_dtype(subject, case, dtype))
-            if tried[-1].status != "refused":
+            if tried[-1].status in ("passed", "failed"):
                 break
-        verdicts.append(tried[-1] if tried[-1].status != "refused" else tried[0])
+        else:
+            tried.sort(key=lambda v: v.status != "refused")  # the backend's own word says more
+            verdicts.append(tried[0])
+            continue
+        verdicts.append(tried[-1])
     return verdicts
 
 
@@ -105,7 +109,8 @@ def _in_dtype(subject: Subject, case: Case, dtype: str) -> Verdict:
     try:
         found = CHECKS[case.check](subject, build(case.spec, dtype))
     except Refused as error:
-        return _verdict(subject, case, dtype, "refused", str(error), start)
+        status: Status = "skipped" if isinstance(error, NotThere) else "refused"
+        return _verdict(subject, case, dtype, status, str(error), start)
     except (Exception, SystemExit) as error:
         return _verdict(subject, case, dtype, "failed", _told(error), start)
     return _from_findings(subject, case, dtype, found, start)

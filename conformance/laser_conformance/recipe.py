@@ -17,7 +17,8 @@ from .truth import truth
 
 def recipe(data: Data) -> Floats:
     """o for β = 1: values relative to their maximum over the whole sequence, operands and result in the dtype."""
-    q, k, v = (data.arrays[n].astype(np.float32) for n in ("query", "key", "value"))
+    compute = np.dtype(data.compute_dtype)
+    q, k, v = (data.arrays[n].astype(compute) for n in ("query", "key", "value"))
     group = data.spec.heads[0] // data.spec.heads[1]
     k, v = (np.repeat(x, group, axis=-3) for x in (k, v))
     s = np.where(visible(data), data.scale * (q @ k.swapaxes(-1, -2)), -math.inf)
@@ -26,7 +27,7 @@ def recipe(data: Data) -> Floats:
     top = v.max(axis=-2, keepdims=True)
 
     def narrow(x: Floats) -> Floats:
-        return rounded(x, data.dtype).astype(np.float32)
+        return rounded(x, data.dtype).astype(compute)
 
     attended = narrow(narrow(p) @ narrow(np.exp(v - top)))
     return rounded(np.log(attended) + top, data.dtype)

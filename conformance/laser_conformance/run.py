@@ -123,7 +123,11 @@ class _Worker:
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
         # memory from malloc is filled with 0x7f, so that what compiled code does not write is noticed too
-        environment = os.environ | {"MALLOC_PERTURB_": "128", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "MALLOC_PERTURB_": "128",
+            "PYTHONUNBUFFERED": "1",
+            "HYPOTHESIS_STORAGE_DIRECTORY": os.path.join(tempfile.gettempdir(), "laser-conformance-hypothesis"),
+        }
         arguments = json.dumps({"pipe": write, **vars(setup)})
         self.process = subprocess.Popen(
             [sys.executable, "-m", "laser_conformance.run", arguments],

@@ -21,6 +21,10 @@ class Refused(Exception):
     """The backend says, before anything is computed, that it cannot run a problem."""
 
 
+class NotThere(Refused):
+    """The array library, not the backend, lacks what a problem needs."""
+
+
 @dataclass(frozen=True)
 class Results:
     """What came back, as NumPy arrays; and what was found out about the arrays themselves."""
@@ -38,10 +42,9 @@ class Subject:
 
     def why_not(self, data: Data) -> str | None:
         """The reason of the backend's record for not running a problem, or None."""
-        if data.dtype not in self.library.dtypes:
-            return f"{self.library.name} has no {data.dtype}" + (
-                f" on {self.library.device}" if self.library.device else ""
-            )
+        library = self.library
+        if data.dtype not in library.dtypes:
+            raise NotThere(f"{library.name} has no {data.dtype}" + (f" on {library.device}" if library.device else ""))
         with self.library.context(data.dtype):
             arguments = {n: self.library.put(x) for n, x in data.arrays.items()}
             report = laser_core.explain(**arguments, **data.options(), backend=self.backend)
