@@ -22,6 +22,15 @@ FRAMEWORKS = {  # what a test session installs, and what must then be there
     "torch": ("test,demo,torch", "array_api_strict,torch"),
     "jax": ("test,demo,jax", "array_api_strict,jax"),
 }
+JUDGED = {  # what a conformance session installs, and what it judges: backend, arrays, device
+    "numpy": ("conformance", (("reference", "numpy", ""), ("streaming", "numpy", ""))),
+    "strict": (
+        "conformance,test",
+        (("streaming", "array_api_strict", ""), ("streaming", "array_api_strict", "no_float64")),
+    ),
+    "torch": ("conformance,torch", (("torch-sdpa", "torch", ""), ("streaming", "torch", ""))),
+    "jax": ("conformance,jax", (("jax-xla", "jax", ""), ("jax-dpa", "jax", ""))),
+}
 CONSTRAINED = ("--constraint", ".ci/constraints.txt")
 
 if "PIP_FIND_LINKS" in os.environ:  # uv has its own name for it
@@ -61,6 +70,32 @@ def docs(session: nox.Session) -> None:
     session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "docs", "docs/_build/html")
     required = "array_api_strict,torch,jax"
     session.run("pytest", "-q", "tests/test_examples.py", env={"LASER_REQUIRE": required})
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("arrays", [nox.param(name, id=name) for name in JUDGED])
+def conformance(session: nox.Session, arrays: str) -> None:
+    """The conformance suite on every backend of an array library: the quick subset; -- --all for everything."""
+    extras, subjects = JUDGED[arrays]
+    session.install(*CONSTRAINED, f".[{extras}]")
+    chosen = [argument for argument in session.posargs if argument != "--all"]
+    if "--all" not in session.posargs:
+        chosen.append("--quick")
+    for backend, library, device in subjects:
+        place = ["--device", device] if device else []
+        session.run("laser-conformance", "run", "--backend", backend, "--arrays", library, *place, *chosen)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """On a machine with a GPU and its frameworks: -- BACKEND ARRAYS …; writes conformance-BACKEND.json and .html."""
+    if len(session.posargs) < 2:
+        session.error("usage: nox -s gpu -- BACKEND ARRAYS [more arguments of laser-conformance run]")
+    backend, library, *more = session.posargs
+    device = {"torch": "cuda", "jax": "gpu", "cupy": ""}[library]
+    place = ["--device", device] if device else []
+    files = ["--json", f"conformance-{backend}.json", "--html", f"conformance-{backend}.html", "--force"]
+    session.run("laser-conformance", "run", "--backend", backend, "--arrays", library, *place, *files, *more)
 
 
 @nox.session

@@ -190,7 +190,10 @@ def _footer(runs: list[Run]) -> str:
     lines = []
     for name, record, _ in runs:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-        lines.append(f"<li>{_text(name)}: {record['date']}, Python {record['python']}, {record['machine']}; {versions}")
+        commit = f", commit {record['commit']}" if record.get("commit") else ""
+        lines.append(
+            f"<li>{_text(name)}: {record['date']}{commit}, Python {record['python']}, {record['machine']}; {versions}"
+        )
     return f"<footer><ul>{''.join(lines)}</ul></footer>"
 
 
@@ -202,7 +205,8 @@ header{display:flex;align-items:baseline;gap:1rem;flex-wrap:wrap}header p{margin
 .good{color:var(--good)}.bad{color:var(--bad)}.note{color:var(--dim);font-size:.87rem;max-width:62rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem}
 .matrix td,.matrix th{border:1px solid var(--line);padding:.35rem .5rem;text-align:center;font-weight:500}
-.matrix tbody th{text-align:left;white-space:nowrap}.matrix small{display:block;white-space:nowrap;color:var(--dim);font-size:.74rem}
+.matrix tbody th{text-align:left;white-space:nowrap}
+.matrix small{display:block;white-space:nowrap;color:var(--dim);font-size:.74rem}
 td.pass{background:#16a34a22}td.fail{background:#dc262633}td.refused,td.skipped{background:#a1a1aa22}
 .matrix a{color:inherit;font-weight:650;text-decoration:none}
 .pass>a{color:var(--good)}.fail>a{color:var(--bad)}.none{color:var(--dim)}

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -126,6 +127,16 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _commit() -> str | None:
+    """The commit of the working tree that the suite runs from, or None where it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 def record(verdicts: list[Verdict]) -> dict[str, Any]:
     """The verdicts and where they were reached, for JSON."""
     versions = {}
@@ -138,6 +149,7 @@ def record(verdicts: list[Verdict]) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": versions,
