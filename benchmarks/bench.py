@@ -182,7 +182,8 @@ def measure(framework: str, length: int, causal: bool, rounds: int) -> list[dict
     records = []
     for which, what in enumerate(("forward", "forward and backward")):
         runs = {name: pair[which] for name, pair in candidates.items()}
-        turns(runs, 1)
+        if not (framework == "numpy" and rounds == 1):  # nothing to compile, and minutes to wait
+            turns(runs, 1)
         seconds = turns(runs, rounds)
         for name, times in seconds.items():
             ratios = [a / b for a, b in zip(times, seconds["softmax"], strict=True)]
@@ -193,6 +194,7 @@ def measure(framework: str, length: int, causal: bool, rounds: int) -> list[dict
                     "causal": causal,
                     "pass": what,
                     "candidate": name,
+                    "rounds": rounds,
                     "seconds": statistics.median(times),
                     "ratio": statistics.median(ratios),
                     "memory": memory(framework, runs[name]) if name != "recipe" else None,
@@ -256,13 +258,14 @@ def main() -> None:
     parser.add_argument("--frameworks", default="numpy,torch,jax", help="comma-separated (default: %(default)s)")
     parser.add_argument("--lengths", default="512,2048,8192", help="comma-separated (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each, in turns (default: %(default)s)")
+    parser.add_argument("--long-rounds", type=int, default=1, help="the same from L = 8192 on (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="result file to write (default: none)")
     options = parser.parse_args()
     result = environment() | {"shape": [BATCH, HEADS, "L", DIM], "dtype": "float32", "import": import_cost()}
     result["records"], result["backends"] = [], {}
     for framework in options.frameworks.split(","):
         for length in map(int, options.lengths.split(",")):
-            rounds = options.rounds if length < 8192 else max(3, options.rounds // 2)
+            rounds = options.rounds if length < 8192 else options.long_rounds
             for causal in (False, True):
                 result["records"] += measure(framework, length, causal, rounds)
         result["backends"][framework] = chosen(framework)

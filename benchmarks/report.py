@@ -65,7 +65,7 @@ def cpu_page(result: dict[str, Any]) -> str:
     parts = [
         provenance(result),
         f"B = {b}, H = {h}, D = E = {d}, {result['dtype']}. Ratios are times of the peer, the median over turns taken "
-        "with it; below 1 LASER is faster. Memory is the peak beside inputs and results. Error is the worst of sampled "
+        "with it, of which there were as many as `turns` says; below 1 LASER is faster. Memory is the peak beside inputs and results. Error is the worst of sampled "
         "rows over the bound of [numerics](numerics.md), in the process that was timed.",
     ]
     for framework, peer in PEERS.items():
@@ -86,6 +86,7 @@ def cpu_page(result: dict[str, Any]) -> str:
                 f"{softmax[key]['seconds'] * 1e3:.1f}",
                 f"{r['seconds'] * 1e3:.1f}",
                 f"{r['ratio']:.2f}",
+                str(r["rounds"]),
             ]
             if recipe:
                 row.append(f"{recipe[key]['ratio']:.2f}")
@@ -93,7 +94,7 @@ def cpu_page(result: dict[str, Any]) -> str:
                 row += [f"{x['memory'] / MEBI:.0f}" for x in (softmax[key], r)]
             rows.append([*row, f"{r['error_over_bound']:.2f}", verdict(r)])
         extra = ["recipe, ratio"] if recipe else ["softmax, MiB", "LASER, MiB"]
-        header = ["L", "causal", "pass", "softmax, ms", "LASER, ms", "ratio", *extra, "error / bound", "goal"]
+        header = ["L", "causal", "pass", "softmax, ms", "LASER, ms", "ratio", "turns", *extra, "error / bound", "goal"]
         parts += [
             f"### {framework}: beside {peer}",
             f"Backend: `{result['backends'][framework]}`.",
