@@ -92,15 +92,18 @@ def judge(subject: Subject, case: Case, asked: tuple[str, ...] = (), quick: bool
 def _not_here(subject: Subject, case: Case) -> str | None:
     if case.libraries and subject.library.name not in case.libraries:
         return f"for arrays of {', '.join(case.libraries)}"
-    if case.memory and (free := _free_memory()) is not None and free < case.memory:
+    if case.memory and (free := free_memory()) is not None and free < case.memory:
         return f"needs {case.memory / 2**30:.0f} GiB of memory; {free / 2**30:.0f} GiB are free"
     return None
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
+    """Bytes of memory that are free or can be freed, where the system says so."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
         return None
 
 

@@ -20,7 +20,7 @@ import laser_core
 
 from .arrays import Absent, open_library
 from .cases import Case, all_cases
-from .judge import Verdict, arrays_of, from_json, judge, to_json
+from .judge import Verdict, arrays_of, free_memory, from_json, judge, to_json
 from .subject import Subject
 
 TIME_LIMIT = 300.0  # seconds per case
@@ -206,6 +206,18 @@ class _Worker:
                     stream.close()
 
 
+def _spare_the_machine(subject: Subject) -> None:
+    """Where memory runs out, it is this process that goes; on NumPy with a MemoryError, which is a failed case."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    free = free_memory()
+    if subject.library.name in ("numpy", "array_api_strict") and free is not None:
+        import resource  # of POSIX alone, where free_memory knows something
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (max(free * 3 // 4, 12 * 2**30), most))
+
+
 def _serve(arguments: str) -> None:
     """The worker: a case id a line from standard input, verdicts as JSON a line to the pipe."""
     options = json.loads(arguments)
@@ -213,6 +225,7 @@ def _serve(arguments: str) -> None:
     setup = Setup(**(options | {"dtypes": tuple(options["dtypes"])}))
     cases = {case.id: case for case in all_cases()}
     subject = setup.subject()
+    _spare_the_machine(subject)
     with os.fdopen(pipe, "w", buffering=1) as answers:
         answers.write("ready\n")
         for line in sys.stdin:
