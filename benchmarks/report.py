@@ -64,10 +64,10 @@ def cpu_page(result: dict[str, Any]) -> str:
     b, h, _, d = result["shape"]
     parts = [
         provenance(result),
-        f"B = {b}, H = {h}, D = E = {d}, {result['dtype']}. Ratios are times of the peer, the median over turns taken "
-        "with it, of which there were as many as *turns* says; below 1 LASER is faster. Memory is the peak beside inputs "
-        "and results. Error is the worst of sampled rows over the bound of [numerics](numerics.md), in the process that "
-        "was timed.",
+        f"B = {b}, H = {h}, D = E = {d}, {result['dtype']}. Ratios are times of the peer, the median over turns "
+        "taken with it, of which there were as many as *turns* says; below 1 LASER is faster. Memory is the peak "
+        "beside inputs and results. Error is the worst of sampled rows over the bound of [numerics](numerics.md), in "
+        "the process that was timed.",
     ]
     for framework, peer in PEERS.items():
         records = [r for r in result["records"] if r["framework"] == framework]
