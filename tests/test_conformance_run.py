@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -166,27 +165,3 @@ def test_pytest_runs_the_suite(tmp_path):
     absent = subprocess.run([*command, "nobody"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert absent.returncode == 1
     assert "backend: got 'nobody'" in absent.stdout
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs headless chromium")
-def test_report_in_a_browser(tmp_path):
-    """The page is one file, loads nothing, and shows what it should."""
-    out, page, shot = tmp_path / "out.json", tmp_path / "out.html", tmp_path / "out.png"
-    names = ["--only", "precision/range-1", "--only", "precision/range-20", "--only", "masks/groups"]
-    assert main(["run", "--backend", "streaming", *names, "--json", str(out), "--html", str(page)]) == 0
-    text = page.read_text()
-    assert "http" not in text.replace("http-equiv", "")
-    browser = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dom = subprocess.run(
-        [*browser, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert dom.stdout.count("<svg") == 4
-    assert "published recipe" in dom.stdout
-    subprocess.run(
-        [*browser, "--window-size=1250,1500", f"--screenshot={shot}", page.as_uri()],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    assert shot.read_bytes()[:4] == b"\x89PNG"
-    assert shot.stat().st_size > 20_000
