@@ -204,9 +204,10 @@ def _footer(runs: list[Run]) -> str:
     for name, record, _ in runs:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         commit = f", commit {record['commit']}" if record.get("commit") else ""
-        lines.append(
-            f"<li>{_text(name)}: {record['date']}{commit}, Python {record['python']}, {record['machine']}; {versions}"
-        )
+        device = f", {record['device']}" if record.get("device") else ""
+        cases = f"; cases: {record['cases']}" if record.get("cases") else ""
+        where = f"Python {record['python']}, {record['machine']}{device}; {versions}{cases}"
+        lines.append(f"<li>{_text(name)}: {_text(record['date'] + commit)}, {_text(where)}")
     return f"<footer><ul>{''.join(lines)}</ul></footer>"
 
 

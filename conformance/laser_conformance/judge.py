@@ -142,10 +142,11 @@ def _verdict(
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON has it: an infinite ratio is the string ``inf``."""
+    """A verdict as JSON has it: four digits are enough, and an infinite ratio is the string ``inf``."""
     record = dataclasses.asdict(verdict)
-    if verdict.ratio is not None and not math.isfinite(verdict.ratio):
-        record["ratio"] = "inf"
+    if verdict.ratio is not None:
+        record["ratio"] = float(f"{verdict.ratio:.4g}") if math.isfinite(verdict.ratio) else "inf"
+    record["seconds"] = round(verdict.seconds, 4)
     return record
 
 
