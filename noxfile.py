@@ -90,6 +90,7 @@ def docs(session: nox.Session) -> None:
 
 def judge(session: nox.Session, subjects: Iterable[tuple[str, str, str]], options: list[str]) -> None:
     """Judge backends on arrays and devices, each into conformance-….json and .html; fails in the end where one does."""
+    told = session.run("git", "describe", "--always", "--dirty", "--abbrev=12", silent=True, external=True)
     failed = []
     for backend, library, device in subjects:
         name = "-".join(filter(None, (backend, library, device)))
@@ -97,7 +98,7 @@ def judge(session: nox.Session, subjects: Iterable[tuple[str, str, str]], option
         files = ["--json", f"conformance-{name}.json", "--html", f"conformance-{name}.html", "--force"]
         command = ["laser-conformance", "run", "--backend", backend, "--arrays", library, *place, *files, *options]
         try:
-            session.run(*command, external=session.virtualenv.env.get("VIRTUAL_ENV") is None)
+            session.run(*command, env={"LASER_COMMIT": str(told).strip()}, external=True)
         except CommandFailed:
             failed.append(name)
     if failed:

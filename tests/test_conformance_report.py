@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from laser_conformance import html, report
 from laser_conformance.cases import LEVELS, all_cases
-from laser_conformance.judge import Verdict, judge, to_json
+from laser_conformance.judge import Verdict, judge
 from laser_conformance.run import Setup
 from laser_conformance.sabotage import FLAWS
 from matplotlib.image import imread
@@ -56,7 +56,12 @@ def test_page_is_one_file(page):
 def test_page_draws_the_recipe_beside_ours(page):
     """A plot for each dtype, a dashed line that leaves the plot, and ours below the limit."""
     figures = re.findall(r"<figure>.*?</figure>", page.read_text(), re.DOTALL)
-    assert [re.search(r"error against range, (\w+)", f)[1] for f in figures] == ["float64", "float32", "bfloat16", "float16"]
+    assert [re.search(r"error against range, (\w+)", f)[1] for f in figures] == [
+        "float64",
+        "float32",
+        "bfloat16",
+        "float16",
+    ]
     for figure in figures:
         assert figure.count("stroke-dasharray") == 1
         assert "published recipe, σ = 400: ∞ of what is allowed" in figure

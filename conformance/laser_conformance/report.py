@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -135,13 +136,18 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the working tree that the suite runs from, or None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the working tree that the suite runs from, or what LASER_COMMIT says of an installed one."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", here.name)  # an installation may lie in somebody else's working tree
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return os.environ.get("LASER_COMMIT")
 
 
 def record(verdicts: list[Verdict], device: str = "", cases: str = "") -> dict[str, Any]:
