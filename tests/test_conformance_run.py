@@ -130,6 +130,7 @@ def test_reference_passes_and_reports(tmp_path, capsys):
         (["--backend", "reference", "--device", "abacus"], "device: got 'abacus'; allowed for numpy: cpu"),
         (["--backend", "x", "--load", "nothing:X"], "load: got 'nothing:X'"),
         (["--backend", "x", "--load", "json:loads"], "load: 'json:loads' is a function"),
+        (["--backend", "reference", "--limit", "0"], "limit: got 0; allowed: a positive number"),
         (["--backend", "reference", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
     ],
 )

@@ -103,6 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
     cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
     for path in (arguments.json, arguments.html):
         report.may_write(path, arguments.force)
+    if not arguments.limit > 0:
+        raise ValueError(f"limit: got {arguments.limit:g}; allowed: a positive number of seconds")
     setup = Setup(
         arguments.backend, arguments.arrays, arguments.device, arguments.load, tuple(arguments.dtype), arguments.quick
     )

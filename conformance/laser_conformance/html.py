@@ -112,10 +112,9 @@ def _row(v: Verdict, run: str) -> str:
     share = "" if v.ratio is None else _share(v.ratio)
     bar = "" if v.ratio is None else f'<i style="width:{min(v.ratio, 1) * 60:.0f}px"></i>'
     message = "".join(f"<p>{_text(line)}</p>" for line in v.message.splitlines())
-    command = f"<code>{_text(v.reproduce)}</code>" if v.arrays != "files" else ""
     return (
         f'<tr class={v.status} id="{_case_anchor(run, v.case, v.dtype)}"><td>{_text(v.case)}<td>{v.dtype}<td>{v.status}'
-        f"<td class=share>{bar}{share}<td>{v.seconds:.2f}<td>{message}{command}"
+        f"<td class=share>{bar}{share}<td>{v.seconds:.2f}<td>{message}<code>{_text(v.reproduce)}</code>"
     )
 
 

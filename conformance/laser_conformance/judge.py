@@ -50,7 +50,9 @@ class Verdict:
 
     @property
     def reproduce(self) -> str:
-        """The command that runs this case alone."""
+        """The command that runs this case alone, or writes the problem alone where it is judged from files."""
+        if self.arrays == "files":
+            return f"laser-conformance export FOLDER --only {self.case} --dtype {self.dtype}"
         name, _, device = self.arrays.partition(":")
         place = f" --device {device}" if device else ""
         dtype = f" --dtype {self.dtype}" if self.dtype else ""
