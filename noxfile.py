@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -18,7 +20,7 @@ nox.options.tags = ["quick"]
 
 PYTHONS = ("3.11", "3.12", "3.13")
 FRAMEWORKS = {  # what a test session installs, and what must then be there
-    "numpy": ("test,demo", "array_api_strict"),
+    "numpy": ("test,demo", "array_api_strict,chromium"),
     "torch": ("test,demo,torch", "array_api_strict,torch"),
     "jax": ("test,demo,jax", "array_api_strict,jax"),
 }
@@ -31,6 +33,13 @@ JUDGED = {  # what a conformance session installs, and what it judges: backend, 
     "torch": ("conformance,torch", (("torch-sdpa", "torch", ""), ("streaming", "torch", ""))),
     "jax": ("conformance,jax", (("jax-xla", "jax", ""), ("jax-dpa", "jax", ""))),
 }
+GPUS = {"torch": "cuda", "jax": "gpu", "cupy": ""}  # what each framework calls the device
+SERVING = """
+import sys, laser_core
+for b in laser_core.backends().values():
+    if (not b.frameworks or sys.argv[1] in b.frameworks) and (not b.devices or set(b.devices) - {"cpu"}):
+        print(b.name)
+"""
 CONSTRAINED = ("--constraint", ".ci/constraints.txt")
 
 if "PIP_FIND_LINKS" in os.environ:  # uv has its own name for it
@@ -64,6 +73,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session(tags=["quick"])
+def generated(session: nox.Session) -> None:
+    """Whether the tables that are made from result files are up to date; -- to write them."""
+    session.install(*CONSTRAINED, ".[conformance]")
+    session.run("python", "conformance/support.py", *(session.posargs or ["--check"]))
+
+
+@nox.session(tags=["quick"])
 def docs(session: nox.Session) -> None:
     """The documentation with warnings as errors, and its examples executed."""
     session.install(*CONSTRAINED, ".[docs,test,torch,jax]")
@@ -72,30 +88,50 @@ def docs(session: nox.Session) -> None:
     session.run("pytest", "-q", "tests/test_examples.py", env={"LASER_REQUIRE": required})
 
 
-@nox.session(python=PYTHONS)
+def judge(session: nox.Session, subjects: Iterable[tuple[str, str, str]], options: list[str]) -> None:
+    """Judge backends on arrays and devices, each into conformance-….json and .html; fails in the end where one does."""
+    told = session.run("git", "describe", "--always", "--dirty", "--abbrev=12", silent=True, external=True)
+    failed = []
+    for backend, library, device in subjects:
+        name = "-".join(filter(None, (backend, library, device)))
+        place = ["--device", device] if device else []
+        files = ["--json", f"conformance-{name}.json", "--html", f"conformance-{name}.html", "--force"]
+        command = ["laser-conformance", "run", "--backend", backend, "--arrays", library, *place, *files, *options]
+        try:
+            session.run(*command, env={"LASER_COMMIT": str(told).strip()}, external=True)
+        except CommandFailed:
+            failed.append(name)
+    if failed:
+        session.error(f"not conforming, or not there: {', '.join(failed)}")
+
+
+@nox.session
 @nox.parametrize("arrays", [nox.param(name, id=name) for name in JUDGED])
 def conformance(session: nox.Session, arrays: str) -> None:
-    """The conformance suite on every backend of an array library: the quick subset; -- --all for everything."""
+    """The conformance suite, its quick subset, on this Python: every backend of an array library; -- more options."""
     extras, subjects = JUDGED[arrays]
     session.install(*CONSTRAINED, f".[{extras}]")
-    chosen = [argument for argument in session.posargs if argument != "--all"]
-    if "--all" not in session.posargs:
-        chosen.append("--quick")
-    for backend, library, device in subjects:
-        place = ["--device", device] if device else []
-        session.run("laser-conformance", "run", "--backend", backend, "--arrays", library, *place, *chosen)
+    judge(session, subjects, ["--quick", *session.posargs])
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("arrays", [nox.param(name, id=name) for name in JUDGED])
+def conformance_matrix(session: nox.Session, arrays: str) -> None:
+    """The same on each Python, and all cases; -- --quick for the subset."""
+    extras, subjects = JUDGED[arrays]
+    session.install(*CONSTRAINED, f".[{extras}]")
+    judge(session, subjects, list(session.posargs))
 
 
 @nox.session(venv_backend="none")
-def gpu(session: nox.Session) -> None:
-    """On a machine with a GPU and its frameworks: -- BACKEND ARRAYS …; writes conformance-BACKEND.json and .html."""
-    if len(session.posargs) < 2:
-        session.error("usage: nox -s gpu -- BACKEND ARRAYS [more arguments of laser-conformance run]")
-    backend, library, *more = session.posargs
-    device = {"torch": "cuda", "jax": "gpu", "cupy": ""}[library]
-    place = ["--device", device] if device else []
-    files = ["--json", f"conformance-{backend}.json", "--html", f"conformance-{backend}.html", "--force"]
-    session.run("laser-conformance", "run", "--backend", backend, "--arrays", library, *place, *files, *more)
+@nox.parametrize("arrays", [nox.param(name, id=name) for name in GPUS])
+def gpu(session: nox.Session, arrays: str) -> None:
+    """On a machine with a GPU, its frameworks and .[conformance]: every backend that may run there; -- more options."""
+    serving = session.run("python", "-c", SERVING, arrays, silent=True, external=True)
+    names = str(serving).split()
+    if not names:
+        session.error(f"no registered backend serves arrays of {arrays} on a GPU")
+    judge(session, ((name, arrays, GPUS[arrays]) for name in names), list(session.posargs))
 
 
 @nox.session

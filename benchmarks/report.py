@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from laser_core import backends
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = {
@@ -123,21 +121,6 @@ def summary(result: dict[str, Any]) -> str:
     return table(header, rows) + "\n\nTimes of the peer at L = 2048. " + provenance(result)
 
 
-def support() -> str:
-    """A line for each registered backend, from its record."""
-    rows = [
-        [
-            f"`{b.name}`",
-            ", ".join(b.frameworks) or "any",
-            ", ".join(b.devices) or "any",
-            ", ".join(b.dtypes),
-            b.summary,
-        ]
-        for b in backends().values()
-    ]
-    return table(["backend", "arrays of", "device", "dtypes", "what it is"], rows)
-
-
 def filled(path: Path, name: str, text: str) -> str:
     """The file's text with the block of that name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -158,7 +141,6 @@ def main() -> int:
     for path, name, text in (
         (ROOT / "docs" / "performance.md", "cpu", cpu_page(result)),
         (ROOT / "README.md", "benchmarks", summary(result)),
-        (ROOT / "README.md", "support", support()),
     ):
         new = filled(path, name, text)
         if new != path.read_text():

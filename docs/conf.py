@@ -1,4 +1,4 @@
-"""Sphinx configuration."""
+"""Sphinx configuration, and what is generated for the pages: they show no result that is not in a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import os
 from importlib.metadata import version as installed_version
 from pathlib import Path
+
+from laser_conformance import html, markdown, report
 
 from laser_core.cli import COMMANDS, _parser
 
@@ -30,6 +32,7 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "laser-attention"
+html_extra_path = ["_generated/pages"]
 
 
 def _write_help() -> None:
@@ -44,4 +47,14 @@ def _write_help() -> None:
         (folder / f"{command}.txt").write_text(subparsers.choices[command].format_help(), encoding="utf-8")
 
 
+def _write_conformance() -> None:
+    """The table of conformance.md, and the report as a page of its own, from the result files."""
+    records = [report.read(path) for path in sorted((HERE.parent / "conformance" / "results").glob("*.json"))]
+    pages = HERE / "_generated" / "pages"
+    pages.mkdir(parents=True, exist_ok=True)
+    (HERE / "_generated" / "conformance.md").write_text(markdown.matrix(records) + "\n", encoding="utf-8")
+    (pages / "conformance-report.html").write_text(html.page(records), encoding="utf-8")
+
+
 _write_help()
+_write_conformance()

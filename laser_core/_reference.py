@@ -183,11 +183,22 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d
 
 
 TINY = 2**16  # elements of the materialised (Lq, Lk, E) terms below which tiling only costs
+LARGEST = 2**27  # elements beyond which they take gigabytes: a backward pass holds about ten such arrays
+
+
+def _terms(problem: Problem) -> int:
+    return math.prod(problem.score_shape) * problem.value_dim
+
+
+def _why_not(problem: Problem) -> str | None:
+    if _terms(problem) > LARGEST:
+        shape = (*problem.score_shape, problem.value_dim)
+        return f"it materialises terms of shape {shape}, {_terms(problem)} elements (supported: up to {LARGEST})"
+    return None
 
 
 def _priority(problem: Problem) -> int:
-    terms = math.prod(problem.score_shape) * problem.value_dim
-    return 20 if terms <= TINY else 0
+    return 20 if _terms(problem) <= TINY else 0
 
 
 BACKEND = Backend(
@@ -195,6 +206,7 @@ BACKEND = Backend(
     summary="the definition, materialised: exact, differentiable to any order, O(Lq·Lk·E) memory",
     forward=forward,
     backward=backward,
+    why_not=_why_not,
     priority=_priority,
     native=True,
 )

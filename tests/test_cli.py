@@ -74,11 +74,17 @@ def test_wrong_usage_is_one_sentence_and_code_2(call: Any, arguments: list[str],
 
 
 def test_explain_names_the_backend_that_runs(call: Any) -> None:
-    code, out, _ = call("explain", "--shape", "2,8,4096,64")
+    code, out, _ = call("explain", "--shape", "2,8,128,64")
     assert code == 0
     assert "backend: streaming\n" in out
     assert re.search(r"^streaming +chosen$", out, re.MULTILINE)
     assert re.search(r"^reference +can run this; streaming comes first$", out, re.MULTILINE)
+
+
+def test_explain_says_what_a_backend_would_take(call: Any) -> None:
+    code, out, _ = call("explain", "--shape", "2,8,4096,64")
+    assert code == 0
+    assert re.search(r"^reference +.*it materialises terms of shape \(2, 8, 4096, 4096, 64\)", out, re.MULTILINE)
 
 
 def test_explain_takes_every_option(call: Any) -> None:

@@ -97,6 +97,29 @@ def test_foreign_manifests(folder, text, told, capsys):
     assert main(["check", str(folder)]) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m.pop("problems"), "has no list of problems"),
+        (lambda m: m["problems"].append(3), r"problems\[12\] is a int, not an object"),
+        (lambda m: m["problems"][0].pop("inputs"), r"problems\[0\] has no inputs"),
+        (lambda m: m["problems"][0].update(dtype="int8"), "has dtype 'int8'; allowed: float64, "),
+        (lambda m: m["problems"][1]["inputs"]["query"].pop("sha256"), "inputs.query lacks one of file, "),
+        (lambda m: m["problems"][1]["results"].clear(), "problem 2 asks for other results"),
+        (lambda m: m["problems"][2]["results"]["out"].update(shape=[1]), "problem 3 asks for other results"),
+    ],
+)
+def test_damaged_manifests(folder, change, told):
+    """Nobody is asked for less than was exported."""
+    solve(folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(Damaged, match=told):
+        check(folder)
+
+
 def test_other_inputs_are_noticed(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())

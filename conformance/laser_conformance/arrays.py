@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Library:
         strided: Whether its arrays can be views with strides of their own.
         context: What to wrap a call in, given the dtype.
         synchronize: Waits until the device has finished.
+        hardware: What the device is, in words.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Library:
     strided: bool
     context: Callable[[str], AbstractContextManager[Any]]
     synchronize: Callable[[Array], None] = lambda x: None
+    hardware: Callable[[], str] = lambda: processor()
 
 
 ALL = ("float64", "float32", "bfloat16", "float16")
@@ -70,6 +73,16 @@ def open_library(name: str, device: str = "") -> Library:
 def known_libraries() -> tuple[str, ...]:
     """The names that :func:`open_library` takes."""
     return tuple(_MAKERS)
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _numpy(device: str) -> Library:
@@ -123,7 +136,12 @@ def _torch(device: str) -> Library:
         if place.type == "cuda":
             torch.cuda.synchronize(place)
 
-    return Library("torch", device, put, get, ALL, True, lambda dtype: contextlib.nullcontext(), synchronize)
+    def hardware() -> str:
+        if place.type == "cpu":
+            return processor()
+        return str(torch.cuda.get_device_name(place)) if place.type == "cuda" else str(place)
+
+    return Library("torch", device, put, get, ALL, True, lambda dtype: contextlib.nullcontext(), synchronize, hardware)
 
 
 def _writable(x: Floats) -> Floats:
@@ -151,7 +169,10 @@ def _jax(device: str) -> Library:
     def context(dtype: str) -> AbstractContextManager[Any]:
         return jax.enable_x64(dtype == "float64")  # type: ignore[no-any-return]
 
-    return Library("jax", device, put, np.asarray, ALL, False, context, lambda a: a.block_until_ready())
+    def hardware() -> str:
+        return processor() if place.platform == "cpu" else str(place.device_kind)
+
+    return Library("jax", device, put, np.asarray, ALL, False, context, lambda a: a.block_until_ready(), hardware)
 
 
 def _cupy(device: str) -> Library:
@@ -176,6 +197,7 @@ def _cupy(device: str) -> Library:
         True,
         lambda dtype: contextlib.nullcontext(),
         lambda a: cupy.cuda.get_current_stream().synchronize(),
+        lambda: str(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()),
     )
 
 

@@ -15,7 +15,7 @@ from . import compare
 from .compare import Finding
 from .generate import Fill, Floats, fill, rounded
 from .problems import Data, Spec, build, visible
-from .subject import Refused, Results, Subject
+from .subject import NotThere, Refused, Results, Subject
 from .tolerance import ROUNDOFF, Bounds, bounds
 from .truth import Truth, truth
 
@@ -235,12 +235,16 @@ def _laid_out(x: Floats, how: str) -> Floats:
     raise ValueError(f"layout: got {how!r}")
 
 
+def _need_strides(subject: Subject) -> None:
+    if not subject.library.strided:
+        raise NotThere(f"arrays of {subject.library.name} have no strides of their own")
+
+
 def strides(how: str) -> Check:
     """Arrays, cotangents too, with strides other than those of C order."""
 
     def check(subject: Subject, data: Data) -> list[Finding]:
-        if not subject.library.strided:
-            return gradients(subject, data)
+        _need_strides(subject)
         arranged = dataclasses.replace(
             data,
             arrays={n: _laid_out(x, how) if x.dtype != bool else x for n, x in data.arrays.items()},
@@ -253,6 +257,7 @@ def strides(how: str) -> Check:
 
 def stride_zero(subject: Subject, data: Data) -> list[Finding]:
     """Keys and values of one head broadcast to all, one query broadcast to all, a constant cotangent: stride 0."""
+    _need_strides(subject)
     arrays = dict(data.arrays)
     for name, axis in (("key", -3), ("value", -3), ("query", -2)):
         x = arrays[name]
@@ -277,8 +282,7 @@ def long(subject: Subject, data: Data) -> list[Finding]:
 
 def far_apart(subject: Subject, data: Data) -> list[Finding]:
     """Two heads 2³¹ elements apart in one allocation: addresses that 32 bits do not hold."""
-    if not subject.library.strided:
-        return forward(subject, data)
+    _need_strides(subject)
     key = data.arrays["key"]
     count, item = key[..., 0, :, :].size, key.itemsize
     size = (2**31 + 2 * count) * item

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
     cases = choose(tuple(arguments.level), tuple(arguments.only), arguments.quick)
     for path in (arguments.json, arguments.html):
         report.may_write(path, arguments.force)
+    if not arguments.limit > 0:
+        raise ValueError(f"limit: got {arguments.limit:g}; allowed: a positive number of seconds")
     setup = Setup(
         arguments.backend, arguments.arrays, arguments.device, arguments.load, tuple(arguments.dtype), arguments.quick
     )
@@ -114,16 +115,22 @@ def _run(arguments: argparse.Namespace) -> int:
             progress.step(verdict)
         verdicts.append(verdict)
     progress.done()
-    return _conclude(verdicts, arguments)
+    return _conclude(verdicts, arguments, setup.subject().library.hardware(), _chosen(arguments))
 
 
-def _conclude(verdicts: list[Verdict], arguments: argparse.Namespace) -> int:
+def _chosen(arguments: argparse.Namespace) -> str:
+    """Which cases these are, in words."""
+    some = [*arguments.level, *arguments.only, *arguments.dtype]
+    return ("quick subset" if arguments.quick else "all") + (f" of {', '.join(some)}" if some else "")
+
+
+def _conclude(verdicts: list[Verdict], arguments: argparse.Namespace, device: str = "", chosen: str = "") -> int:
     """Write what was asked for, print the table, and say how it went."""
-    record = report.record(verdicts)
+    record = report.record(verdicts, device, chosen)
     if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        report.write(arguments.json, record)
     if arguments.html:
-        arguments.html.write_text(html.page([record]))
+        arguments.html.write_text(html.page([record]), encoding="utf-8")
     print(report.table(verdicts))
     if any(v.status == "failed" for v in verdicts):
         return FAILED
@@ -145,7 +152,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     report.may_write(arguments.html, arguments.force)
-    arguments.html.write_text(html.page([report.read(path) for path in arguments.runs]))
+    page = html.page([report.read(path) for path in arguments.runs])
+    arguments.html.write_text(page, encoding="utf-8")
     return PASSED
 
 

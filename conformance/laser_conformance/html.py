@@ -13,8 +13,8 @@ from .generate import DTYPES
 from .judge import Verdict, from_json
 from .recipe import recipe_shares, sweep
 
-_COLOURS = ("#2563eb", "#0d9488", "#c026d3", "#ea580c", "#65a30d", "#7c3aed")
-_RECIPE = "#dc2626"
+COLOURS = ("#2563eb", "#0d9488", "#c026d3", "#ea580c", "#65a30d", "#7c3aed")
+RECIPE = "#dc2626"
 
 Run = tuple[str, dict[str, Any], list[Verdict]]
 
@@ -37,10 +37,10 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "<h2>Cases</h2>",
         *(_cases(run) for run in listed),
         _footer(listed),
+        _SCRIPT,
     ]
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>LASER conformance</title>{_STYLE}" + "\n".join(
-        body
-    )
+    head = "<!doctype html><html lang=en><meta charset=utf-8><title>LASER conformance</title>"
+    return head + _STYLE + "\n".join(body)
 
 
 def _matrix(runs: list[Run]) -> str:
@@ -96,7 +96,7 @@ def _cases(run: Run) -> str:
     parts = []
     for level, own in report.by_level(verdicts).items():
         failed = [v for v in own if v.status == "failed"]
-        rows = "".join(_row(v) for v in sorted(own, key=lambda v: v.status != "failed"))
+        rows = "".join(_row(v, _anchor(name)) for v in sorted(own, key=lambda v: v.status != "failed"))
         state = report.outcome(own).lower()
         parts.append(
             f'<details id="{_anchor(name)}-{level}"{" open" if failed else ""}>'
@@ -107,33 +107,44 @@ def _cases(run: Run) -> str:
     return f"<h3>{_text(name)}</h3>{''.join(parts)}"
 
 
-def _row(v: Verdict) -> str:
+def _row(v: Verdict, run: str) -> str:
+    """A case: what became of it, and the command that runs it alone."""
     share = "" if v.ratio is None else _share(v.ratio)
     bar = "" if v.ratio is None else f'<i style="width:{min(v.ratio, 1) * 60:.0f}px"></i>'
-    command = f"<code>{_text(v.reproduce)}</code>" if v.status == "failed" and v.arrays != "files" else ""
-    message = _text(v.message).replace("\n", "<br>")
+    message = "".join(f"<p>{_text(line)}</p>" for line in v.message.splitlines())
     return (
-        f"<tr class={v.status}><td>{v.case}<td>{v.dtype}<td>{v.status}<td class=share>{bar}{share}"
-        f"<td>{v.seconds:.2f}<td>{message}{command}"
+        f'<tr class={v.status} id="{_case_anchor(run, v.case, v.dtype)}"><td>{_text(v.case)}<td>{v.dtype}<td>{v.status}'
+        f"<td class=share>{bar}{share}<td>{v.seconds:.2f}<td>{message}<code>{_text(v.reproduce)}</code>"
     )
 
 
+def _case_anchor(run: str, case: str, dtype: str) -> str:
+    return _text(f"{run}-{case}-{dtype}")
+
+
 # -------------------------------------------------------------------------------------------------------------- plots
+
+
+Line = tuple[str, str, list[tuple[float, float, str]]]  # a name, a colour, and σ, share and link of each point
 
 
 def _plots(runs: list[Run]) -> str:
     """Worst error against the range of the values, for each dtype, with the published recipe beside it."""
     plots = []
     for dtype in DTYPES:
-        lines = []
+        lines: list[Line] = []
         for index, (name, _, verdicts) in enumerate(runs):
             by_case = {v.case: v for v in verdicts if v.dtype == dtype and v.status in ("passed", "failed")}
-            points = [(s, by_case[c.id].ratio) for s, c in sweep() if c.id in by_case]
-            found = [(s, r if r is not None else math.inf) for s, r in points]
-            if found:
-                lines.append((name, _COLOURS[index % len(_COLOURS)], found))
+            points = []
+            for sigma, case in sweep():
+                if (v := by_case.get(case.id)) is not None:
+                    link = _case_anchor(_anchor(name), v.case, v.dtype)
+                    points.append((sigma, math.inf if v.ratio is None else v.ratio, link))
+            if points:
+                lines.append((name, COLOURS[index % len(COLOURS)], points))
         if lines:
-            plots.append(_plot(dtype, [*lines, ("published recipe", _RECIPE, recipe_shares(dtype))]))
+            recipe = [(sigma, ratio, "") for sigma, ratio in recipe_shares(dtype)]
+            plots.append(_plot(dtype, [*lines, ("published recipe", RECIPE, recipe)]))
     if not plots:
         return ""
     return (
@@ -146,7 +157,7 @@ def _plots(runs: list[Run]) -> str:
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 430, 260, 46, 26, 34
 
 
-def _plot(dtype: str, lines: list[tuple[str, str, list[tuple[float, float]]]]) -> str:
+def _plot(dtype: str, lines: list[Line]) -> str:
     sigmas = [s for s, _ in sweep()]
     low, high = math.log10(min(sigmas)), math.log10(max(sigmas))
     bottom, top = -3.0, 2.0
@@ -173,12 +184,13 @@ def _plot(dtype: str, lines: list[tuple[str, str, list[tuple[float, float]]]]) -
     )
     legend = []
     for name, colour, points in lines:
-        dash = " stroke-dasharray='5 3'" if colour == _RECIPE else ""
-        path = "M" + "L".join(f"{x(s):.1f} {y(r):.1f}" for s, r in points)
+        dash = " stroke-dasharray='5 3'" if colour == RECIPE else ""
+        path = "M" + "L".join(f"{x(s):.1f} {y(r):.1f}" for s, r, _ in points)
         parts.append(f'<path d="{path}" fill=none stroke="{colour}" stroke-width=1.8{dash} />')
-        for s, r in points:
+        for s, r, link in points:
             title = f"{_text(name)}, σ = {s:g}: {_share(r)} of what is allowed"
-            parts.append(f'<circle cx="{x(s):.1f}" cy="{y(r):.1f}" r=3 fill="{colour}"><title>{title}</title></circle>')
+            dot = f'<circle cx="{x(s):.1f}" cy="{y(r):.1f}" r=3 fill="{colour}"><title>{title}</title></circle>'
+            parts.append(f'<a href="#{link}">{dot}</a>' if link else dot)
         legend.append(f'<span><i style="background:{colour}"></i>{_text(name)}</span>')
     label = f"error against range, {dtype}"
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img aria-label="{label}">{"".join(parts)}</svg>'
@@ -191,9 +203,10 @@ def _footer(runs: list[Run]) -> str:
     for name, record, _ in runs:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         commit = f", commit {record['commit']}" if record.get("commit") else ""
-        lines.append(
-            f"<li>{_text(name)}: {record['date']}{commit}, Python {record['python']}, {record['machine']}; {versions}"
-        )
+        device = f", {record['device']}" if record.get("device") else ""
+        cases = f"; cases: {record['cases']}" if record.get("cases") else ""
+        where = f"Python {record['python']}, {record['machine']}{device}; {versions}{cases}"
+        lines.append(f"<li>{_text(name)}: {_text(record['date'] + commit)}, {_text(where)}")
     return f"<footer><ul>{''.join(lines)}</ul></footer>"
 
 
@@ -223,4 +236,15 @@ svg text{font-size:10px;fill:currentColor}svg .title{font-size:13px;font-weight:
 .grid{stroke:var(--line);fill:none}.limit{stroke:currentColor;stroke-width:1.2;fill:none;opacity:.7}
 figcaption{font-size:.78rem;display:flex;flex-wrap:wrap;gap:.2rem .9rem}figcaption i{display:inline-block;width:.7rem;
 height:.7rem;border-radius:2px;margin-right:.3rem}footer{color:var(--dim);font-size:.78rem;margin-top:2rem}
+.cases p{margin:0}:target{outline:2px solid #2563eb66;outline-offset:2px}
 </style>"""
+
+# A link to a level or a case opens what it is in: browsers do that for a link into a closed <details>, not to one.
+_SCRIPT = """<script>
+function reveal(){
+  const target=document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const details=target&&target.closest("details");
+  if(details){details.open=true;target.scrollIntoView()}
+}
+addEventListener("hashchange",reveal);reveal();
+</script>"""

@@ -50,7 +50,9 @@ class Verdict:
 
     @property
     def reproduce(self) -> str:
-        """The command that runs this case alone."""
+        """The command that runs this case alone, or writes the problem alone where it is judged from files."""
+        if self.arrays == "files":
+            return f"laser-conformance export FOLDER --only {self.case} --dtype {self.dtype}"
         name, _, device = self.arrays.partition(":")
         place = f" --device {device}" if device else ""
         dtype = f" --dtype {self.dtype}" if self.dtype else ""
@@ -142,10 +144,11 @@ def _verdict(
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON has it: an infinite ratio is the string ``inf``."""
+    """A verdict as JSON has it: four digits are enough, and an infinite ratio is the string ``inf``."""
     record = dataclasses.asdict(verdict)
-    if verdict.ratio is not None and not math.isfinite(verdict.ratio):
-        record["ratio"] = "inf"
+    if verdict.ratio is not None:
+        record["ratio"] = float(f"{verdict.ratio:.4g}") if math.isfinite(verdict.ratio) else "inf"
+    record["seconds"] = round(verdict.seconds, 4)
     return record
 
 

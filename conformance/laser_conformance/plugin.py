@@ -27,6 +27,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each case."""
     if "laser_case" not in metafunc.fixturenames:
         return
+    if not metafunc.config.getoption("--laser-backend"):
+        import laser_core
+
+        raise pytest.UsageError(f"--laser-backend is missing; allowed: {', '.join(laser_core.backends())}")
     from .cases import choose
 
     cases = choose(quick=metafunc.config.getoption("--laser-quick"))
@@ -37,14 +41,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def laser_subject(request: pytest.FixtureRequest) -> object:
     """The backend that ``--laser-backend`` names; one that is absent is an error, never a skip."""
-    import laser_core
-
     from .run import CannotRun, Setup
 
     option = request.config.getoption
-    if not option("--laser-backend"):
-        known = ", ".join(laser_core.backends())
-        raise pytest.UsageError(f"--laser-backend is missing; allowed: {known}")
     names = ("--laser-backend", "--laser-arrays", "--laser-device", "--laser-load")
     try:
         return Setup(*(option(name) for name in names)).subject()

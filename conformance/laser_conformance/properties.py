@@ -258,6 +258,24 @@ def merging(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
     _equal("l merged and whole", lse, whole["lse"], allowed)
 
 
+@law("Partial results over any two sets of keys that make up the whole merge into it.")
+def merging_of_sets(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
+    """The same for any set of keys and what is left: a mask says which."""
+    data = build(_with(spec, lse=True), dtype)
+    chosen = np.asarray(more.draw(st.lists(st.booleans(), min_size=spec.lengths[1], max_size=spec.lengths[1])))
+    parts = []
+    for some in (chosen, ~chosen):
+        mask = np.broadcast_to(some, spec.lengths).copy()
+        part = dataclasses.replace(data.with_arrays(attn_mask=mask), spec=_with(data.spec, mask_shape=spec.lengths))
+        parts += [_values(subject, part, False)[n] for n in ("out", "lse")]
+    out, lse = laser_core.merge_states(*parts, beta=spec.beta)
+    whole = _values(subject, data, False)
+    slack = _bound(data, whole["out"]) + np.maximum(_bound(data, parts[0]), _bound(data, parts[2]))
+    _equal("o merged and whole", out, whole["out"], slack)
+    allowed = 3e-4 * (1 + np.abs(whole["lse"])) * (2.0**-29 if dtype == "float64" else 1)
+    _equal("l merged and whole", lse, whole["lse"], allowed)
+
+
 @law("As β → 0, o → P·v, no further than β/8 times the squared range.")
 def small_beta(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
     """The limit of softmax attention."""
@@ -329,6 +347,30 @@ def padding(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
     other = _replace_keys(data, count + extra, **longer, key_value_seq_lengths=lengths)
     x, y = _out(subject, data), _out(subject, other)
     _equal("o without and with padding", x, y, 2 * _bound(data, x))
+
+
+@law("What a query does not see changes nothing, not one bit: outputs, log-sum-exp and gradients.")
+def invisible(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
+    """Keys that no query sees, and queries that see nothing, hold other numbers, NaN or ∞."""
+    lq, lk = spec.lengths
+    sees = np.asarray(more.draw(st.lists(st.booleans(), min_size=lq, max_size=lq)))
+    seen = np.asarray(more.draw(st.lists(st.booleans(), min_size=lk, max_size=lk)))
+    mask = sees[:, None] & seen
+    data = build(_with(spec, lse=True, mask_shape=spec.lengths), dtype).with_arrays(attn_mask=mask)
+    reach = visible(data)
+    keys = ~reach.any(axis=tuple(range(reach.ndim - 1)))[:, None]
+    queries = ~reach.any(axis=(*range(reach.ndim - 2), reach.ndim - 1))[:, None]
+    what = more.draw(st.sampled_from((math.nan, math.inf, -math.inf, 1.0)))
+    hidden = {"query": queries, "key": keys, "value": keys}
+    changed = {
+        n: np.where(where, np.asarray(what, data.arrays[n].dtype), data.arrays[n]) for n, where in hidden.items()
+    }
+    x, y = _values(subject, data, True), _values(subject, data.with_arrays(**changed), True)
+    for name in x:
+        if not np.array_equal(x[name], y[name], equal_nan=False):
+            raise Broken(f"{name} changes where what is not visible becomes {what:g}")
+    if not (x["out"][..., queries[:, 0], :] == 0).all():
+        raise Broken("o is not 0 where a query sees nothing")
 
 
 CHECKS = {f"law {name}": _check(function) for name, (function, _) in LAWS.items()}

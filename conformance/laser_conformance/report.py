@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -115,10 +116,17 @@ def table(verdicts: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The record of a run as JSON, with a line for each verdict, so that two of them can be compared."""
+    head = json.dumps({name: x for name, x in record.items() if name != "verdicts"}, indent=1, ensure_ascii=False)
+    lines = ",\n".join(json.dumps(v, ensure_ascii=False) for v in record["verdicts"])
+    path.write_text(head[: -len("\n}")] + ',\n "verdicts": [\n' + lines + "\n ]\n}\n", encoding="utf-8")
+
+
 def read(path: Path) -> dict[str, Any]:
     """The record of a run, from its JSON file."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         form, version = found["format"], found["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no record of a run: {error}") from error
@@ -128,17 +136,28 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the working tree that the suite runs from, or None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the working tree that the suite runs from, or what LASER_COMMIT says of an installed one."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", here.name)  # an installation may lie in somebody else's working tree
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return os.environ.get("LASER_COMMIT")
 
 
-def record(verdicts: list[Verdict]) -> dict[str, Any]:
-    """The verdicts and where they were reached, for JSON."""
+def record(verdicts: list[Verdict], device: str = "", cases: str = "") -> dict[str, Any]:
+    """The verdicts and where they were reached, for JSON.
+
+    Args:
+        verdicts: Of one run.
+        device: The hardware that was computed on, in words.
+        cases: Which cases these are, in words.
+    """
     versions = {}
     for name in ("laser-attention", "numpy", "array-api-strict", "torch", "jax", "cupy-cuda13x", "triton"):
         try:
@@ -153,5 +172,7 @@ def record(verdicts: list[Verdict]) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": versions,
+        "device": device,
+        "cases": cases,
         "verdicts": [to_json(v) for v in verdicts],
     }

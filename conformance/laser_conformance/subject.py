@@ -68,32 +68,34 @@ class Subject:
             before = {n: np.array(x) for n, x in (given | cotangents).items()}
             arguments = {n: library.put(x) for n, x in given.items()}
             options = data.options()
-            got: dict[str, Array] = {}
+            pulled = {n: library.put(x) for n, x in cotangents.items()} if gradients else {}
             if gradients:
                 result, pullback = laser_core.laser_attention_vjp(**arguments, **options, backend=self.backend)
-                pulled = {n: library.put(x) for n, x in cotangents.items()}
+            else:
+                result = laser_core.laser_attention(**arguments, **options, backend=self.backend)
+            got: dict[str, Array] = {"out": result}
+            if data.spec.lse:
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(f"return_lse=True gave a {type(result).__name__}; it should be (out, lse)")
+                got["out"], got["lse"] = result
+            findings = [f for f in self._kinds(data, arguments["query"], got) if f.problem]
+            if findings:
+                return Results({}, findings)  # nothing that can be pulled back through, or compared
+            if gradients:
                 try:
                     grads = pullback(**pulled)
                 except laser_core.Unsupported as error:
                     raise Refused(f"no gradient: {error}") from error
-                got = {f"d_{n}": getattr(grads, n, None) for n in GRADIENTS if n in arguments}
+                own = {f"d_{n}": getattr(grads, n, None) for n in GRADIENTS if n in arguments}
                 for name in GRADIENTS:
                     if name not in arguments and getattr(grads, name, None) is not None:
                         raise TypeError(
                             f"the gradient of {name} is {type(getattr(grads, name)).__name__}; it should be None"
                         )
-            else:
-                pulled = {}
-                result = laser_core.laser_attention(**arguments, **options, backend=self.backend)
-            if data.spec.lse:
-                if not isinstance(result, tuple) or len(result) != 2:
-                    raise TypeError(f"return_lse=True gave a {type(result).__name__}; it should be (out, lse)")
-                got["out"], got["lse"] = result
-            else:
-                got["out"] = result
-            findings = [f for f in self._kinds(data, arguments["query"], got) if f.problem]
-            if findings:
-                return Results({}, findings)
+                findings = [f for f in self._kinds(data, arguments["query"], own) if f.problem]
+                if findings:
+                    return Results({}, findings)
+                got |= own
             values = {n: library.get(a) for n, a in got.items()}
             for name, array in {**arguments, **pulled}.items():
                 finding = same_bits(name, library.get(array), before[name], "the call has changed it")

@@ -30,14 +30,17 @@ import numpy as np
 from . import checks
 from .case import Case
 from .cases import all_cases
-from .generate import Floats, checksum, little_endian
+from .generate import DTYPES, Floats, checksum, little_endian
 from .judge import Verdict
-from .problems import Data, build
+from .problems import GRADIENTS, Data, build
 from .tolerance import Bounds, bounds
 from .truth import Truth, truth
 
 FORMAT, VERSION = "laser-conformance-vectors", 1
 _KINDS = {"forward": False, "gradients": True}
+_ARRAYS = {"results": ("file", "shape", "dtype")} | dict.fromkeys(
+    ("inputs", "expected", "allowed"), ("file", "shape", "dtype", "sha256")
+)
 
 
 class Damaged(ValueError):
@@ -75,17 +78,15 @@ def _problem(folder: Path, number: int, case: Case, data: Data) -> dict[str, Any
     expected = truth(data, gradients=gradients)
     allowed = bounds(data, expected)
     inputs = dict(data.arrays)
-    results = {"out": (data.spec.out_shape, data.dtype)}
+    results = _wanted(case, data)
     wanted, errors = {"out": expected.out}, {"out": allowed.out}
     if data.spec.lse:
-        results["lse"] = (data.spec.out_shape[:-1], data.compute_dtype)
         wanted["lse"], errors["lse"] = expected.lse, allowed.lse
     if gradients:
         inputs["d_out"] = data.d_out
         if data.d_lse is not None:
             inputs["d_lse"] = data.d_lse
         for name, gradient in expected.gradients.items():
-            results[f"d_{name}"] = (data.arrays[name].shape, data.dtype)
             wanted[f"d_{name}"] = gradient
             errors[f"d_{name}"] = np.asarray(allowed.gradients[name])
     wanted |= {"low": expected.low, "high": expected.high}
@@ -116,6 +117,38 @@ def _problem(folder: Path, number: int, case: Case, data: Data) -> dict[str, Any
     }
     (place / "problem.txt").write_text(_lines(record, data))
     return record
+
+
+def _wanted(case: Case, data: Data) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each result."""
+    results = {"out": (data.spec.out_shape, data.dtype)}
+    if data.spec.lse:
+        results["lse"] = (data.spec.out_shape[:-1], data.compute_dtype)
+    if _KINDS[case.check]:
+        results |= {f"d_{n}": (data.arrays[n].shape, data.arrays[n].dtype.name) for n in GRADIENTS if n in data.arrays}
+    return results
+
+
+def _malformed(problem: Any) -> str | None:
+    """What a record of a problem lacks, or None."""
+    if not isinstance(problem, dict):
+        return f"is a {type(problem).__name__}, not an object"
+    for field, kind in {
+        "number": int,
+        "id": str,
+        "dtype": str,
+        "checksum": str,
+        **dict.fromkeys(_ARRAYS, dict),
+    }.items():
+        if not isinstance(problem.get(field), kind):
+            return f"has no {field}"
+    if problem["dtype"] not in DTYPES:
+        return f"has dtype {problem['dtype']!r}; allowed: {', '.join(DTYPES)}"
+    for group, fields in _ARRAYS.items():
+        for name, array in problem[group].items():
+            if not isinstance(array, dict) or set(fields) - set(array):
+                return f"{group}.{name} lacks one of {', '.join(fields)}"
+    return None
 
 
 def _doubles(x: Floats) -> Floats:
@@ -162,7 +195,10 @@ def check(folder: Path, who: str = "files") -> list[Verdict]:
     manifest = _manifest(folder)
     known = {case.id: case for case in all_cases()}
     damage = []
-    for problem in manifest["problems"]:
+    for place, problem in enumerate(manifest["problems"]):
+        if (fault := _malformed(problem)) is not None:
+            damage.append(f"manifest.json: problems[{place}] {fault}")
+            continue
         for array in (*problem["inputs"].values(), *problem["expected"].values(), *problem["allowed"].values()):
             path = folder / array["file"]
             if not path.is_file():
@@ -171,8 +207,19 @@ def check(folder: Path, who: str = "files") -> list[Verdict]:
                 damage.append(f"{array['file']} is not what was exported")
         if problem["id"] not in known:
             damage.append(f"problem {problem['number']} is of an unknown case, {problem['id']}")
-        elif checksum(_inputs(build(known[problem["id"]].spec, problem["dtype"]), problem)) != problem["checksum"]:
+            continue
+        case = known[problem["id"]]
+        data = build(case.spec, problem["dtype"])
+        if checksum(_inputs(data, problem)) != problem["checksum"]:
             damage.append(f"problem {problem['number']} has other inputs than this version of the suite generates")
+        wanted = {n: {"shape": list(shape), "dtype": dtype} for n, (shape, dtype) in _wanted(case, data).items()}
+        asked = {n: {k: r[k] for k in ("shape", "dtype")} for n, r in problem["results"].items()}
+        if (
+            asked != wanted
+            or not {*wanted, "low", "high"} <= {*problem["expected"]}
+            or wanted.keys() - problem["allowed"]
+        ):
+            damage.append(f"problem {problem['number']} asks for other results than this version of the suite")
     if damage:
         raise Damaged(f"{folder}: " + "; ".join(damage))
     return [_judge(folder, problem, known[problem["id"]], who) for problem in manifest["problems"]]
@@ -194,6 +241,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: no manifest of this suite: {error}") from error
     if (form, version) != (FORMAT, VERSION):
         raise Damaged(f"{path}: got {form!r} version {version!r}; allowed: {FORMAT!r} version {VERSION}")
+    if not isinstance(manifest.get("problems"), list):
+        raise Damaged(f"{path}: has no list of problems")
     return manifest
 
 
