@@ -76,7 +76,8 @@ def types(session: nox.Session) -> None:
 def generated(session: nox.Session) -> None:
     """Whether the tables that are made from result files are up to date; -- to write them."""
     session.install(*CONSTRAINED, ".[conformance]")
-    session.run("python", "conformance/support.py", *(session.posargs or ["--check"]))
+    for script in ("conformance/support.py", "benchmarks/report.py"):
+        session.run("python", script, *(session.posargs or ["--check"]))
 
 
 @nox.session(tags=["quick"])
