@@ -13,7 +13,10 @@ from .generate import DTYPES
 from .judge import Verdict, from_json
 from .recipe import recipe_shares, sweep
 
-COLOURS = ("#2563eb", "#0d9488", "#c026d3", "#ea580c", "#65a30d", "#7c3aed")
+COLOURS = (
+    *("#2563eb", "#0d9488", "#c026d3", "#ea580c", "#65a30d", "#7c3aed"),
+    *("#0891b2", "#a16207", "#db2777", "#475569", "#15803d", "#818cf8"),
+)
 RECIPE = "#dc2626"
 
 Run = tuple[str, dict[str, Any], list[Verdict]]
@@ -77,7 +80,9 @@ def _cell(verdicts: list[Verdict], anchor: str) -> str:
 
 
 def _share(ratio: float) -> str:
-    return f"{ratio:.0%}" if ratio < 10 else ("∞" if math.isinf(ratio) else f"{ratio:.0f}×")
+    if ratio < 10:
+        return f"{ratio:.0%}"
+    return "∞" if math.isinf(ratio) else (f"{ratio:.0f}×" if ratio < 1e5 else f"{ratio:.0e}×")
 
 
 def _anchor(name: str) -> str:
@@ -229,6 +234,7 @@ summary b{display:inline-block;min-width:4.2rem}b.pass{color:var(--good)}b.fail{
 .cases td,.cases th{padding:.16rem .7rem .16rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 .cases tr.failed td:nth-child(3){color:var(--bad);font-weight:650}.cases .share{white-space:nowrap;min-width:7rem}
 .cases .share i{display:inline-block;height:.55rem;background:#2563eb88;margin-right:.4rem;border-radius:2px}
+.cases td:first-child{white-space:nowrap}.cases tr.failed .share i{background:#dc262688}
 .cases tr.refused,.cases tr.skipped{color:var(--dim)}code{display:block;font-size:.8rem;color:var(--dim)}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:1rem}
 figure{margin:0;border:1px solid var(--line);border-radius:8px;padding:.5rem}svg{width:100%;height:auto;display:block}

@@ -159,6 +159,15 @@ def shift(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
     _equal("o(v) + c and o(v + c)", np.where(seen, a + c, 0), b, _bound(here, a) + _bound(there, b))
 
 
+@law("o(2v; β) = 2·o(v; 2β).")
+def scaling(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
+    """Values and β are in units of each other."""
+    data, sharper = build(spec, dtype), build(_with(spec, beta=2 * spec.beta), dtype)
+    doubled = data.with_arrays(value=rounded(2 * data.arrays["value"].astype(np.float64), dtype))
+    a, b = _out(subject, doubled), _out(subject, sharper)
+    _equal("o(2v; β) and 2·o(v; 2β)", a, 2 * b, _bound(doubled, a) + 2 * _bound(sharper, b))
+
+
 @law("P·v ≤ o ≤ max v for β > 0, and min v ≤ o ≤ P·v for β < 0.")
 def between(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
     """Between the mean and the extreme."""
@@ -186,6 +195,19 @@ def monotone(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
     a, b = _out(subject, data), _out(subject, there)
     if not (b >= a - _bound(data, a) - _bound(there, b)).all():
         raise Broken("o decreases although every value grows")
+
+
+@law("o moves no further than the values do.")
+def lipschitz(subject: Subject, dtype: str, spec: Spec, more: Any) -> None:
+    """1-Lipschitz in v, in the maximum norm of each channel."""
+    data = build(spec, dtype)
+    v = data.arrays["value"].astype(np.float64)
+    step = build(_with(spec, seed=spec.seed + "/step"), dtype).arrays["value"].astype(np.float64)
+    there = data.with_arrays(value=rounded(v + step, dtype))
+    a, b = _out(subject, data), _out(subject, there)
+    group = spec.heads[0] // spec.heads[1]
+    moved = np.repeat(np.abs(there.arrays["value"].astype(np.float64) - v).max(axis=-2, keepdims=True), group, axis=-3)
+    _equal("o here and there", a, b, moved + _bound(data, a) + _bound(there, b))
 
 
 @law("Σ_j dv_je = Σ_i do_ie.")
