@@ -1,0 +1,28 @@
+"""Tile sizes of the Triton kernels, in one small table; nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+VALUE_BLOCK = 128
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut and launched."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tile:
+    """Of the forward kernel; widths are those of the tiles."""
+    width = max(head_dim, value_dim)
+    if dtype == torch.float32:
+        return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2)
+    if width <= 64:
+        return Tile(128, 64, 4, 3)
+    return Tile(128, 128, 8, 3) if width <= 128 else Tile(128, 64, 8, 2)
