@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from laser_core import Forward, Gradients, Inputs, Problem
 
@@ -230,16 +231,45 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     return Forward(out.to(dtype), l, residual)
 
 
+def _described(call: Call, x: Tensor, block: int) -> tuple[TensorDescriptor, TensorDescriptor, list[int]] | None:
+    """Descriptors of K and X as matrices, for hardware that copies tiles by itself; None where it cannot.
+
+    And how many rows a batch entry and a head of K are apart, and how many columns a head: rows follow each other
+    within heads (B, H, L, D), or heads within rows (B, L, H, D).
+    """
+    p, k = call.problem, call.k
+    width, value_width, size = padded(p.head_dim), padded(p.value_dim), k.element_size()
+    if INTERPRETED or torch.cuda.get_device_capability(k.device)[0] < 9:
+        return None
+    rows = call.batch * p.key_value_heads * p.key_length
+    if rows >= 2**31 or p.value_dim * size % 16 or p.head_dim * size % 16 or k.data_ptr() % 16:
+        return None
+    if k.is_contiguous():
+        matrix, strides = (rows, p.head_dim), [p.key_value_heads * p.key_length, p.key_length, 0]
+    elif k.transpose(1, 2).is_contiguous() and width == p.head_dim:
+        matrix = (call.batch * p.key_length, p.key_value_heads * p.head_dim)
+        strides = [p.key_length, 0, p.head_dim]
+    else:
+        return None
+    return (
+        TensorDescriptor(k, matrix, (matrix[1], 1), [block, width]),
+        TensorDescriptor(x, (rows, p.value_dim), (p.value_dim, 1), [block, value_width]),
+        strides,
+    )
+
+
 def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | None, l: Tensor, tile: Tile) -> None:
     """The fast kernel and the exact one."""
     p, limits, options = call.problem, call.limits, call.options()
     heads = call.batch * p.query_heads
     outputs = (call.query_lengths, call.key_lengths, out, residual, l)
     fold = p.scale > 0 and p.logits_soft_cap is None
+    described = _described(call, values.x, tile.block_k) if tile.tma else None
+    k, x, k_strides = described or (call.k, values.x, call.strides("k"))
     triton_forward.forward[(heads * triton.cdiv(p.query_length, tile.block_q),)](
-        call.q, call.k, values.x, values.c, values.flags, call.mask, call.bias, *outputs,
-        *call.strides("q", "k", "mask", "bias"), *call.geometry(), call.o_scale,
-        **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold,
+        call.q, k, x, values.c, values.flags, call.mask, call.bias, *outputs,
+        *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(), call.o_scale,
+        **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold, TMA=described is not None,
         SHIFT=0 if p.beta == 0 else limits.shift, RESIDUAL=residual is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

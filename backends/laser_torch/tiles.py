@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-VALUE_BLOCK = 128
+VALUE_BLOCK = 64
 
 
 class Tile(NamedTuple):
@@ -16,6 +16,7 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    tma: bool = False  # where the hardware has it
 
 
 def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tile:
@@ -24,5 +25,5 @@ def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tile:
     if dtype == torch.float32:
         return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2)
     if width <= 64:
-        return Tile(128, 64, 4, 3)
-    return Tile(128, 128, 8, 3) if width <= 128 else Tile(128, 64, 8, 2)
+        return Tile(128, 64, 4, 3, True)
+    return Tile(128, 128, 8, 2, True) if width <= 128 else Tile(128, 64, 8, 2, True)

@@ -16,19 +16,22 @@ from .triton_values import (
 @triton.jit
 def _tiles(
     acc, l, m, q, K, X, first, last, k_end, i, b, h,
-    k_n, x_n, n, d, e,
+    k_n, k_row, k_column, x_row, n, d, e,
     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(first, last, BN):
-        k = load_rows(K, start, k_n, n[None, :], d[:, None], k_end, D, MASKED, D != DP)
+        if TMA:  # what it reads beyond the end is hidden by the scores; X is finite everywhere
+            k = K.load([k_row + start, k_column]).T
+        else:
+            k = load_rows(K, start, k_n, n[None, :], d[:, None], k_end, D, MASKED, D != DP)
         qk = tl.dot(q, k, input_precision=PRECISION)
         if MASKED:
             j = start + n
-            s, _ = to_scores(qk, i[:, None], j[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+            s, slope = to_scores(qk, i[:, None], j[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 (q_end, k_end), low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
             m_new = tl.maximum(m, tl.max(s, 1))
             reference = tl.where(m_new == float("-inf"), 0.0, m_new) - SHIFT
@@ -38,7 +41,7 @@ def _tiles(
             reference = m_new - SHIFT
             p = tl.exp2(qk * (scale * 1.4426950408889634) - reference[:, None])
         else:
-            s, _ = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
+            s, slope = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
                 b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap, False, False, False, False, CAP)  # fmt: skip
             m_new = tl.maximum(m, tl.max(s, 1))
             reference = m_new - SHIFT
@@ -46,7 +49,10 @@ def _tiles(
         rescale = tl.exp2(m - (reference + SHIFT))
         l = l * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
-        x = load_rows(X, start, x_n, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
+        if TMA:
+            x = X.load([x_row + start, 0])
+        else:
+            x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
         acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
         m = m_new
     return acc, l, m
@@ -59,7 +65,7 @@ def forward(
     heads, group, query_length, key_length, low, high, scale, cap, o_scale,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
-    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, FOLD: tl.constexpr, LINEAR: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
     RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, its residual and l of one block of queries, for heads inside the fast range. Grid: B·Hq · blocks.
@@ -83,8 +89,13 @@ def forward(
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
     i = m0 + m_
-    K += b * k_b + h_kv * k_h
-    X += kv.to(tl.int64) * key_length * E
+    k_row, k_column, x_row = 0, 0, kv * key_length
+    if TMA:  # K and X are descriptors of matrices, and the strides are those of rows, rows and columns
+        k_row = (b * k_b + h_kv * k_h).to(tl.int32)
+        k_column = (h_kv * k_n).to(tl.int32)
+    else:
+        K += b * k_b + h_kv * k_h
+        X += kv.to(tl.int64) * key_length * E
     q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
 
     acc = tl.zeros((BM, EP), tl.float32)
@@ -94,15 +105,15 @@ def forward(
         m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
     )
     if BAND_LOW:
-        acc, l, m = _tiles(acc, l, m, q, K, X, first, full_first, k_end, i, b, h, k_n, E, n, d, e, Mask, Bias,
-            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD,
+        acc, l, m = _tiles(acc, l, m, q, K, X, first, full_first, k_end, i, b, h, k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     if not (MASK or BIAS):
-        acc, l, m = _tiles(acc, l, m, q, K, X, full_first, full_last, k_end, i, b, h, k_n, E, n, d, e, Mask, Bias,
-            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD,
+        acc, l, m = _tiles(acc, l, m, q, K, X, full_first, full_last, k_end, i, b, h, k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
-    acc, l, m = _tiles(acc, l, m, q, K, X, full_last, last, k_end, i, b, h, k_n, E, n, d, e, Mask, Bias,
-        m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD,
+    acc, l, m = _tiles(acc, l, m, q, K, X, full_last, last, k_end, i, b, h, k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+        m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
         BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
 
     empty = l == 0
@@ -161,12 +172,12 @@ def exact(
         l = tl.zeros((BM,), tl.float32)
         top = tl.full((BM, BE), float("-inf"), tl.float32)
         acc = tl.zeros((BM, BE), tl.float32)
-        first, _, _, last = key_range(m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True)
+        first, inner_first, inner_last, last = key_range(m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True)
         for start in range(first, last, BN):
             k = load_rows(K + b * k_b + h_kv * k_h, start, k_n, n[None, :], d[:, None], k_end, D, True, D != DP)
             k_odd = tl.max((~is_finite(k)).to(tl.int32), 0) > 0
             qk = tl.where(q_odd[:, None] | k_odd[None, :], float("nan"), tl.dot(q, k, input_precision=PRECISION))
-            s, _ = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
+            s, slope = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
                 b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
             at = V + b * v_b + h_kv * v_h + tl.cast(start, tl.int64) * v_n + (n[:, None] * v_n + e[None, :])
             v = tl.load(at, mask=(start + n < k_end)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
