@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from laser_core import Forward, Gradients, Inputs, Problem
+from laser_core import Forward, Gradients, Inputs, Problem, _array
 
-from . import triton_forward, triton_values
-from .tiles import VALUE_BLOCK, Tile, forward_tile
+from . import triton_backward, triton_exact, triton_forward, triton_values
+from .tiles import VALUE_BLOCK, Tile, backward_tiles, forward_tile
 
 INTERPRETED = not isinstance(triton_forward.forward, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
@@ -231,31 +231,33 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     return Forward(out.to(dtype), l, residual)
 
 
-def _described(call: Call, x: Tensor, block: int) -> tuple[TensorDescriptor, TensorDescriptor, list[int]] | None:
-    """Descriptors of K and X as matrices, for hardware that copies tiles by itself; None where it cannot.
+def _copies_tiles(x: Tensor) -> bool:
+    """Whether the hardware copies tiles of this matrix by itself: Hopper and later, and aligned rows."""
+    aligned = x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return not INTERPRETED and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
 
-    And how many rows a batch entry and a head of K are apart, and how many columns a head: rows follow each other
-    within heads (B, H, L, D), or heads within rows (B, L, H, D).
+
+def _describe_rows(x: Tensor, block: int) -> TensorDescriptor | None:
+    """A descriptor of a contiguous array as a matrix of rows; None where there can be none."""
+    rows = math.prod(x.shape[:-1])
+    if not _copies_tiles(x) or rows >= 2**31:
+        return None
+    return TensorDescriptor(x, (rows, x.shape[-1]), (x.shape[-1], 1), [block, padded(x.shape[-1])])
+
+
+def _describe(x: Tensor, block: int) -> tuple[TensorDescriptor, list[int]] | None:
+    """The same of ``(B, H, L, D)`` in that order or with heads within rows, ``(B, L, H, D)``.
+
+    And how many rows a batch entry and a head are apart, and how many columns a head.
     """
-    p, k = call.problem, call.k
-    width, value_width, size = padded(p.head_dim), padded(p.value_dim), k.element_size()
-    if INTERPRETED or torch.cuda.get_device_capability(k.device)[0] < 9:
+    b, h, n, d = x.shape
+    if not _copies_tiles(x) or b * h * n >= 2**31:
         return None
-    rows = call.batch * p.key_value_heads * p.key_length
-    if rows >= 2**31 or p.value_dim * size % 16 or p.head_dim * size % 16 or k.data_ptr() % 16:
-        return None
-    if k.is_contiguous():
-        matrix, strides = (rows, p.head_dim), [p.key_value_heads * p.key_length, p.key_length, 0]
-    elif k.transpose(1, 2).is_contiguous() and width == p.head_dim:
-        matrix = (call.batch * p.key_length, p.key_value_heads * p.head_dim)
-        strides = [p.key_length, 0, p.head_dim]
-    else:
-        return None
-    return (
-        TensorDescriptor(k, matrix, (matrix[1], 1), [block, width]),
-        TensorDescriptor(x, (rows, p.value_dim), (p.value_dim, 1), [block, value_width]),
-        strides,
-    )
+    if x.is_contiguous():
+        return TensorDescriptor(x, (b * h * n, d), (d, 1), [block, padded(d)]), [h * n, n, 0]
+    if x.transpose(1, 2).is_contiguous() and padded(d) == d:
+        return TensorDescriptor(x, (b * n, h * d), (h * d, 1), [block, d]), [n, 0, d]
+    return None
 
 
 def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | None, l: Tensor, tile: Tile) -> None:
@@ -264,12 +266,13 @@ def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | N
     heads = call.batch * p.query_heads
     outputs = (call.query_lengths, call.key_lengths, out, residual, l)
     fold = p.scale > 0 and p.logits_soft_cap is None
-    described = _described(call, values.x, tile.block_k) if tile.tma else None
-    k, x, k_strides = described or (call.k, values.x, call.strides("k"))
+    described, x = _describe(call.k, tile.block_k), _describe_rows(values.x, tile.block_k)
+    tma = tile.tma and described is not None and x is not None
+    k, k_strides = described if tma and described is not None else (call.k, call.strides("k"))
     triton_forward.forward[(heads * triton.cdiv(p.query_length, tile.block_q),)](
-        call.q, k, x, values.c, values.flags, call.mask, call.bias, *outputs,
+        call.q, k, x if tma else values.x, values.c, values.flags, call.mask, call.bias, *outputs,
         *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(), call.o_scale,
-        **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold, TMA=described is not None,
+        **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold, TMA=tma,
         SHIFT=0 if p.beta == 0 else limits.shift, RESIDUAL=residual is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -279,3 +282,138 @@ def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | N
         *call.strides("q", "k", "v", "mask", "bias"), count, *call.geometry(), call.y_scale, call.o_scale,
         **options, BM=16, BN=16, BE=16, RESIDUAL=residual is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+
+
+class _Cotangents(NamedTuple):
+    """What flows back, and what the kernels make of it."""
+
+    o: Tensor  # unrounded, contiguous
+    do: Tensor  # (B, Hq, Lq, E)
+    dl: Tensor | None  # (B, Hq, Lq)
+    g: Tensor  # (B·Hq, Lq, E)
+    r: Tensor  # (B·Hq, Lq)
+    l2: Tensor
+
+    def strides(self) -> list[int]:
+        return [*self.do.stride()[:3], *((0, 0, 0) if self.dl is None else self.dl.stride())]
+
+
+def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
+    """The gradients; no synchronisation with the device."""
+    arguments = (inputs.query, inputs.key, inputs.value)
+    if 0 in problem.score_shape:
+        zeros = [None if x is None else torch.zeros_like(x) for x in (*arguments, inputs.bias)]
+        return Gradients(*zeros)  # type: ignore[arg-type]
+    call = prepare(problem, inputs)
+    values = value_pass(call)
+    side = _prepare_rows(call, values, forward, d_out, d_lse)
+    dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
+    _launch_backward(call, values, side, dq, dk, dv)
+    if problem.beta != 0:
+        _launch_exact(call, values, side, dq, dk, dv)
+    dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
+    return Gradients(*(a.to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True)), bias=dbias)
+
+
+def _inverse_beta(problem: Problem) -> float:
+    return 1 / problem.beta if problem.beta else 1.0
+
+
+def _prepare_rows(
+    call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None
+) -> _Cotangents:
+    p, device = call.problem, call.q.device
+    heads, width = call.batch * p.query_heads, padded(p.value_dim)
+    do = _matrix(d_out.reshape(call.batch, *d_out.shape[-3:]))
+    dl = None if d_lse is None else d_lse.reshape(call.batch, *d_lse.shape[-2:])
+    o = (forward.out if forward.residual is None else forward.residual).contiguous()
+    g = torch.empty((heads, p.query_length, p.value_dim), dtype=call.q.dtype, device=device)
+    r, l2 = torch.empty((2, heads, p.query_length), dtype=torch.float32, device=device)
+    side = _Cotangents(o, do, dl, g, r, l2)
+    block = VALUE_BLOCK
+    triton_backward.prepare_rows[(heads * triton.cdiv(p.query_length, block),)](
+        o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
+        p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p),
+        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=4,
+    )  # fmt: skip
+    return side
+
+
+def _launch_backward(call: Call, values: Values, side: _Cotangents, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    p, options = call.problem, call.options()
+    width = padded(p.value_dim)
+    lengths = (call.query_lengths, call.key_lengths)
+    for_keys, for_queries = backward_tiles(call.q.dtype, padded(p.head_dim), width)
+
+    tile = for_keys
+    g = _describe_rows(side.g, tile.block_q)
+    q = _describe(call.q, tile.block_q)
+    tma = tile.tma and g is not None and q is not None
+    q_source, q_strides = q if tma and q is not None else (call.q, call.strides("q"))
+    triton_backward.backward_keys[(call.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),)](
+        q_source, call.k, values.x, g if tma else side.g, side.r, side.l2, values.flags, call.mask, call.bias,
+        *lengths, dk, dv, *q_strides, *call.strides("k", "mask", "bias"), *call.geometry(), _inverse_beta(p),
+        **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
+        SHIFT=0 if p.beta == 0 else call.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+    tile = for_queries
+    x = _describe_rows(values.x, tile.block_k)
+    k = _describe(call.k, tile.block_k)
+    tma = tile.tma and x is not None and k is not None
+    k_source, k_strides = k if tma and k is not None else (call.k, call.strides("k"))
+    triton_backward.backward_queries[(call.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),)](
+        call.q, k_source, x if tma else values.x, side.g, side.r, side.l2, values.flags, call.mask, call.bias,
+        *lengths, dq, *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(),
+        _inverse_beta(p), **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _exact_arguments(call: Call, side: _Cotangents) -> list[Any]:
+    return [*call.strides("q", "k", "v"), *side.strides(), *call.strides("mask", "bias")]
+
+
+def _launch_exact(call: Call, values: Values, side: _Cotangents, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    p = call.problem
+    options = call.options()
+    del options["LINEAR"]
+    options |= {"BM": 16, "BN": 16, "BE": 16, "WITH_DL": side.dl is not None, "num_warps": 4, "num_stages": 1}
+    arrays = (call.q, call.k, call.v, side.o, side.do, side.dl, side.l2, values.flags, call.mask, call.bias)
+    lengths = (call.query_lengths, call.key_lengths)
+    scalars = (*call.geometry(), call.y_scale, _inverse_beta(p))
+    heads = call.batch * p.query_heads
+    count = workers(heads, triton.cdiv(p.query_length, 16))
+    triton_exact.exact_queries[(heads * count,)](
+        *arrays, *lengths, dq, *_exact_arguments(call, side), count, *scalars, **options
+    )
+    heads = call.batch * p.key_value_heads
+    count = workers(heads, triton.cdiv(p.key_length, 16) * (triton.cdiv(p.value_dim, 16) + 1))
+    triton_exact.exact_keys[(heads * count,)](
+        *arrays, *lengths, dk, dv, *_exact_arguments(call, side), count, *scalars, **options
+    )
+
+
+def _bias_gradient(call: Call, values: Values, side: _Cotangents, bias: Tensor) -> Tensor:
+    p = call.problem
+    shape = (1,) * (len(p.score_shape) - bias.ndim) + tuple(bias.shape)
+    own_batch = call.batch if any(n != 1 for n in shape[:-3]) else 1
+    sums = (shape[-2] == 1 and p.query_length > 1, shape[-1] == 1 and p.key_length > 1)
+    found = torch.empty((own_batch, *shape[-3:]), dtype=torch.float32, device=bias.device)
+    block_q, block_k = 32, 32
+    tiles = triton.cdiv(shape[-2], block_q) * triton.cdiv(shape[-1], block_k)
+    triton_exact.backward_bias[(own_batch * shape[-3] * tiles,)](
+        call.q, call.k, call.v, values.x, side.g, side.r, side.o, side.do, side.dl, side.l2, values.flags,
+        call.mask, call.bias, call.query_lengths, call.key_lengths, found, *_exact_arguments(call, side),
+        shape[-3], call.batch // own_batch, p.query_heads // shape[-3],
+        *call.geometry(), call.y_scale, _inverse_beta(p),
+        **call.options(), EP=padded(p.value_dim), BM=block_q, BN=block_k, BE=16, SUM_I=sums[0], SUM_J=sums[1],
+        WITH_DL=side.dl is not None, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if own_batch > 1:  # (B, …) back to the batch axes that the bias has
+        found = found.reshape(*p.batch, *shape[-3:])
+    gradient: Tensor = _array.unbroadcast(_array.namespace(bias), found, tuple(bias.shape))
+    return gradient.to(bias.dtype)

@@ -194,6 +194,7 @@ def to_scores(x, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
 ):  # fmt: skip
     """Scores in base 2 from q·k, −∞ where hidden; and the slope of the soft cap."""
     q_end, k_end = limits
+    x += x * 0.0  # what is infinite came from an infinite query or key, and is NaN
     if CAP:
         t = tanh(x * (scale / cap))
         s = t * (cap * 1.4426950408889634)
