@@ -12,12 +12,12 @@ which something may be hidden clean Q and K before they meet ds, since 0·NaN is
 import triton
 import triton.language as tl
 
-from .triton_values import is_finite, key_range, length_of, load_rows, pow2, to_scores
+from .triton_values import UNSPECIALIZED, is_finite, key_range, length_of, load_rows, pow2, to_scores
 
 CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all tiles are treated as partly hidden
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_rows(
     O, DO, DL, L, C, Flags, G, Row, L2,
     do_b, do_h, do_n, dl_b, dl_h, dl_n,
@@ -122,7 +122,7 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_keys(
     Q, K, X, G, Row, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
@@ -223,7 +223,7 @@ def _walk_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_queries(
     Q, K, X, G, Row, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward import probabilities
-from .triton_values import is_finite, key_range, length_of, load_rows, to_scores
+from .triton_values import UNSPECIALIZED, is_finite, key_range, length_of, load_rows, to_scores
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _score_cotangents(
     return ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact_queries(
     Q, K, V, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
@@ -95,13 +95,12 @@ def exact_queries(
                 q_end, k_end, y_scale, inverse_beta, E, BE)  # fmt: skip
             if CAP:
                 ds = tl.where(s == float("-inf"), 0.0, ds * slope)
-            k = tl.where(is_finite(k), k, 0.0).to(tl.float32)
-            dq = tl.dot(ds, k, dq, input_precision="ieee")
+            dq = tl.dot(ds, tl.where(is_finite(k), k, 0.0).to(tl.float32), dq, input_precision="ieee")
         tl.store(DQ + (own + m0) * D + (m_[:, None] * D + d[None, :]), (dq * scale).to(DQ.dtype.element_ty),
             mask=(i < query_length)[:, None] & (d < D)[None, :])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact_keys(
     Q, K, V, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
@@ -152,8 +151,7 @@ def exact_keys(
                         q_end, k_end, y_scale, inverse_beta, E, BE)  # fmt: skip
                     if CAP:
                         ds = tl.where(s == float("-inf"), 0.0, ds * slope)
-                    q = tl.where(is_finite(q), q, 0.0).to(tl.float32)
-                    dk = tl.dot(ds.T, q, dk, input_precision="ieee")
+                    dk = tl.dot(ds.T, tl.where(is_finite(q), q, 0.0).to(tl.float32), dk, input_precision="ieee")
                 else:
                     o, do = _rows(O, DO, own, b * do_b + h * do_h, do_n, start, m_, e, q_end, E)
                     dv += tl.sum(_weights(s, l2, o * y_scale, y) * do[:, None, :], 0)
@@ -165,7 +163,7 @@ def exact_keys(
                 mask=(j < key_length)[:, None] & (e < E)[None, :])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_bias(
     Q, K, V, X, G, Row, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DB,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,

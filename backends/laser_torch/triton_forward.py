@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .triton_values import (
+    UNSPECIALIZED,
     is_finite,
     key_range,
     length_of,
@@ -58,7 +59,7 @@ def _tiles(
     return acc, l, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward(
     Q, K, X, C, Flags, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
@@ -136,7 +137,7 @@ def forward(
         tl.store(R + at, o, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact(
     Q, K, V, Flags, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,

@@ -14,6 +14,12 @@ BROKEN = tl.constexpr(2)  # a key or value inside the key length is NaN or infin
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Sizes for which no kernel of their own is compiled
+UNSPECIALIZED = (
+    "workers heads group query_length key_length low high blocks own_heads sum_batch sum_heads "
+    "dl_b dl_h dl_n m_b m_h m_i b_b b_h b_i"
+).split()
+
 
 @triton.jit
 def pow2(n):
@@ -90,7 +96,7 @@ def length_of(Lengths, b, limit, GIVEN: tl.constexpr):
         return limit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_pass(
     K, V, X, Low, High, Sum, Odd, KeyLengths,
     k_b, k_h, k_n, v_b, v_h, v_n,
@@ -131,7 +137,7 @@ def value_pass(
     tl.store(rows + n[:, None] * E + e[None, :], x.to(X.dtype.element_ty), mask=(start + n < key_length)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def decide(
     V, X, Low, High, Sum, Odd, C, Flags, KeyLengths,
     v_b, v_h, v_n, heads, key_length, blocks, y_scale,
