@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from laser_core import Forward, Gradients, Inputs, Problem, _array
 
 from . import triton_backward, triton_exact, triton_forward, triton_values
-from .tiles import VALUE_BLOCK, Tile, backward_tiles, forward_tile
+from .tiles import ROWS, VALUE_BLOCK, Tile, backward_tiles, forward_tile
 
 INTERPRETED = not isinstance(triton_forward.forward, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
@@ -279,7 +279,7 @@ def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | N
     count = workers(heads, triton.cdiv(p.query_length, 16) * triton.cdiv(p.value_dim, 16))
     triton_forward.exact[(heads * count,)](
         call.q, call.k, call.v, values.flags, call.mask, call.bias, *outputs,
-        *call.strides("q", "k", "v", "mask", "bias"), count, *call.geometry(), call.y_scale, call.o_scale,
+        *call.strides("q", "k", "v", "mask", "bias"), count, *call.geometry(), p.beta or 0.0,
         **options, BM=16, BN=16, BE=16, RESIDUAL=residual is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -294,7 +294,7 @@ class _Cotangents(NamedTuple):
     do: Tensor  # (B, Hq, Lq, E)
     dl: Tensor | None  # (B, Hq, Lq)
     g: Tensor  # (B·Hq, Lq, E)
-    r: Tensor  # (B·Hq, Lq)
+    r: Tensor  # (B·Hq, Lq up to a multiple of ROWS)
     l2: Tensor
 
     def strides(self) -> list[int]:
@@ -331,12 +331,12 @@ def _prepare_rows(
     dl = None if d_lse is None else d_lse.reshape(call.batch, *d_lse.shape[-2:])
     o = (forward.out if forward.residual is None else forward.residual).contiguous()
     g = torch.empty((heads, p.query_length, p.value_dim), dtype=call.q.dtype, device=device)
-    r, l2 = torch.empty((2, heads, p.query_length), dtype=torch.float32, device=device)
+    r, l2 = torch.empty((2, heads, triton.cdiv(p.query_length, ROWS) * ROWS), dtype=torch.float32, device=device)
     side = _Cotangents(o, do, dl, g, r, l2)
     block = VALUE_BLOCK
-    triton_backward.prepare_rows[(heads * triton.cdiv(p.query_length, block),)](
+    triton_backward.prepare_rows[(heads * (r.shape[1] // block),)](
         o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
-        p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p),
+        p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p), r.shape[1],
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=4,
     )  # fmt: skip
     return side
@@ -355,7 +355,7 @@ def _launch_backward(call: Call, values: Values, side: _Cotangents, dq: Tensor, 
     q_source, q_strides = q if tma and q is not None else (call.q, call.strides("q"))
     triton_backward.backward_keys[(call.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),)](
         q_source, call.k, values.x, g if tma else side.g, side.r, side.l2, values.flags, call.mask, call.bias,
-        *lengths, dk, dv, *q_strides, *call.strides("k", "mask", "bias"), *call.geometry(), _inverse_beta(p),
+        *lengths, dk, dv, *q_strides, *call.strides("k", "mask", "bias"), *call.geometry(), _inverse_beta(p), side.r.shape[1],
         **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
         SHIFT=0 if p.beta == 0 else call.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -368,7 +368,7 @@ def _launch_backward(call: Call, values: Values, side: _Cotangents, dq: Tensor, 
     triton_backward.backward_queries[(call.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),)](
         call.q, k_source, x if tma else values.x, side.g, side.r, side.l2, values.flags, call.mask, call.bias,
         *lengths, dq, *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(),
-        _inverse_beta(p), **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
+        _inverse_beta(p), side.r.shape[1], **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -384,7 +384,7 @@ def _launch_exact(call: Call, values: Values, side: _Cotangents, dq: Tensor, dk:
     options |= {"BM": 16, "BN": 16, "BE": 16, "WITH_DL": side.dl is not None, "num_warps": 4, "num_stages": 1}
     arrays = (call.q, call.k, call.v, side.o, side.do, side.dl, side.l2, values.flags, call.mask, call.bias)
     lengths = (call.query_lengths, call.key_lengths)
-    scalars = (*call.geometry(), call.y_scale, _inverse_beta(p))
+    scalars = (*call.geometry(), call.y_scale, _inverse_beta(p), side.r.shape[1])
     heads = call.batch * p.query_heads
     count = workers(heads, triton.cdiv(p.query_length, 16))
     triton_exact.exact_queries[(heads * count,)](
@@ -409,7 +409,7 @@ def _bias_gradient(call: Call, values: Values, side: _Cotangents, bias: Tensor) 
         call.q, call.k, call.v, values.x, side.g, side.r, side.o, side.do, side.dl, side.l2, values.flags,
         call.mask, call.bias, call.query_lengths, call.key_lengths, found, *_exact_arguments(call, side),
         shape[-3], call.batch // own_batch, p.query_heads // shape[-3],
-        *call.geometry(), call.y_scale, _inverse_beta(p),
+        *call.geometry(), call.y_scale, _inverse_beta(p), side.r.shape[1],
         **call.options(), EP=padded(p.value_dim), BM=block_q, BN=block_k, BE=16, SUM_I=sums[0], SUM_J=sums[1],
         WITH_DL=side.dl is not None, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 VALUE_BLOCK = 64
+ROWS = 128  # no tile has more queries
 
 
 class Tile(NamedTuple):

@@ -21,11 +21,11 @@ CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all t
 def prepare_rows(
     O, DO, DL, L, C, Flags, G, Row, L2,
     do_b, do_h, do_n, dl_b, dl_h, dl_n,
-    heads, group, query_length, y_scale, inverse_beta,
+    heads, group, query_length, y_scale, inverse_beta, padded_length,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, LINEAR: tl.constexpr, WITH_DL: tl.constexpr,
 ):  # fmt: skip
-    """G, r and l in base 2. Grid: B·Hq · blocks."""
-    blocks = tl.cdiv(query_length, BM)
+    """G, r and l in base 2; r and l up to a padded length, with l = +∞. Grid: B·Hq · blocks of that length."""
+    blocks = padded_length // BM
     head = tl.program_id(0) // blocks
     m0 = tl.program_id(0) % blocks * BM
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
@@ -58,8 +58,9 @@ def prepare_rows(
         g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2((c - n).to(tl.int32)), 0.0)
         r = tl.where(live, dl, 0.0) - tl.sum(do, 1) * inverse_beta
     l2 = tl.where(nothing, float("inf"), tl.where(fine, l * 1.4426950408889634, float("nan")))
-    tl.store(L2 + own + m_, l2, mask=inside)
-    tl.store(Row + own + m_, r, mask=inside)
+    own_row = head.to(tl.int64) * padded_length + m0
+    tl.store(L2 + own_row + m_, tl.where(inside, l2, float("inf")))
+    tl.store(Row + own_row + m_, tl.where(inside, r, 0.0))
     at = G + own * E + (m_[:, None] * E + e[None, :])
     tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
 
@@ -88,7 +89,7 @@ def probabilities(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, x, Q, G, Row, L2, first, last, q_end, k_end, j, b, h, q_n, q_row, q_column, own,
+    dk, dv, k, x, Q, G, Row, L2, first, last, q_end, k_end, j, b, h, q_n, q_row, q_column, own, own_row,
     m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -103,8 +104,9 @@ def _walk_queries(
             q = load_rows(Q, start, q_n, m_[:, None], d[None, :], q_end, D, MASKED, D != DP)
             g = load_rows(G + own * E, start, E, m_[:, None], e[None, :], q_end, E, MASKED, E != EP)
         i = start + m_
-        l2 = tl.load(L2 + own + i, mask=i < q_end, other=float("inf"))
-        r = tl.load(Row + own + i, mask=i < q_end, other=0.0)
+        # padded: no bounds
+        l2 = tl.load(L2 + own_row + i)
+        r = tl.load(Row + own_row + i)
         qk = tl.dot(k, q.T, input_precision=PRECISION)
         p, slope = probabilities(qk, i[None, :], j[:, None], l2[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
             b_b, b_h, b_i, b_j, q_end, k_end, low, high, scale, cap,
@@ -126,7 +128,7 @@ def _walk_queries(
 def backward_keys(
     Q, K, X, G, Row, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    heads, group, query_length, key_length, low, high, scale, cap, inverse_beta,
+    heads, group, query_length, key_length, low, high, scale, cap, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
@@ -160,6 +162,7 @@ def backward_keys(
     for member in range(0, group):
         h = h_kv * group + member
         own = (kv * group + member).to(tl.int64) * query_length
+        own_row = (kv * group + member).to(tl.int64) * padded_length
         q_row, q_column = 0, 0
         if TMA:
             q_row = (b * q_b + h * q_h).to(tl.int32)
@@ -169,20 +172,21 @@ def backward_keys(
             Qh = Q + b * q_b + h * q_h
         if BAND_HIGH:
             dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, q_end, k_end, j, b, h,
-                q_n, q_row, q_column, own, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
         if not (MASK or BIAS):
             dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, full_first, full_last, q_end, k_end, j, b, h,
-                q_n, q_row, q_column, own, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, False, TMA,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
         dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, full_last, last, q_end, k_end, j, b, h,
-            q_n, q_row, q_column, own, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+            q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
             low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     dv *= 2.0**-SHIFT
-    if not LINEAR:
+    if not LINEAR:  # read again rather than held in registers all along
+        x = load_rows(X + own_kv * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
         dv *= x.to(tl.float32)
     inside = j < key_length
     tl.store(DK + (own_kv + n0) * D + (n[:, None] * D + d[None, :]), (dk * scale).to(DK.dtype.element_ty),
@@ -227,7 +231,7 @@ def _walk_keys(
 def backward_queries(
     Q, K, X, G, Row, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    heads, group, query_length, key_length, low, high, scale, cap, inverse_beta,
+    heads, group, query_length, key_length, low, high, scale, cap, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
@@ -260,8 +264,9 @@ def backward_queries(
     own = head.to(tl.int64) * query_length
     q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
     g = load_rows(G + own * E, m0, E, m_[:, None], e[None, :], q_end, E, True, E != EP)
-    l2 = tl.load(L2 + own + i, mask=i < q_end, other=float("inf"))
-    r = tl.load(Row + own + i, mask=i < q_end, other=0.0)
+    own_row = head.to(tl.int64) * padded_length
+    l2 = tl.load(L2 + own_row + i)
+    r = tl.load(Row + own_row + i)
     dq = tl.zeros((BM, DP), tl.float32)
     first, full_first, full_last, last = key_range(
         m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS

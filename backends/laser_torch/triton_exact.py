@@ -1,6 +1,6 @@
 """Device code: the backward pass of heads outside the fast range, and the gradient of a bias.
 
-    w_ije = 2^(s_ij − l_i + βv_je·log2e − βo_ie·log2e) ≤ 1 + rounding, term by term
+    w_ije = 2^(s_ij − l_i + β(v_je − o_ie)·log2e) ≤ 1 + rounding, term by term
     ds_ij = Σ_e do_ie (w_ije − p_ij)/β + dl_i p_ij          dv_je = Σ_i do_ie w_ije
 """
 
@@ -12,11 +12,11 @@ from .triton_values import UNSPECIALIZED, is_finite, key_range, length_of, load_
 
 
 @triton.jit
-def _exponents(V, start, v_n, n, e, k_end, y_scale, E: tl.constexpr):
-    """βv·log2e of a tile, zero where it is not finite."""
+def _values(V, start, v_n, n, e, k_end, E: tl.constexpr):
+    """A tile of v, zero where it is not finite."""
     at = V + tl.cast(start, tl.int64) * v_n + (n[:, None] * v_n + e[None, :])
-    y = tl.load(at, mask=(start + n < k_end)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32) * y_scale
-    return tl.where(is_finite(y), y, 0.0)
+    v = tl.load(at, mask=(start + n < k_end)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+    return tl.where(is_finite(v), v, 0.0)
 
 
 @triton.jit
@@ -30,9 +30,9 @@ def _rows(O, DO, own, do_base, do_n, m0, m_, e, q_end, E: tl.constexpr):
 
 
 @triton.jit
-def _weights(s, l2, z, y):
+def _weights(s, l2, o, v, y_scale):
     """w (queries, keys, channels); zero where a key is hidden or nothing flows through the query."""
-    t = (s - l2[:, None])[:, :, None] + (y[None, :, :] - z[:, None, :])
+    t = (s - l2[:, None])[:, :, None] + (v[None, :, :] - o[:, None, :]) * y_scale
     hidden = (s == float("-inf")) | (l2 == float("inf"))[:, None]
     return tl.where(hidden[:, :, None], 0.0, tl.exp2(t))
 
@@ -48,7 +48,7 @@ def _score_cotangents(
     for first in range(0, E, BE):
         e = first + tl.arange(0, BE)
         o, do = _rows(O, DO, own, do_base, do_n, m0, m_, e, q_end, E)
-        w = _weights(s, l2, o * y_scale, _exponents(V, start, v_n, n, e, k_end, y_scale, E))
+        w = _weights(s, l2, o, _values(V, start, v_n, n, e, k_end, E), y_scale)
         ds += tl.sum((w - p[:, :, None]) * do[:, None, :], 2) * inverse_beta
     return ds
 
@@ -58,7 +58,7 @@ def exact_queries(
     Q, K, V, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta,
+    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, PRECISION: tl.constexpr,
@@ -73,13 +73,14 @@ def exact_queries(
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
     own = head.to(tl.int64) * query_length
+    own_row = head.to(tl.int64) * padded_length
     K += b * k_b + h_kv * k_h
     V += b * v_b + h_kv * v_h
     for work in range(tl.program_id(0) % workers, tl.cdiv(query_length, BM), workers):
         m0 = work * BM
         i = m0 + m_
         q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
-        l2 = tl.load(L2 + own + i, mask=i < q_end, other=float("inf"))
+        l2 = tl.load(L2 + own_row + i)
         dl = tl.zeros((BM,), tl.float32)
         if WITH_DL:
             at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n
@@ -105,7 +106,7 @@ def exact_keys(
     Q, K, V, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta,
+    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,17 +129,18 @@ def exact_keys(
         e = part * BE + tl.arange(0, BE)
         j = n0 + n
         k = load_rows(K + b * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
-        y = _exponents(V, n0, v_n, n, e, k_end, y_scale, E)
+        v = _values(V, n0, v_n, n, e, k_end, E)
         dk = tl.zeros((BN, DP), tl.float32)
         dv = tl.zeros((BN, BE), tl.float32)
         first, inner_first, inner_last, last = key_range(n0, k_end, q_end, -high, -low, BN, BM, BAND_HIGH, BAND_LOW, True)
         for member in range(0, group):
             h = h_kv * group + member
             own = (kv * group + member).to(tl.int64) * query_length
+            own_row = (kv * group + member).to(tl.int64) * padded_length
             for start in range(first, last, BM):
                 i = start + m_
                 q = load_rows(Q + b * q_b + h * q_h, start, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
-                l2 = tl.load(L2 + own + i, mask=i < q_end, other=float("inf"))
+                l2 = tl.load(L2 + own_row + i)
                 s, slope = to_scores(tl.dot(q, k.T, input_precision=PRECISION), i[:, None], j[None, :], b, h,
                     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                     BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
@@ -154,7 +156,7 @@ def exact_keys(
                     dk = tl.dot(ds.T, tl.where(is_finite(q), q, 0.0).to(tl.float32), dk, input_precision="ieee")
                 else:
                     o, do = _rows(O, DO, own, b * do_b + h * do_h, do_n, start, m_, e, q_end, E)
-                    dv += tl.sum(_weights(s, l2, o * y_scale, y) * do[:, None, :], 0)
+                    dv += tl.sum(_weights(s, l2, o, v, y_scale) * do[:, None, :], 0)
         if part == parts - 1:
             tl.store(DK + (own_kv + n0) * D + (n[:, None] * D + d[None, :]), (dk * scale).to(DK.dtype.element_ty),
                 mask=(j < key_length)[:, None] & (d < D)[None, :])  # fmt: skip
@@ -169,7 +171,7 @@ def backward_bias(
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
     own_heads, sum_batch, sum_heads,
-    heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta,
+    heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, SUM_I: tl.constexpr, SUM_J: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
@@ -207,12 +209,13 @@ def backward_bias(
         h_kv = h // group
         kv = b * (heads // group) + h_kv
         own = (b * heads + h) * query_length
+        own_row = (b * heads + h) * padded_length
         q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
         k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
         i = m0 + m_
         q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
         k = load_rows(K + b * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
-        l2 = tl.load(L2 + own + i, mask=i < q_end, other=float("inf"))
+        l2 = tl.load(L2 + own_row + i)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         if tl.load(Flags + kv) % 2 == 1:
             if not LINEAR:
@@ -227,7 +230,7 @@ def backward_bias(
         else:
             x = load_rows(X + kv * key_length * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
             g = load_rows(G + own * E, m0, E, m_[:, None], e[None, :], q_end, E, True, E != EP)
-            r = tl.load(Row + own + i, mask=i < q_end, other=0.0)
+            r = tl.load(Row + own_row + i)
             p, slope = probabilities(qk, i[:, None], (n0 + n)[None, :], l2[:, None], b, h, Mask, Bias,
                 m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, k_end, low, high, scale, cap,
                 True, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, 0)  # fmt: skip

@@ -141,13 +141,15 @@ def forward(
 def exact(
     Q, K, V, Flags, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, o_scale,
+    workers, heads, group, query_length, key_length, low, high, scale, cap, beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr,
     RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same from log Σ 2^(s + βv·log2e), per channel about its own greatest term. Grid: B·Hq · workers.
+    """The same from log Σ exp(s + βv), per channel about its own greatest term. Grid: B·Hq · workers.
+
+    The exponents are natural here: βv·log2e need not be finite where βv is.
 
     Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite.
     """
@@ -192,11 +194,13 @@ def exact(
                 terms = tl.where(seen[:, :, None], p[:, :, None] * v[None, :, :], 0.0)
                 acc = acc * tl.exp2(m - safe)[:, None] + tl.sum(terms, 1)
             else:
-                y = v * y_scale
-                t = tl.where((s == float("-inf"))[:, :, None], float("-inf"), s[:, :, None] + y[None, :, :])
+                natural = s * 0.6931471805599453
+                t = natural[:, :, None] + (v * beta)[None, :, :]
+                t = tl.where((s == float("-inf"))[:, :, None], float("-inf"), t)
                 top_new = tl.maximum(top, tl.max(t, 1))
                 about = tl.where(tl.abs(top_new) == float("inf"), 0.0, top_new)
-                acc = acc * tl.exp2(top - about) + tl.sum(tl.exp2(t - about[:, None, :]), 1)
+                acc *= tl.exp2((top - about) * 1.4426950408889634)
+                acc += tl.sum(tl.exp2((t - about[:, None, :]) * 1.4426950408889634), 1)
                 top = top_new
             m = m_new
         empty = l == 0
@@ -206,7 +210,7 @@ def exact(
         else:
             about = tl.where(tl.abs(top) == float("inf"), 0.0, top)
             sum_log2 = tl.where(acc == 0, float("-inf"), tl.log2(tl.where(acc == 0, 1.0, acc)))
-            o = ((about - m[:, None]) + (sum_log2 - tl.log2(l)[:, None])) * o_scale
+            o = (about + (sum_log2 - (m + tl.log2(l))[:, None]) * 0.6931471805599453) / beta
         o = tl.where(empty[:, None], 0.0, o)
         l = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
         rows = head.to(tl.int64) * query_length + m0

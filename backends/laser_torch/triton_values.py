@@ -122,8 +122,8 @@ def value_pass(
         fine = is_finite(v32)
         x = tl.where(fine, v32, 0.0)
     else:
-        y = v.to(tl.float32) * y_scale
-        fine = is_finite(y)
+        fine = is_finite(v.to(tl.float32) * (y_scale * 0.6931471805599453))
+        y = tl.minimum(tl.maximum(v.to(tl.float32) * y_scale, -1e38), 1e38)  # far outside, but finite
         y = tl.where(fine, y, 0.0)
         x = tl.where(fine & counts, scaled_exp2(y, 0.0), 0.0)
         at = (head * blocks + block).to(tl.int64) * EP + e
