@@ -311,7 +311,9 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     values = value_pass(call)
     side = _prepare_rows(call, values, forward, d_out, d_lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
-    _launch_backward(call, values, side, dq, dk, dv)
+    for_keys, for_queries = backward_tiles(call.q.dtype, padded(problem.head_dim), padded(problem.value_dim))
+    _launch_keys(call, values, side, dk, dv, for_keys)
+    _launch_queries(call, values, side, dq, for_queries)
     if problem.beta != 0:
         _launch_exact(call, values, side, dq, dk, dv)
     dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
@@ -342,33 +344,30 @@ def _prepare_rows(
     return side
 
 
-def _launch_backward(call: Call, values: Values, side: _Cotangents, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    p, options = call.problem, call.options()
-    width = padded(p.value_dim)
-    lengths = (call.query_lengths, call.key_lengths)
-    for_keys, for_queries = backward_tiles(call.q.dtype, padded(p.head_dim), width)
-
-    tile = for_keys
-    g = _describe_rows(side.g, tile.block_q)
-    q = _describe(call.q, tile.block_q)
+def _launch_keys(
+    call: Call, values: Values, side: _Cotangents, dk: Tensor, dv: Tensor, tile: Tile
+) -> None:
+    p, g, q = call.problem, _describe_rows(side.g, tile.block_q), _describe(call.q, tile.block_q)
     tma = tile.tma and g is not None and q is not None
-    q_source, q_strides = q if tma and q is not None else (call.q, call.strides("q"))
+    source, strides = q if tma and q is not None else (call.q, call.strides("q"))
     triton_backward.backward_keys[(call.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),)](
-        q_source, call.k, values.x, g if tma else side.g, side.r, side.l2, values.flags, call.mask, call.bias,
-        *lengths, dk, dv, *q_strides, *call.strides("k", "mask", "bias"), *call.geometry(), _inverse_beta(p), side.r.shape[1],
-        **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
+        source, call.k, values.x, g if tma else side.g, side.r, side.l2, values.flags, call.mask, call.bias,
+        call.query_lengths, call.key_lengths, dk, dv, *strides, *call.strides("k", "mask", "bias"),
+        *call.geometry(), _inverse_beta(p), side.r.shape[1], **call.options(),
+        EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         SHIFT=0 if p.beta == 0 else call.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
-    tile = for_queries
-    x = _describe_rows(values.x, tile.block_k)
-    k = _describe(call.k, tile.block_k)
+
+def _launch_queries(call: Call, values: Values, side: _Cotangents, dq: Tensor, tile: Tile) -> None:
+    p, x, k = call.problem, _describe_rows(values.x, tile.block_k), _describe(call.k, tile.block_k)
     tma = tile.tma and x is not None and k is not None
-    k_source, k_strides = k if tma and k is not None else (call.k, call.strides("k"))
+    source, strides = k if tma and k is not None else (call.k, call.strides("k"))
     triton_backward.backward_queries[(call.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),)](
-        call.q, k_source, x if tma else values.x, side.g, side.r, side.l2, values.flags, call.mask, call.bias,
-        *lengths, dq, *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(),
-        _inverse_beta(p), side.r.shape[1], **options, EP=width, BM=tile.block_q, BN=tile.block_k, TMA=tma,
+        call.q, source, x if tma else values.x, side.g, side.r, side.l2, values.flags, call.mask, call.bias,
+        call.query_lengths, call.key_lengths, dq, *call.strides("q"), *strides, *call.strides("mask", "bias"),
+        *call.geometry(), _inverse_beta(p), side.r.shape[1], **call.options(),
+        EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
