@@ -23,6 +23,7 @@ from .tiles import ROWS, VALUE_BLOCK, Tile, backward_tiles, forward_tile
 INTERPRETED = not isinstance(triton_forward.forward, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
 _LOG2E = math.log2(math.e)
+FEW = 16  # rows that see fewer keys are computed exactly where X is in half precision
 
 
 class _Limits(NamedTuple):
@@ -264,23 +265,26 @@ def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | N
     """The fast kernel and the exact one."""
     p, limits, options = call.problem, call.limits, call.options()
     heads = call.batch * p.query_heads
+    counted = call.mask is not None or call.bias is not None
+    count = torch.empty(l.shape, dtype=torch.int32, device=l.device) if counted else None
     outputs = (call.query_lengths, call.key_lengths, out, residual, l)
     fold = p.scale > 0 and p.logits_soft_cap is None
     described, x = _describe(call.k, tile.block_k), _describe_rows(values.x, tile.block_k)
     tma = tile.tma and described is not None and x is not None
     k, k_strides = described if tma and described is not None else (call.k, call.strides("k"))
     triton_forward.forward[(heads * triton.cdiv(p.query_length, tile.block_q),)](
-        call.q, k, x if tma else values.x, values.c, values.flags, call.mask, call.bias, *outputs,
+        call.q, k, x if tma else values.x, values.c, values.flags, count, call.mask, call.bias, *outputs,
         *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(), call.o_scale,
         **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold, TMA=tma,
         SHIFT=0 if p.beta == 0 else limits.shift, RESIDUAL=residual is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    count = workers(heads, triton.cdiv(p.query_length, 16) * triton.cdiv(p.value_dim, 16))
-    triton_forward.exact[(heads * count,)](
-        call.q, call.k, call.v, values.flags, call.mask, call.bias, *outputs,
-        *call.strides("q", "k", "v", "mask", "bias"), count, *call.geometry(), p.beta or 0.0,
-        **options, BM=16, BN=16, BE=16, RESIDUAL=residual is not None, num_warps=4, num_stages=1,
+    share = workers(heads, triton.cdiv(p.query_length, 16) * triton.cdiv(p.value_dim, 16))
+    triton_forward.exact[(heads * share,)](
+        call.q, call.k, call.v, values.flags, count, call.mask, call.bias, *outputs,
+        *call.strides("q", "k", "v", "mask", "bias"), share, *call.geometry(), p.beta or 0.0,
+        **options, BM=16, BN=16, BE=16, FEW=FEW if residual is not None and p.beta != 0 else 0,
+        RESIDUAL=residual is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
