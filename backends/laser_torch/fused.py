@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from laser_core import Forward, Gradients, Inputs, Problem, _array
+from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
 from . import triton_backward, triton_exact, triton_forward, triton_values
 from .tiles import ROWS, VALUE_BLOCK, Tile, backward_tiles, forward_tile
@@ -58,14 +58,17 @@ class Call(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """The size of the one batch axis."""
         return self.q.shape[0]
 
     @property
     def limits(self) -> _Limits:
+        """Of the fast range in this dtype."""
         return _LIMITS[self.q.dtype]
 
     @property
     def precision(self) -> str:
+        """Of the matrix products."""
         tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return "tf32" if tf32 else "ieee"
 
@@ -124,7 +127,7 @@ class Call(NamedTuple):
 
 def padded(width: int) -> int:
     """The width of a tile that holds so many columns."""
-    return max(16, triton.next_power_of_2(width))
+    return int(max(16, triton.next_power_of_2(width)))
 
 
 def prepare(problem: Problem, inputs: Inputs) -> Call:
@@ -212,7 +215,7 @@ def value_pass(call: Call) -> Values:
 
 def workers(heads: int, work: int) -> int:
     """Programs per head of a kernel that mostly has nothing to do."""
-    return max(1, min(work, triton.cdiv(1024, heads)))
+    return int(max(1, min(work, triton.cdiv(1024, heads))))
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -309,8 +312,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     """The gradients; no synchronisation with the device."""
     arguments = (inputs.query, inputs.key, inputs.value)
     if 0 in problem.score_shape:
-        zeros = [None if x is None else torch.zeros_like(x) for x in (*arguments, inputs.bias)]
-        return Gradients(*zeros)  # type: ignore[arg-type]
+        return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
     values = value_pass(call)
     side = _prepare_rows(call, values, forward, d_out, d_lse)
@@ -321,16 +323,15 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     if problem.beta != 0:
         _launch_exact(call, values, side, dq, dk, dv)
     dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
-    return Gradients(*(a.to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True)), bias=dbias)
+    dq, dk, dv = (a.to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
+    return Gradients(dq, dk, dv, dbias)
 
 
 def _inverse_beta(problem: Problem) -> float:
     return 1 / problem.beta if problem.beta else 1.0
 
 
-def _prepare_rows(
-    call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None
-) -> _Cotangents:
+def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> _Cotangents:
     p, device = call.problem, call.q.device
     heads, width = call.batch * p.query_heads, padded(p.value_dim)
     do = _matrix(d_out.reshape(call.batch, *d_out.shape[-3:]))
@@ -348,9 +349,7 @@ def _prepare_rows(
     return side
 
 
-def _launch_keys(
-    call: Call, values: Values, side: _Cotangents, dk: Tensor, dv: Tensor, tile: Tile
-) -> None:
+def _launch_keys(call: Call, values: Values, side: _Cotangents, dk: Tensor, dv: Tensor, tile: Tile) -> None:
     p, g, q = call.problem, _describe_rows(side.g, tile.block_q), _describe(call.q, tile.block_q)
     tma = tile.tma and g is not None and q is not None
     source, strides = q if tma and q is not None else (call.q, call.strides("q"))

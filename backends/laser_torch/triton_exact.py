@@ -1,7 +1,7 @@
-"""Device code: the backward pass of heads outside the fast range, and the gradient of a bias.
+"""Device code: the backward pass of heads outside the fast range, and the gradient of a bias::
 
-    w_ije = 2^(s_ij − l_i + β(v_je − o_ie)·log2e) ≤ 1 + rounding, term by term
-    ds_ij = Σ_e do_ie (w_ije − p_ij)/β + dl_i p_ij          dv_je = Σ_i do_ie w_ije
+w_ije = 2^(s_ij − l_i + β(v_je − o_ie)·log2e) ≤ 1 + rounding, term by term
+ds_ij = Σ_e do_ie (w_ije − p_ij)/β + dl_i p_ij          dv_je = Σ_i do_ie w_ije
 """
 
 import triton
@@ -132,7 +132,9 @@ def exact_keys(
         v = _values(V, n0, v_n, n, e, k_end, E)
         dk = tl.zeros((BN, DP), tl.float32)
         dv = tl.zeros((BN, BE), tl.float32)
-        first, inner_first, inner_last, last = key_range(n0, k_end, q_end, -high, -low, BN, BM, BAND_HIGH, BAND_LOW, True)
+        first, inner_first, inner_last, last = key_range(
+            n0, k_end, q_end, -high, -low, BN, BM, BAND_HIGH, BAND_LOW, True
+        )
         for member in range(0, group):
             h = h_kv * group + member
             own = (kv * group + member).to(tl.int64) * query_length
@@ -220,7 +222,8 @@ def backward_bias(
         if tl.load(Flags + kv) % 2 == 1:
             if not LINEAR:
                 s, slope = to_scores(qk, i[:, None], (n0 + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
-                    b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
+                    b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
+                    BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
                 dl = tl.zeros((BM,), tl.float32)
                 if WITH_DL:
                     at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n

@@ -110,14 +110,17 @@ def forward(
         m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
     )
     if BAND_LOW:
-        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, k_end, i, b, h, k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, k_end, i, b, h,
+            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
             m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     if not (MASK or BIAS):
-        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_first, full_last, k_end, i, b, h, k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_first, full_last, k_end, i, b, h,
+            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
             m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
-    acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_last, last, k_end, i, b, h, k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+    acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_last, last, k_end, i, b, h,
+            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
         m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
         BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
 
@@ -197,13 +200,16 @@ def exact(
             l = tl.zeros((BM,), tl.float32)
             top = tl.full((BM, BE), float("-inf"), tl.float32)
             acc = tl.zeros((BM, BE), tl.float32)
-            first, inner_first, inner_last, last = key_range(m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True)
+            first, inner_first, inner_last, last = key_range(
+                m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True
+            )
             for start in range(first, last, BN):
                 k = load_rows(K + b * k_b + h_kv * k_h, start, k_n, n[None, :], d[:, None], k_end, D, True, D != DP)
                 k_odd = tl.max((~is_finite(k)).to(tl.int32), 0) > 0
                 qk = tl.where(q_odd[:, None] | k_odd[None, :], float("nan"), tl.dot(q, k, input_precision=PRECISION))
                 s, slope = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
-                    b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
+                    b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
+                    BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
                 at = V + b * v_b + h_kv * v_h + tl.cast(start, tl.int64) * v_n + (n[:, None] * v_n + e[None, :])
                 v = tl.load(at, mask=(start + n < k_end)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
 

@@ -134,7 +134,11 @@ def value_pass(
     odd = tl.max((~fine & counts).to(tl.int32)) | tl.max((~is_finite(k)).to(tl.int32))
     tl.store(Odd + head * blocks + block, odd)
     rows = X + (head.to(tl.int64) * key_length + start) * E
-    tl.store(rows + n[:, None] * E + e[None, :], x.to(X.dtype.element_ty), mask=(start + n < key_length)[:, None] & (e < E)[None, :])
+    tl.store(
+        rows + n[:, None] * E + e[None, :],
+        x.to(X.dtype.element_ty),
+        mask=(start + n < key_length)[:, None] & (e < E)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -226,7 +230,7 @@ def to_scores(x, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
 def key_range(m0, q_end, k_end, low, high, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, ALL_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys that queries from m0 may see: ``first, full_first, full_last, last``; between the inner two none is hidden."""
+    """``first, full_first, full_last, last``: keys that queries from m0 see; none is hidden between the inner two."""
     first = 0
     last = tl.where(m0 < q_end, k_end, 0)
     full_first = 0
