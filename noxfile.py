@@ -21,7 +21,7 @@ nox.options.tags = ["quick"]
 PYTHONS = ("3.11", "3.12", "3.13")
 FRAMEWORKS = {  # what a test session installs, and what must then be there
     "numpy": ("test,demo", "array_api_strict,chromium"),
-    "torch": ("test,demo,torch", "array_api_strict,torch"),
+    "torch": ("test,demo,torch,triton", "array_api_strict,torch"),
     "jax": ("test,demo,jax", "array_api_strict,jax"),
 }
 JUDGED = {  # what a conformance session installs, and what it judges: backend, arrays, device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
@@ -69,5 +70,49 @@ SDPA = Backend(
     requires=("torch",),
     why_not=_why_not,
     priority=lambda problem: 30,
+    residual_dtype=unrounded_output,
+)
+
+
+def _triton_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import fused
+
+    return fused.forward(problem, inputs)
+
+
+def _triton_backward(
+    problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
+) -> Gradients:
+    from . import fused
+
+    return fused.backward(problem, inputs, forward, d_out, d_lse)
+
+
+WIDEST = 256  # head and value dims of the Triton kernels
+
+
+def _triton_why_not(problem: Problem) -> str | None:
+    if problem.beta is None:
+        return "beta is an array: its channels may need both transformations of the values (supported: a number)"
+    if 0 < abs(problem.beta) < 1:
+        return f"beta = {problem.beta}: its expm1 form needs more columns (supported: 0, or |beta| ≥ 1)"
+    if max(problem.head_dim, problem.value_dim) > WIDEST:
+        return f"head dim D = {problem.head_dim}, value dim E = {problem.value_dim} (supported: 1 to {WIDEST})"
+    return None
+
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton on the CPU: for tests
+
+TRITON = Backend(
+    name="torch-triton",
+    summary="fused kernels in Triton: a flash kernel on exponentiated values, an exact one outside the fast range",
+    forward=_triton_forward,
+    backward=_triton_backward,
+    frameworks=("torch",),
+    devices=("cuda", "cpu") if INTERPRETING else ("cuda",),
+    dtypes=("float16", "bfloat16", "float32"),
+    requires=("torch", "triton"),
+    why_not=_triton_why_not,
+    priority=lambda problem: 40 if problem.device == "cuda" else 0,
     residual_dtype=unrounded_output,
 )

@@ -1,0 +1,290 @@
+"""Device code: the backward pass of heads inside the fast range.
+
+    p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
+
+with G = do·2^(c − βo·log2e) and r = dl − Σ_e do/β; at β = 0, X = v, G = do and r = dl − Σ_e do·o. Every sum has one
+order: one kernel owns its keys and walks over queries, another owns its queries and walks over keys.
+
+A row that nothing flows through has l = +∞, which makes its p zero, and one that is not finite has l = NaN. Tiles in
+which something may be hidden clean Q and K before they meet ds, since 0·NaN is NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_values import UNSPECIALIZED, is_finite, key_range, length_of, load_rows, pow2, to_scores
+
+CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all tiles are treated as partly hidden
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def prepare_rows(
+    O, DO, DL, L, C, Flags, G, Row, L2,
+    do_b, do_h, do_n, dl_b, dl_h, dl_n,
+    heads, group, query_length, y_scale, inverse_beta, padded_length,
+    E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, LINEAR: tl.constexpr, WITH_DL: tl.constexpr,
+):  # fmt: skip
+    """G, r and l in base 2; r and l up to a padded length, with l = +∞. Grid: B·Hq · blocks of that length."""
+    blocks = padded_length // BM
+    head = tl.program_id(0) // blocks
+    m0 = tl.program_id(0) % blocks * BM
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    m_, e = tl.arange(0, BM), tl.arange(0, EP)
+    inside = m0 + m_ < query_length
+    own = head.to(tl.int64) * query_length + m0
+    l = tl.load(L + own + m_, mask=inside, other=float("-inf"))
+    o = load_rows(O + own * E, 0, E, m_[:, None], e[None, :], query_length - m0, E, True, E != EP).to(tl.float32)
+    do = load_rows(DO + b * do_b + h * do_h, m0, do_n, m_[:, None], e[None, :], query_length, E, True, E != EP)
+    do = do.to(tl.float32)
+    dl = tl.zeros((BM,), tl.float32)
+    if WITH_DL:
+        dl = tl.load(DL + b * dl_b + h * dl_h + (m0 + m_).to(tl.int64) * dl_n, mask=inside, other=0.0).to(tl.float32)
+
+    fine = (tl.min((is_finite(o) & is_finite(do)).to(tl.int32), 1) > 0) & is_finite(dl) & is_finite(l)
+    silent = (tl.max((do != 0).to(tl.int32), 1) == 0) & (dl == 0)
+    nothing = silent | (l == float("-inf"))
+    if tl.max((~fine & (l != float("-inf"))).to(tl.int32)) > 0:
+        tl.atomic_or(Flags + head // group, 4)
+    live = fine & ~nothing
+    o = tl.where(live[:, None], o, 0.0)
+    do = tl.where(live[:, None], do, 0.0)
+    if LINEAR:
+        g = do
+        r = tl.where(live, dl, 0.0) - tl.sum(do * o, 1)
+    else:
+        c = tl.load(C + head // group * EP + e)[None, :]
+        z = o * y_scale
+        n = tl.floor(z + 0.5)
+        g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2((c - n).to(tl.int32)), 0.0)
+        r = tl.where(live, dl, 0.0) - tl.sum(do, 1) * inverse_beta
+    l2 = tl.where(nothing, float("inf"), tl.where(fine, l * 1.4426950408889634, float("nan")))
+    own_row = head.to(tl.int64) * padded_length + m0
+    tl.store(L2 + own_row + m_, tl.where(inside, l2, float("inf")))
+    tl.store(Row + own_row + m_, tl.where(inside, r, 0.0))
+    at = G + own * E + (m_[:, None] * E + e[None, :])
+    tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def probabilities(
+    qk, i, j, l2, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, k_end, low, high, scale, cap,
+    MASKED: tl.constexpr, BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """p·2^SHIFT from q·k, and the slope of the soft cap; i, j and l2 in the layout of the tile."""
+    if MASKED:
+        s, slope = to_scores(qk, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end),
+            low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
+        p = tl.where((s == float("-inf")) | (l2 == float("inf")), 0.0, tl.exp2(s - (l2 - SHIFT)))
+    else:
+        if CAP:
+            s, slope = to_scores(qk, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end),
+                low, high, scale, cap, False, False, False, False, CAP)  # fmt: skip
+            p = tl.exp2(s - (l2 - SHIFT))
+        else:
+            slope = qk
+            p = tl.exp2(qk * (scale * 1.4426950408889634) - (l2 - SHIFT))
+    return p, slope
+
+
+@triton.jit
+def _walk_queries(
+    dk, dv, k, x, Q, G, Row, L2, first, last, q_end, k_end, j, b, h, q_n, q_row, q_column, own, own_row,
+    m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(first, last, BM):
+        if TMA:
+            q = Q.load([q_row + start, q_column])
+            g = G.load([own.to(tl.int32) + start, 0])
+        else:
+            q = load_rows(Q, start, q_n, m_[:, None], d[None, :], q_end, D, MASKED, D != DP)
+            g = load_rows(G + own * E, start, E, m_[:, None], e[None, :], q_end, E, MASKED, E != EP)
+        i = start + m_
+        # padded: no bounds
+        l2 = tl.load(L2 + own_row + i)
+        r = tl.load(Row + own_row + i)
+        qk = tl.dot(k, q.T, input_precision=PRECISION)
+        p, slope = probabilities(qk, i[None, :], j[:, None], l2[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
+            b_b, b_h, b_i, b_j, q_end, k_end, low, high, scale, cap,
+            MASKED, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT)  # fmt: skip
+        dp = tl.dot(x, g.T, input_precision=PRECISION)
+        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+        ds = p * (dp * (inverse_beta * 2.0**-SHIFT) + (r * 2.0**-SHIFT)[None, :])
+        if CAP:
+            ds *= slope
+        if MASKED:
+            if CAP:  # 0·NaN, where the score was not finite
+                ds = tl.where(p == 0, 0.0, ds)
+            q = tl.where(is_finite(q), q, 0.0).to(q.dtype)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_keys(
+    Q, K, X, G, Row, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
+    q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+    heads, group, query_length, key_length, low, high, scale, cap, inverse_beta, padded_length,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys, summed over the query heads of its group. Grid: B·Hkv · blocks."""
+    blocks = tl.cdiv(key_length, BN)
+    kv = tl.program_id(0) // blocks
+    n0 = tl.program_id(0) % blocks * BN
+    flags = tl.load(Flags + kv)
+    if flags % 2 == 1:
+        return
+    heads_kv = heads // group
+    b, h_kv = (kv // heads_kv).to(tl.int64), (kv % heads_kv).to(tl.int64)
+    q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
+    k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
+    m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
+    j = n0 + n
+    own_kv = kv.to(tl.int64) * key_length
+    k = load_rows(K + b * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
+    x = load_rows(X + own_kv * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
+    dk = tl.zeros((BN, DP), tl.float32)
+    dv = tl.zeros((BN, EP), tl.float32)
+    # the queries that see these keys: the band seen from the other side
+    first, full_first, full_last, last = key_range(
+        n0, k_end, q_end, -high, -low, BN, BM, BAND_HIGH, BAND_LOW, MASK or BIAS
+    )
+    careful = flags >= 4
+    full_first = tl.where(careful, first, full_first)
+    full_last = tl.where(careful, first, full_last)
+    for member in range(0, group):
+        h = h_kv * group + member
+        own = (kv * group + member).to(tl.int64) * query_length
+        own_row = (kv * group + member).to(tl.int64) * padded_length
+        q_row, q_column = 0, 0
+        if TMA:
+            q_row = (b * q_b + h * q_h).to(tl.int32)
+            q_column = (h * q_n).to(tl.int32)
+            Qh = Q
+        else:
+            Qh = Q + b * q_b + h * q_h
+        if BAND_HIGH:
+            dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, q_end, k_end, j, b, h,
+                q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
+                BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
+        if not (MASK or BIAS):
+            dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, full_first, full_last, q_end, k_end, j, b, h,
+                q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, False, TMA,
+                BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
+        dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, full_last, last, q_end, k_end, j, b, h,
+            q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+            low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
+            BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
+    dv *= 2.0**-SHIFT
+    if not LINEAR:  # read again rather than held in registers all along
+        x = load_rows(X + own_kv * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
+        dv *= x.to(tl.float32)
+    inside = j < key_length
+    tl.store(DK + (own_kv + n0) * D + (n[:, None] * D + d[None, :]), (dk * scale).to(DK.dtype.element_ty),
+        mask=inside[:, None] & (d < D)[None, :])  # fmt: skip
+    tl.store(DV + (own_kv + n0) * E + (n[:, None] * E + e[None, :]), dv.to(DV.dtype.element_ty),
+        mask=inside[:, None] & (e < E)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _walk_keys(
+    dq, q, g, l2, r, K, X, first, last, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
+    n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(first, last, BN):
+        if TMA:
+            k = K.load([k_row + start, k_column])
+            x = X.load([x_row + start, 0])
+        else:
+            k = load_rows(K, start, k_n, n[:, None], d[None, :], k_end, D, MASKED, D != DP)
+            x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
+        qk = tl.dot(q, k.T, input_precision=PRECISION)
+        p, slope = probabilities(qk, i[:, None], (start + n)[None, :], l2[:, None], b, h, Mask, Bias,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, k_end, low, high, scale, cap,
+            MASKED, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, 0)  # fmt: skip
+        dp = tl.dot(g, x.T, input_precision=PRECISION)
+        ds = p * (dp * inverse_beta + r[:, None])
+        if CAP:
+            ds *= slope
+        if MASKED:
+            if CAP:
+                ds = tl.where(p == 0, 0.0, ds)
+            k = tl.where(is_finite(k), k, 0.0).to(k.dtype)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward_queries(
+    Q, K, X, G, Row, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
+    q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+    heads, group, query_length, key_length, low, high, scale, cap, inverse_beta, padded_length,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of queries. Grid: B·Hq · blocks."""
+    blocks = tl.cdiv(query_length, BM)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    if BAND_HIGH:
+        block = blocks - 1 - block
+    m0 = block * BM
+    kv = head // group
+    flags = tl.load(Flags + kv)
+    if flags % 2 == 1:
+        return
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    h_kv = h // group
+    q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
+    k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
+    m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
+    i = m0 + m_
+    k_row, k_column, x_row = 0, 0, kv * key_length
+    if TMA:
+        k_row = (b * k_b + h_kv * k_h).to(tl.int32)
+        k_column = (h_kv * k_n).to(tl.int32)
+    else:
+        K += b * k_b + h_kv * k_h
+        X += kv.to(tl.int64) * key_length * E
+    own = head.to(tl.int64) * query_length
+    q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+    g = load_rows(G + own * E, m0, E, m_[:, None], e[None, :], q_end, E, True, E != EP)
+    own_row = head.to(tl.int64) * padded_length
+    l2 = tl.load(L2 + own_row + i)
+    r = tl.load(Row + own_row + i)
+    dq = tl.zeros((BM, DP), tl.float32)
+    first, full_first, full_last, last = key_range(
+        m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
+    )
+    careful = flags >= 4
+    full_first = tl.where(careful, first, full_first)
+    full_last = tl.where(careful, first, full_last)
+    if BAND_LOW:
+        dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
+            n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
+            D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
+    if not (MASK or BIAS):
+        dq = _walk_keys(dq, q, g, l2, r, K, X, full_first, full_last, q_end, k_end, i, b, h,
+            k_n, k_row, k_column, x_row,
+            n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
+            D, E, DP, EP, BN, False, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
+    dq = _walk_keys(dq, q, g, l2, r, K, X, full_last, last, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
+        n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
+        D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
+    tl.store(DQ + (own + m0) * D + (m_[:, None] * D + d[None, :]), (dq * scale).to(DQ.dtype.element_ty),
+        mask=(i < query_length)[:, None] & (d < D)[None, :])  # fmt: skip

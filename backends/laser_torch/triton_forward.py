@@ -1,0 +1,251 @@
+"""Device code: the forward pass."""
+
+import triton
+import triton.language as tl
+
+from .triton_values import (
+    UNSPECIALIZED,
+    is_finite,
+    key_range,
+    length_of,
+    load_rows,
+    split_log2,
+    to_scores,
+)
+
+
+@triton.jit
+def _tiles(
+    acc, l, m, count, q, K, X, first, last, k_end, i, b, h,
+    k_n, k_row, k_column, x_row, n, d, e,
+    Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(first, last, BN):
+        if TMA:  # what it reads beyond the end is hidden by the scores; X is finite everywhere
+            k = K.load([k_row + start, k_column]).T
+        else:
+            k = load_rows(K, start, k_n, n[None, :], d[:, None], k_end, D, MASKED, D != DP)
+        qk = tl.dot(q, k, input_precision=PRECISION)
+        if MASKED:
+            j = start + n
+            s, slope = to_scores(qk, i[:, None], j[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                (q_end, k_end), low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
+            if MASK or BIAS:
+                count += tl.sum((s != float("-inf")).to(tl.int32), 1)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            reference = tl.where(m_new == float("-inf"), 0.0, m_new) - SHIFT
+            p = tl.exp2(s - reference[:, None])
+        elif FOLD:
+            m_new = tl.maximum(m, tl.max(qk, 1) * (scale * 1.4426950408889634))
+            reference = m_new - SHIFT
+            p = tl.exp2(qk * (scale * 1.4426950408889634) - reference[:, None])
+        else:
+            s, slope = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
+                b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap, False, False, False, False, CAP)  # fmt: skip
+            m_new = tl.maximum(m, tl.max(s, 1))
+            reference = m_new - SHIFT
+            p = tl.exp2(s - reference[:, None])
+        rescale = tl.exp2(m - (reference + SHIFT))
+        l = l * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        if TMA:
+            x = X.load([x_row + start, 0])
+        else:
+            x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
+        acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
+        m = m_new
+    return acc, l, m, count
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def forward(
+    Q, K, X, C, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
+    q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+    heads, group, query_length, key_length, low, high, scale, cap, o_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
+    RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o, its residual and l of one block of queries, for heads inside the fast range. Grid: B·Hq · blocks.
+
+    acc = Σ p·X and l = Σ p with p = 2^(s − m + SHIFT), then o = log2(acc/l · 2^c)·o_scale. Where there is a mask or a
+    bias, the keys that each row sees are counted.
+    """
+    blocks = tl.cdiv(query_length, BM)
+    head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    kv = head // group
+    h_kv = h // group
+    if tl.load(Flags + kv) % 2 == 1:
+        return
+    if BAND_HIGH:  # the longest first
+        m0 = (blocks - 1 - block) * BM
+    else:
+        m0 = block * BM
+    q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
+    k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
+    m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
+    i = m0 + m_
+    k_row, k_column, x_row = 0, 0, kv * key_length
+    if TMA:  # K and X are descriptors of matrices, and the strides are those of rows, rows and columns
+        k_row = (b * k_b + h_kv * k_h).to(tl.int32)
+        k_column = (h_kv * k_n).to(tl.int32)
+    else:
+        K += b * k_b + h_kv * k_h
+        X += kv.to(tl.int64) * key_length * E
+    q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+
+    acc = tl.zeros((BM, EP), tl.float32)
+    l = tl.zeros((BM,), tl.float32)
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    count = tl.zeros((BM,), tl.int32)
+    first, full_first, full_last, last = key_range(
+        m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
+    )
+    if BAND_LOW:
+        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, k_end, i, b, h,
+            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
+            BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
+    if not (MASK or BIAS):
+        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_first, full_last, k_end, i, b, h,
+            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD, TMA,
+            BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
+    acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_last, last, k_end, i, b, h,
+            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+        m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
+        BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
+
+    empty = l == 0
+    odd = tl.max((~is_finite(q)).to(tl.int32), 1) > 0  # an infinite query makes NaN of what it sees, as a NaN does
+    l = tl.where(odd & ~empty, float("nan"), tl.where(empty, 1.0, l))
+    t = acc / l[:, None]
+    if LINEAR:
+        o = t
+    else:
+        c = tl.load(C + kv * EP + e)
+        o = split_log2(t, c[None, :]) * o_scale
+    o = tl.where(empty[:, None], 0.0, o)
+    l = tl.where(empty, float("-inf"), (m - SHIFT + tl.log2(l)) * 0.6931471805599453)
+    rows = head.to(tl.int64) * query_length + m0
+    inside = i < query_length
+    tl.store(L + rows + m_, l, mask=inside)
+    if MASK or BIAS:
+        tl.store(Count + rows + m_, count, mask=inside)
+    at, keep = rows * E + m_[:, None] * E + e[None, :], inside[:, None] & (e < E)[None, :]
+    tl.store(O + at, o.to(O.dtype.element_ty), mask=keep)
+    if RESIDUAL:
+        tl.store(R + at, o, mask=keep)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def exact(
+    Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+    workers, heads, group, query_length, key_length, low, high, scale, cap, beta,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, FEW: tl.constexpr,
+    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same from log Σ exp(s + βv), per channel about its own greatest term. Grid: B·Hq · workers.
+
+    The exponents are natural here: βv·log2e need not be finite where βv is.
+
+    Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
+    rows that see fewer than FEW keys: where X is rounded, a mean of so few can leave the range of the values.
+    """
+    head = tl.program_id(0) // workers
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    h_kv = h // group
+    flags = tl.load(Flags + head // group)
+    if FEW == 0:
+        if flags == 0:
+            return
+    whole = flags % 2 == 1
+    q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
+    k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
+    m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
+    parts: tl.constexpr = (E + BE - 1) // BE
+    for work in range(tl.program_id(0) % workers, tl.cdiv(query_length, BM) * parts, workers):
+        m0 = work // parts * BM
+        e = work % parts * BE + tl.arange(0, BE)
+        i = m0 + m_
+        wanted = (flags != 0) & (i < query_length)
+        if FEW > 0:
+            if MASK or BIAS:
+                count = tl.load(Count + head.to(tl.int64) * query_length + i, mask=i < query_length, other=0)
+            else:
+                count = tl.maximum(k_end, 0) + i * 0
+                if BAND_HIGH:
+                    count = tl.minimum(count, i + high + 1)
+                if BAND_LOW:
+                    count -= tl.maximum(i + low, 0)
+            few = (count > 0) & (count < FEW) & (i < q_end)
+        else:
+            few = i < 0
+        if tl.max((wanted | few).to(tl.int32)) > 0:
+            q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+            q_odd = tl.max((~is_finite(q)).to(tl.int32), 1) > 0
+            m = tl.full((BM,), float("-inf"), tl.float32)
+            l = tl.zeros((BM,), tl.float32)
+            top = tl.full((BM, BE), float("-inf"), tl.float32)
+            acc = tl.zeros((BM, BE), tl.float32)
+            first, inner_first, inner_last, last = key_range(
+                m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True
+            )
+            for start in range(first, last, BN):
+                k = load_rows(K + b * k_b + h_kv * k_h, start, k_n, n[None, :], d[:, None], k_end, D, True, D != DP)
+                k_odd = tl.max((~is_finite(k)).to(tl.int32), 0) > 0
+                qk = tl.where(q_odd[:, None] | k_odd[None, :], float("nan"), tl.dot(q, k, input_precision=PRECISION))
+                s, slope = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
+                    b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
+                    BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
+                at = V + b * v_b + h_kv * v_h + tl.cast(start, tl.int64) * v_n + (n[:, None] * v_n + e[None, :])
+                v = tl.load(at, mask=(start + n < k_end)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+
+                m_new = tl.maximum(m, tl.max(s, 1))
+                safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                p = tl.exp2(s - safe[:, None])
+                l = l * tl.exp2(m - safe) + tl.sum(p, 1)
+                if LINEAR:
+                    seen = s != float("-inf")
+                    terms = tl.where(seen[:, :, None], p[:, :, None] * v[None, :, :], 0.0)
+                    acc = acc * tl.exp2(m - safe)[:, None] + tl.sum(terms, 1)
+                else:
+                    natural = s * 0.6931471805599453
+                    t = natural[:, :, None] + (v * beta)[None, :, :]
+                    t = tl.where((s == float("-inf"))[:, :, None], float("-inf"), t)
+                    top_new = tl.maximum(top, tl.max(t, 1))
+                    about = tl.where(tl.abs(top_new) == float("inf"), 0.0, top_new)
+                    acc *= tl.exp2((top - about) * 1.4426950408889634)
+                    acc += tl.sum(tl.exp2((t - about[:, None, :]) * 1.4426950408889634), 1)
+                    top = top_new
+                m = m_new
+            empty = l == 0
+            l = tl.where(empty, 1.0, l)
+            if LINEAR:
+                o = acc / l[:, None]
+            else:
+                about = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+                sum_log2 = tl.where(acc == 0, float("-inf"), tl.log2(tl.where(acc == 0, 1.0, acc)))
+                o = (about + (sum_log2 - (m + tl.log2(l))[:, None]) * 0.6931471805599453) / beta
+            o = tl.where(empty[:, None], 0.0, o)
+            l = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
+            rows = head.to(tl.int64) * query_length + m0
+            inside = i < query_length
+            tl.store(L + rows + m_, l, mask=inside & (whole | few | ((l != l) & (flags != 0))))
+            keep = inside[:, None] & (e < E)[None, :] & (whole | few[:, None] | (~is_finite(o) & (flags != 0)))
+            to = rows * E + m_[:, None] * E + e[None, :]
+            tl.store(O + to, o.to(O.dtype.element_ty), mask=keep)
+            if RESIDUAL:
+                tl.store(R + to, o, mask=keep)

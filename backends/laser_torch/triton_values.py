@@ -1,0 +1,249 @@
+"""Device code: tiles and scores that all kernels share, and the value pass.
+
+The value pass writes X = 2^(βv·log2e − c), c an integer per key/value head and channel. The exponent is split into
+integer and fraction first, so that X for another c is the same bits times a power of two. In base 2 throughout.
+"""
+
+# Triton evaluates the annotations of a kernel: no postponed ones here.
+import triton
+import triton.language as tl
+
+OUTSIDE = tl.constexpr(1)  # flags of a head: some channel spans more than the fast range
+BROKEN = tl.constexpr(2)  # a key or value inside the key length is NaN or infinite
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Sizes for which no kernel of their own is compiled
+UNSPECIALIZED = (
+    "workers heads group query_length key_length low high blocks own_heads sum_batch sum_heads "
+    "dl_b dl_h dl_n m_b m_h m_i b_b b_h b_i"
+).split()
+
+
+@triton.jit
+def pow2(n):
+    """2^n of int32, exactly; n from −126 to 127."""
+    return ((tl.minimum(tl.maximum(n, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_finite(x):
+    """Whether x is finite."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def scaled_exp2(y, c):
+    """2^(y − c), the same bits times a power of two for every integer c."""
+    n = tl.floor(y + 0.5)
+    return tl.exp2(y - n) * pow2((n - c).to(tl.int32))
+
+
+@triton.jit
+def split_log2(t, c):
+    """log2(t·2^c) of positive normal t, the same bits for every c with the same t·2^c; NaN stays NaN."""
+    bits = t.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    exponent = ((bits >> 23) & 0xFF) - 127
+    return tl.where(t == t, (exponent.to(tl.float32) + c) + tl.log2(mantissa), t)
+
+
+@triton.jit
+def tanh(x):
+    """tanh, with small relative error at small x too."""
+    a = tl.abs(x)
+    far = 1 - 2 / (tl.exp2(a * (2 * 1.4426950408889634)) + 1)
+    q = x * x
+    near = a * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+    t = tl.where(a < 0.25, near, far)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def load_rows(base, start, stride, rows, columns, end, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile ``[start + rows, columns]`` of a matrix with adjacent columns; zero where it ends, if that is asked.
+
+    Args:
+        base: Pointer to row 0.
+        start: The first row.
+        stride: Of rows, in elements.
+        rows: ``arange``, as a column or a row of indices.
+        columns: ``arange``, the other way round.
+        end: The number of rows there are.
+        width: The number of columns there are.
+        ROWS: Rows may end inside of the tile.
+        COLUMNS: Columns do.
+    """
+    at = base + tl.cast(start, tl.int64) * stride + (rows * stride + columns)
+    if ROWS and COLUMNS:
+        return tl.load(at, mask=(start + rows < end) & (columns < width), other=0.0)
+    elif ROWS:
+        return tl.load(at, mask=start + rows < end, other=0.0)
+    elif COLUMNS:
+        return tl.load(at, mask=columns < width, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def length_of(Lengths, b, limit, GIVEN: tl.constexpr):
+    """A sequence length, between 0 and the size of its axis."""
+    if GIVEN:
+        n = tl.load(Lengths + b).to(tl.int32)
+        return tl.minimum(tl.maximum(n, 0), limit)
+    else:
+        return limit
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def value_pass(
+    K, V, X, Low, High, Sum, Odd, KeyLengths,
+    k_b, k_h, k_n, v_b, v_h, v_n,
+    heads, key_length, y_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    LENGTHS: tl.constexpr, LINEAR: tl.constexpr,
+):  # fmt: skip
+    """X for c = 0, and per block of keys the range of βv·log2e, the sum of X, and whether all is finite.
+
+    Grid: B·Hkv · blocks of keys. Low, High, Sum: ``(B·Hkv, blocks, EP)``; Odd: ``(B·Hkv, blocks)``.
+    """
+    blocks = tl.cdiv(key_length, BLOCK)
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    n, d, e = tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, EP)
+    start = block * BLOCK
+    end = length_of(KeyLengths, b, key_length, LENGTHS)
+    counts = (start + n < end)[:, None] & (e < E)[None, :]
+
+    v = load_rows(V + b * v_b + h * v_h, start, v_n, n[:, None], e[None, :], end, E, True, E != EP)
+    if LINEAR:
+        v32 = v.to(tl.float32)
+        fine = is_finite(v32)
+        x = tl.where(fine, v32, 0.0)
+    else:
+        fine = is_finite(v.to(tl.float32) * (y_scale * 0.6931471805599453))
+        y = tl.minimum(tl.maximum(v.to(tl.float32) * y_scale, -1e38), 1e38)  # far outside, but finite
+        y = tl.where(fine, y, 0.0)
+        x = tl.where(fine & counts, scaled_exp2(y, 0.0), 0.0)
+        at = (head * blocks + block).to(tl.int64) * EP + e
+        tl.store(Low + at, tl.min(tl.where(fine & counts, y, float("inf")), 0))
+        tl.store(High + at, tl.max(tl.where(fine & counts, y, float("-inf")), 0))
+        tl.store(Sum + at, tl.sum(x, 0))
+    k = load_rows(K + b * k_b + h * k_h, start, k_n, n[:, None], d[None, :], end, D, True, D != DP)
+    odd = tl.max((~fine & counts).to(tl.int32)) | tl.max((~is_finite(k)).to(tl.int32))
+    tl.store(Odd + head * blocks + block, odd)
+    rows = X + (head.to(tl.int64) * key_length + start) * E
+    tl.store(
+        rows + n[:, None] * E + e[None, :],
+        x.to(X.dtype.element_ty),
+        mask=(start + n < key_length)[:, None] & (e < E)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def decide(
+    V, X, Low, High, Sum, Odd, C, Flags, KeyLengths,
+    v_b, v_h, v_n, heads, key_length, blocks, y_scale,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, LENGTHS: tl.constexpr, LINEAR: tl.constexpr,
+    RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """Per head: c and the flags, and X once more where c is not zero. Grid: (B·Hkv,).
+
+    All limits in bits. Inside: every channel spans at most RANGE, and ΣX is at most 2^SUM times its least X.
+    Then c = 0 where βv·log2e is between EASY_LOW and EASY_HIGH; otherwise it brings the top to TOP, or the middle to 0
+    where TOP is 0.
+    """
+    head = tl.program_id(0)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    n, e = tl.arange(0, BLOCK), tl.arange(0, EP)
+    odd = 0
+    low = tl.full((EP,), float("inf"), tl.float32)
+    high = tl.full((EP,), float("-inf"), tl.float32)
+    total = tl.zeros((EP,), tl.float32)
+    for block in range(0, blocks):
+        odd |= tl.load(Odd + head * blocks + block)
+        if not LINEAR:
+            at = (head * blocks + block).to(tl.int64) * EP + e
+            low = tl.minimum(low, tl.load(Low + at))
+            high = tl.maximum(high, tl.load(High + at))
+            total += tl.load(Sum + at)
+    flags = tl.where(odd > 0, 2, 0)
+    c = tl.zeros((EP,), tl.float32)
+    if not LINEAR:
+        some = (high >= low) & (e < E)
+        # where X for c = 0 is out of float32, its sum says nothing; the count is used instead
+        tame = some & (high < 120) & (low > -120)
+        spread = tl.where(tame, tl.log2(tl.where(tame, total, 1.0)) - low, high - low + tl.log2(key_length + 0.0))
+        far = some & ~((high - low <= RANGE) & (spread <= SUM))
+        flags |= tl.max(far.to(tl.int32))
+        hard = some & ~((low >= EASY_LOW) & (high <= EASY_HIGH))
+        if TOP == 0:
+            middle = tl.floor(low + (high - low) * 0.5 + 0.5)
+        else:
+            middle = tl.ceil(high) - TOP
+        c = tl.where(hard, middle, 0.0)
+    tl.store(C + head * EP + e, c)
+    tl.store(Flags + head, flags)
+    if not LINEAR:
+        if (tl.max(tl.abs(c)) > 0) & (flags % 2 == 0):
+            end = length_of(KeyLengths, b, key_length, LENGTHS)
+            rows = X + head.to(tl.int64) * key_length * E
+            for start in range(0, end, BLOCK):
+                v = load_rows(V + b * v_b + h * v_h, start, v_n, n[:, None], e[None, :], end, E, True, E != EP)
+                y = v.to(tl.float32) * y_scale
+                fine = is_finite(y)
+                x = tl.where(fine, scaled_exp2(tl.where(fine, y, c[None, :]), c[None, :]), 0.0)
+                to = rows + (tl.cast(start, tl.int64) * E) + n[:, None] * E + e[None, :]
+                tl.store(to, x.to(X.dtype.element_ty), mask=(start + n < end)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def to_scores(x, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, limits, low, high, scale, cap,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """Scores in base 2 from q·k, −∞ where hidden; and the slope of the soft cap."""
+    q_end, k_end = limits
+    x += x * 0.0  # what is infinite came from an infinite query or key, and is NaN
+    if CAP:
+        t = tanh(x * (scale / cap))
+        s = t * (cap * 1.4426950408889634)
+        slope = 1 - t * t
+    else:
+        s = x * (scale * 1.4426950408889634)
+        slope = s
+    seen = (i < q_end) & (j < k_end)
+    if BAND_LOW:
+        seen = seen & (j - i >= low)
+    if BAND_HIGH:
+        seen = seen & (j - i <= high)
+    if MASK:
+        at = Mask + b * m_b + h * m_h + i.to(tl.int64) * m_i + j.to(tl.int64) * m_j
+        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+    if BIAS:
+        at = Bias + b * b_b + h * b_h + i.to(tl.int64) * b_i + j.to(tl.int64) * b_j
+        s += tl.load(at, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
+    return tl.where(seen, s, float("-inf")), slope
+
+
+@triton.jit
+def key_range(m0, q_end, k_end, low, high, BM: tl.constexpr, BN: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, ALL_MASKED: tl.constexpr,
+):  # fmt: skip
+    """``first, full_first, full_last, last``: keys that queries from m0 see; none is hidden between the inner two."""
+    first = 0
+    last = tl.where(m0 < q_end, k_end, 0)
+    full_first = 0
+    full_last = tl.where(m0 + BM <= q_end, k_end // BN * BN, 0)
+    if BAND_LOW:
+        first = tl.maximum(m0 + low, 0) // BN * BN
+        full_first = (tl.maximum(m0 + BM - 1 + low, 0) + BN - 1) // BN * BN
+    if BAND_HIGH:
+        last = tl.minimum(last, tl.maximum(m0 + BM + high, 0))
+        full_last = tl.minimum(full_last, tl.maximum(m0 + high + 1, 0) // BN * BN)
+    if ALL_MASKED:
+        full_last = 0
+    empty = full_last <= full_first
+    full_first = tl.where(empty, first, full_first)
+    full_last = tl.where(empty, first, full_last)
+    return first, full_first, full_last, last
