@@ -284,7 +284,12 @@ def _consumer(
             mbarrier.arrive(q_free.index(WHICH))
 
 
-@gluon.jit
+# the sizes are not specialised for: one kernel per form of problem, whatever its sizes
+@gluon.jit(
+    do_not_specialize=[
+        "len_q", "len_k", "offset", "heads_q", "heads", "group_k", "group_x", "q_tiles", "tiles", "turns", "head_span",
+    ]
+)  # fmt: skip
 def forward_kernel(
     q_desc, k_desc, x_desc, o_desc, lse_ptr, residual_ptr, c_ptr, factor_ptr,
     len_q, len_k, offset, scale2, heads_q, heads, group_k, group_x, q_tiles, tiles, turns, head_span,
