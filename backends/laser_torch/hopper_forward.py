@@ -122,6 +122,24 @@ def _weights(s, m, scale2, SHIFT: gl.constexpr, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _pack(weights, dtype: gl.constexpr):
+    """Weights rounded, two in a word: carried around the loop as they are, they would take a register each."""
+    even, odd = gl.split(weights.reshape([weights.shape[0], weights.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        rounding: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    else:
+        rounding: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(rounding, "=r,r,r", [even, odd], gl.int32, True, 1)
+
+
+@gluon.jit
+def _unpack(packed, dtype: gl.constexpr, operand: gl.constexpr):
+    pair = gl.join(packed.to(gl.int16), (packed >> 16).to(gl.int16))
+    p = pair.reshape([packed.shape[0], packed.shape[1] * 2]).to(dtype, bitcast=True)
+    return gl.convert_layout(p, operand)
+
+
+@gluon.jit
 def _scores(q, k_s, k_full, it, STAGES: gl.constexpr, BLOCK_K: gl.constexpr, zero):
     """Start the score product of the it-th key tile."""
     stage = it % STAGES
@@ -140,7 +158,7 @@ def _values(p, o, x_s, x_full, it, STAGES: gl.constexpr, BLOCK_K: gl.constexpr, 
     x = x_s.index(stage)._reinterpret(
         x_s.dtype, [BLOCK_K, x_s.shape[4]], gl.NVMMASharedLayout(x_s.layout.swizzle_byte_width, 16, 2)
     )
-    return warpgroup_mma(p, x, o, is_async=True)
+    return warpgroup_mma(_unpack(p, x_s.dtype, operand), x, o, is_async=True)
 
 
 @gluon.jit
@@ -183,7 +201,7 @@ def _step(
     mbarrier.arrive(x_free.index((it - 1) % STAGES))
     o_layout: gl.constexpr = o.type.layout
     o = o * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
-    p = gl.convert_layout(weights.to(x_s.dtype), operand)
+    p = _pack(weights, x_s.dtype)
     return p, o, m, l
 
 
@@ -232,7 +250,7 @@ def _consumer(
             m = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
             weights, m, alpha = _weights(s, m, scale2, SHIFT, True)
             l = gl.sum(weights, 1)
-            p = gl.convert_layout(weights.to(x_s.dtype), operand)
+            p = _pack(weights, x_s.dtype)
             o = gl.zeros([ROWS, E], gl.float32, o_layout)
             it += 1
             for i in range(1, total - full):
