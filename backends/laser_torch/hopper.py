@@ -79,6 +79,22 @@ def _descriptor(a: Tensor, rows: int) -> Any:
     return TensorDescriptor(a, list(a.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
+def constants(cut: Tiles, causal: bool, half: bool, residual: bool, reference: bool, factor: bool) -> dict[str, Any]:
+    """The compile-time arguments of the kernel."""
+    return {
+        "CAUSAL": causal,
+        "ZIGZAG": causal and cut.persistent,
+        "CONSUMERS": cut.consumers,
+        "STAGES": cut.stages,
+        "SHIFT": 15 if half else 0,  # float16 needs its whole range of exponents for the weights
+        "RESIDUAL": residual,
+        "HAS_C": reference,
+        "HAS_FACTOR": factor,
+        "ORDERED": cut.ordered,
+        "REGISTERS": cut.registers,
+    }
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -152,16 +168,7 @@ def forward(
         count,
         -(-count // programs),
         min(span, batch * heads),
-        CAUSAL=causal,
-        ZIGZAG=causal and cut.persistent,
-        CONSUMERS=cut.consumers,
-        STAGES=cut.stages,
-        SHIFT=15 if q.dtype == torch.float16 else 0,
-        RESIDUAL=residual,
-        HAS_C=c is not None,
-        HAS_FACTOR=factor is not None,
-        ORDERED=cut.ordered,
-        REGISTERS=cut.registers,
+        **constants(cut, causal, q.dtype == torch.float16, residual, c is not None, factor is not None),
         num_warps=4,
     )
     return out, lse, unrounded
