@@ -37,7 +37,14 @@ def compiled(form: dict[str, Any]) -> Any:
         form.get("reference", False),
         form.get("factor", False),
     )
-    types = {"lse_ptr": "*fp32", "residual_ptr": "*fp32", "c_ptr": "*i32", "factor_ptr": "*fp32", "scale2": "fp32"}
+    types = {
+        "lse_ptr": "*fp32",
+        "residual_ptr": "*fp32",
+        "c_ptr": "*i32",
+        "factor_ptr": "*fp32",
+        "scale2": "fp32",
+        "counter_ptr": "*i32",
+    }
     types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc")}
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
     types |= dict.fromkeys(constants, "constexpr")

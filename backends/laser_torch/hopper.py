@@ -25,15 +25,16 @@ class Tiles(NamedTuple):
     stages: int
     registers: int
     ordered: bool
-    persistent: bool
+    schedule: (
+        str  # of the programs: 'static', one per processor, 'dynamic', drawn from a counter, or 'grid', one a tile
+    )
 
 
 def tiles(width: int, causal: bool) -> Tiles:
     """The tile sizes for head dimension ``width``."""
-    del causal
     if width == 64:
-        return Tiles(128, 2, 4, 240, False, True)
-    return Tiles(128, 2, 2, 240, False, True)
+        return Tiles(128, 2, 4, 240, False, "dynamic" if causal else "static")
+    return Tiles(128, 2, 2, 240, False, "dynamic" if causal else "static")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -53,7 +54,7 @@ def why_not(problem: Problem) -> str | None:
             return f"{name.removesuffix('_shape')}: the Hopper kernel has none"
     if problem.query_lengths or problem.key_value_lengths:
         return "sequence lengths: the Hopper kernel has none"
-    low, high = problem.band
+    low, _ = problem.band
     if low is not None and low > 1 - problem.query_length:
         return "window_size: the Hopper kernel knows no left bound"
     if max(problem.query_length, problem.key_length) >= 2**30:
@@ -83,7 +84,7 @@ def constants(cut: Tiles, causal: bool, half: bool, residual: bool, reference: b
     """The compile-time arguments of the kernel."""
     return {
         "CAUSAL": causal,
-        "ZIGZAG": causal and cut.persistent,
+        "DYNAMIC": cut.schedule == "dynamic",
         "CONSUMERS": cut.consumers,
         "STAGES": cut.stages,
         "SHIFT": 15 if half else 0,  # float16 needs its whole range of exponents for the weights
@@ -143,7 +144,8 @@ def forward(
 
     q_tiles = -(-len_q // (cut.consumers * ROWS))
     count = q_tiles * batch * heads
-    programs = min(count, _processors(q.device)) if cut.persistent else count
+    programs = count if cut.schedule == "grid" else min(count, _processors(q.device))
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if cut.schedule == "dynamic" else lse
     group = heads // k.shape[1]
     span = max(1, L2_BYTES // (4 * len_k * width)) * group
     causal = causal_offset is not None
@@ -156,6 +158,7 @@ def forward(
         lse if unrounded is None else unrounded,
         lse if c is None else c,
         lse if factor is None else factor,
+        counter,
         len_q,
         len_k,
         causal_offset or 0,
@@ -166,7 +169,6 @@ def forward(
         heads // x.shape[1],
         q_tiles,
         count,
-        -(-count // programs),
         min(span, batch * heads),
         **constants(cut, causal, q.dtype == torch.float16, residual, c is not None, factor is not None),
         num_warps=4,
