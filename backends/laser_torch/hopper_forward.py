@@ -122,12 +122,14 @@ def _producer(
 @gluon.jit
 def _mask(s, first, key, len_k, offset, CAUSAL: gl.constexpr, layout: gl.constexpr):
     """Scores of the keys from ``key``, −∞ where the queries from ``first`` do not see them."""
-    columns = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
-    visible = gl.expand_dims(columns, 0) < len_k
+    column = gl.expand_dims(gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout)), 0)
     if CAUSAL:
-        rows = first + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, layout)) + offset
-        visible = visible & (gl.expand_dims(columns, 0) <= gl.expand_dims(rows, 1))
-    return gl.where(visible, s, float("-inf"))
+        row = first + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, layout))
+        last = gl.minimum(row + offset, len_k - 1) - key
+        masked = gl.where(column <= gl.expand_dims(last, 1), s, float("-inf"))
+    else:
+        masked = gl.where(column < len_k - key, s, float("-inf"))
+    return masked
 
 
 @gluon.jit
@@ -306,20 +308,23 @@ def _consumer(
         lse = gl.where(sees, m * scale2 + (_log2(safe) - SHIFT), float("-inf")) * 0.6931471805599453
         gl.store(lse_ptr + rows64 + row, lse, mask=row < len_q)
 
-        l_whole, l_rest = _log2_parts(gl.convert_layout(safe, gl.SliceLayout(1, o_layout)))
-        o_sees = gl.convert_layout(sees, gl.SliceLayout(1, o_layout))
-        whole, rest = _log2_parts(o)
         channel = gl.arange(0, E, layout=gl.SliceLayout(0, o_layout))
-        whole -= gl.expand_dims(l_whole, 1)
+        l_o = gl.expand_dims(gl.convert_layout(safe, gl.SliceLayout(1, o_layout)), 1)
         if HAS_C:
+            # exponents apart, so that the bits do not depend on c, which knows of keys that are not visible
+            whole, rest = _log2_parts(o)
+            l_whole, l_rest = _log2_parts(l_o)
             c = gl.load(c_ptr + (batch * (heads_q // group_x) + head // group_x) * E + channel)
-            whole += gl.expand_dims(c, 0)
-        o = whole.to(gl.float32) + (rest - gl.expand_dims(l_rest, 1))
+            o = (whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32) + (rest - l_rest)
+        else:
+            o = _log2(o) - _log2(l_o)
         if HAS_FACTOR:
             o *= gl.expand_dims(gl.load(factor_ptr + head * E + channel), 0)
         else:
             o *= 0.6931471805599453
-        o = gl.where(gl.expand_dims(o_sees, 1), o, 0.0)
+        if CAUSAL:
+            o_sees = gl.convert_layout(sees, gl.SliceLayout(1, o_layout))
+            o = gl.where(gl.expand_dims(o_sees, 1), o, 0.0)
         if RESIDUAL:
             row_o = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout))
             at = gl.expand_dims((rows64 + row_o) * E, 1) + gl.expand_dims(channel, 0)
