@@ -67,7 +67,8 @@ def report(kernel: Any) -> dict[str, Any]:
         sass = subprocess.run([BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"]) or re.search(r"\.maxntid (\d+)", kernel.asm["ptx"])
-    assert registers and threads
+    assert registers
+    assert threads
     counts = {
         name: len(re.findall(rf"\b{name}", sass)) for name in ("HGMMA", "UTMALDG", "UTMASTG", "STL", "LDL", "WARPGROUP")
     }

@@ -39,6 +39,6 @@ def test_fits_the_hardware(form: dict[str, Any], tmp_path: Path) -> None:
     assert found["shared"] <= SHARED
     assert found["threads"] * found["registers"] <= 65536
     assert found["STL"] + found["LDL"] <= SPILLS
-    assert found["HGMMA"] > 0 and found["UTMALDG"] > 0 and found["UTMASTG"] > 0
+    assert min(found[name] for name in ("HGMMA", "UTMALDG", "UTMASTG")) > 0
     # a wgmma that ptxas serialises brings an arrival of its own: many more of them than products started
     assert found["WARPGROUP"] <= found["HGMMA"]

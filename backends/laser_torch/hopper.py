@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from typing import Any, NamedTuple
 
@@ -59,6 +60,15 @@ def why_not(problem: Problem) -> str | None:
         return "window_size: the Hopper kernel knows no left bound"
     if max(problem.query_length, problem.key_length) >= 2**30:
         return "lengths of 2^30 and more: the Hopper kernel counts rows in 32 bits"
+    return None
+
+
+def missing(device: torch.device) -> str | None:
+    """What a device or its software lacks for the kernel; None if nothing."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return "the Hopper kernel is built for NVIDIA GPUs of compute capability 9.0"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.experimental") is None:
+        return "the Hopper kernel needs Triton 3.6 with Gluon (triton.experimental.gluon)"
     return None
 
 

@@ -10,8 +10,9 @@ tiles that need a mask (the diagonal and the ragged end) come first and the rest
 Device code only: nothing of the host is imported here.
 """
 
-# Gluon reads annotations as types of its own.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, valid-type, operator"
+# Gluon reads annotations as types of its own, and knows no starred expressions.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, valid-type, operator, untyped-decorator, no-redef"
+# ruff: noqa: RUF005
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -352,6 +353,7 @@ def forward_kernel(
     RESIDUAL: gl.constexpr, HAS_C: gl.constexpr, HAS_FACTOR: gl.constexpr, ORDERED: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """The forward pass of all heads; the arguments are those that ``hopper.forward`` passes."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     x_s = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
