@@ -48,8 +48,10 @@ def why_not(problem: Problem) -> str | None:
         return "an empty problem: there is nothing to launch"
     if problem.scale <= 0:
         return f"scale = {problem.scale}: the Hopper kernel's row maximum needs scale > 0"
-    if problem.beta is not None and abs(problem.beta) < 1:
-        return f"beta = {problem.beta}: its expm1 form needs more columns (supported: an array, or |beta| ≥ 1)"
+    if problem.beta is None:
+        return "beta is an array: its channels may need both transformations of the values (supported: a number)"
+    if abs(problem.beta) < 1:
+        return f"beta = {problem.beta}: its expm1 form needs more columns (supported: |beta| ≥ 1)"
     for name in ("mask_shape", "bias_shape", "logits_soft_cap"):
         if getattr(problem, name) is not None:
             return f"{name.removesuffix('_shape')}: the Hopper kernel has none"
@@ -61,6 +63,12 @@ def why_not(problem: Problem) -> str | None:
     if max(problem.query_length, problem.key_length) >= 2**30:
         return "lengths of 2^30 and more: the Hopper kernel counts rows in 32 bits"
     return None
+
+
+def causal_offset(problem: Problem) -> int | None:
+    """Query i of a problem that is served sees the keys ≤ i + offset; None: all keys."""
+    high = problem.band[1]
+    return None if high is None or high >= problem.key_length - 1 else high
 
 
 def missing(device: torch.device) -> str | None:
