@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
@@ -69,5 +70,60 @@ SDPA = Backend(
     requires=("torch",),
     why_not=_why_not,
     priority=lambda problem: 30,
+    residual_dtype=unrounded_output,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+
+DECODE_QUERIES = 16
+
+
+def _decode_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import decode
+
+    return decode.forward(problem, inputs)
+
+
+def _decode_backward(
+    problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
+) -> Gradients:
+    from . import decode
+
+    return decode.backward(problem, inputs, forward, d_out, d_lse)
+
+
+def _decode_why_not(problem: Problem) -> str | None:
+    if problem.query_length > DECODE_QUERIES:
+        return f"{problem.query_length} queries: it is for decoding (supported: Lq ≤ {DECODE_QUERIES})"
+    if problem.beta is None:
+        return "beta is an array: its channels may need both transformations of the values (supported: a number)"
+    if 0 < abs(problem.beta) < 1:
+        return f"beta = {problem.beta}: its expm1 form needs more columns (supported: 0, or |beta| ≥ 1)"
+    for name, size in (("head dim D", problem.head_dim), ("value dim E", problem.value_dim)):
+        if size > 256:
+            return f"{name} = {size} (supported: up to 256)"
+    if problem.key_length > 2**30:
+        return f"{problem.key_length} keys: positions are 32-bit (supported: up to 2³⁰)"
+    return None
+
+
+def _decode_priority(problem: Problem) -> int:
+    if problem.device != "cuda":
+        return -10  # Triton's interpreter is for tests
+    return 60 if problem.key_length >= 512 else 5
+
+
+DECODE = Backend(
+    name="torch-decode",
+    summary="Triton, for few queries against a long cache: split over keys, merged in the log domain",
+    forward=_decode_forward,
+    backward=_decode_backward,
+    frameworks=("torch",),
+    devices=("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",),
+    dtypes=("float16", "bfloat16", "float32"),
+    requires=("torch", "triton"),
+    why_not=_decode_why_not,
+    priority=_decode_priority,
     residual_dtype=unrounded_output,
 )
