@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from laser_torch import decode
+from laser_torch import decode, laser_attention_paged
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laser_core import _problem, explain, laser_attention
@@ -128,23 +128,20 @@ def shape(name: str, sweep: bool, copy: float) -> list[Any]:
 
     add("softmax cudnn", softmax(SDPBackend.CUDNN_ATTENTION), laser=False)
     add("softmax flash", softmax(SDPBackend.FLASH_ATTENTION), laser=False)
-    cut = decode.tiles(problem, decode._processors(q.device))
+    cut = decode.tiles(problem, decode.processors(q.device))
     add("laser decode", lambda: decode.launch(problem, inputs, None, cut, residual=False)[0])
     if not sweep:
         add("laser_attention", lambda: laser_attention(q, k, v))
         print(name, explain(q, k, v).chosen, cut)
-    if hasattr(decode, "attention_paged"):
-        blocks = batch * length // BLOCK
-        table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
-        lengths = torch.full((batch,), length, device="cuda", dtype=torch.int32)
-        paged = []
-        for x in (k, v):
-            cache = torch.empty(blocks, BLOCK, KV_HEADS, DIM, device="cuda", dtype=x.dtype)
-            cache[table.flatten().long()] = x.transpose(1, 2).reshape(blocks, BLOCK, KV_HEADS, DIM)
-            paged.append(cache)
-        from laser_torch import laser_attention_paged
-
-        add("laser paged", lambda: laser_attention_paged(q, *paged, table, lengths))
+    blocks = batch * length // BLOCK
+    table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
+    lengths = torch.full((batch,), length, device="cuda", dtype=torch.int32)
+    paged = []
+    for x in (k, v):
+        cache = torch.empty(blocks, BLOCK, KV_HEADS, DIM, device="cuda", dtype=x.dtype)
+        cache[table.flatten().long()] = x.transpose(1, 2).reshape(blocks, BLOCK, KV_HEADS, DIM)
+        paged.append(cache)
+    add("laser paged", lambda: laser_attention_paged(q, *paged, table, lengths))
     if sweep:
         for config in SWEEP:
             if config[1] < length:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+from typing import TYPE_CHECKING, Any
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
 
+if TYPE_CHECKING:
+    from .paged import laser_attention_paged as laser_attention_paged
+
+_FUNCTIONS = {"laser_attention_paged": "paged"}  # public functions, in modules that import torch
 MASK_BYTES = 2**28  # the additive mask that torch's kernel wants may take this much
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_FUNCTIONS[name]}", __name__), name)
 
 
 def _forward(problem: Problem, inputs: Inputs) -> Forward:

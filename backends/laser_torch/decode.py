@@ -36,7 +36,8 @@ class Pages:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many multiprocessors there are to keep busy."""
     return 8 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -60,7 +61,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, merged from runs of keys."""
     if 0 in problem.score_shape:
         return _streaming.forward(problem, inputs)
-    out, wide, lse = launch(problem, inputs, None, tiles(problem, _processors(inputs.query.device)))
+    out, wide, lse = launch(problem, inputs, None, tiles(problem, processors(inputs.query.device)))
     return Forward(out, lse, residual=wide)
 
 
