@@ -11,9 +11,13 @@ from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_o
 from laser_core._array import Array
 
 if TYPE_CHECKING:
+    from .functional import scaled_dot_product_attention as scaled_dot_product_attention
     from .paged import laser_attention_paged as laser_attention_paged
 
-_FUNCTIONS = {"laser_attention_paged": "paged"}  # public functions, in modules that import torch
+_FUNCTIONS = {
+    "laser_attention_paged": "paged",
+    "scaled_dot_product_attention": "functional",
+}  # public functions, in modules that import torch
 MASK_BYTES = 2**28  # the additive mask that torch's kernel wants may take this much
 
 

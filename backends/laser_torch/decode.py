@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -94,7 +94,7 @@ def launch(
     rows, block = problem.group * problem.query_length, block_r(problem)
     splits = triton.cdiv(problem.key_length, cut.keys)
     entries = batch * problem.key_value_heads
-    like = {"dtype": torch.float32, "device": query.device}
+    like: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     w = torch.empty((entries, rows, splits, e), **like)
     l = torch.empty((entries, rows, splits), **like)
     out = torch.empty(problem.out_shape, dtype=query.dtype, device=query.device)

@@ -10,6 +10,7 @@ At β = 0 (``LINEAR``) x is v, and the merge is linear. Products take operands t
 travels in p, which is zero where a key is hidden.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 import triton
 import triton.language as tl
 

@@ -36,7 +36,7 @@ def laser_attention_paged(
     before it is stored. What lies beyond a sequence's length, in the cache or in the table, is never used.
 
     Few queries (up to 16) without a gradient run in the decode kernel on a GPU. Anything else gathers the pages into
-    one array first, and then is :func:`laser_core.laser_attention` with everything that it can do, gradients included.
+    one array first, and then is :func:`laser_core.laser_attention`, gradients included.
 
     Args:
         query: ``(B, Hq, Lq, D)``; float16, bfloat16 or float32, as the caches.
@@ -54,7 +54,7 @@ def laser_attention_paged(
         return_lse: Whether to return ``(out, lse)``.
 
     Returns:
-        ``out (B, Hq, Lq, E)`` in the dtype of query; with ``return_lse`` also ``lse (B, Hq, Lq)``, natural log, float32.
+        ``out (B, Hq, Lq, E)`` in the dtype of query; with ``return_lse`` also ``lse (B, Hq, Lq)``, in float32.
 
     Raises:
         TypeError: An argument of the wrong kind or dtype.
