@@ -25,6 +25,7 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +36,46 @@ class Pages:
     size: int
 
 
+class Device(NamedTuple):
+    """What the sizes depend on: how many multiprocessors, and the bytes of shared memory of each program."""
+
+    processors: int
+    shared: int
+
+
 @functools.cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors there are to keep busy."""
-    return 8 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+def device_of(device: torch.device) -> Device:
+    """The sizes of a device; interpreted, those of a small one."""
+    if device.type == "cpu":
+        return Device(8, 2**17)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(int(properties.multi_processor_count), int(properties.shared_memory_per_block_optin))
 
 
-def tiles(problem: Problem, processors: int) -> Tiles:
-    """Tile sizes from sizes alone, so that they can be read, and captured in a CUDA graph."""
-    width = max(problem.head_dim, problem.value_dim) * (2 if problem.dtype == "float32" else 1)
-    block_k = 128 if width <= 128 else 64 if width <= 256 else 32
-    rows = triton.cdiv(problem.group * problem.query_length, block_r(problem))
-    programs = math.prod(problem.batch) * problem.key_value_heads * rows
-    wanted = triton.cdiv(8 * processors, max(programs, 1))
-    keys = triton.cdiv(triton.cdiv(problem.key_length, wanted), block_k) * block_k
-    return Tiles(block_k, max(min(keys, 8 * block_k), 2 * block_k), 4, 3)
+def tiles(problem: Problem, device: Device) -> Tiles:
+    """Tile sizes from sizes alone, so that a call can be captured in a CUDA graph."""
+    row = (problem.head_dim + problem.value_dim) * (4 if problem.dtype == "float32" else 2)
+    block_k = 64 if row <= 512 else 32 if row <= 1024 else 16
+    stages = 3 if device.shared >= 4 * block_k * row else 2
+    programs = math.prod(problem.batch) * problem.key_value_heads
+    programs *= triton.cdiv(problem.group * problem.query_length, block_r(problem))
+    splits = _splits(programs, triton.cdiv(problem.key_length, 256), 2 * device.processors)
+    keys = triton.cdiv(triton.cdiv(problem.key_length, splits), block_k) * block_k
+    return Tiles(block_k, keys, 4, stages)
+
+
+@functools.cache
+def _splits(programs: int, most: int, slots: int) -> int:
+    """The fewest splits that keep nine tenths of the slots busy to the end, or else the best there is."""
+    best, busiest = 1, 0.0
+    for splits in range(1, most + 1):
+        total = programs * splits
+        busy = total / (triton.cdiv(total, slots) * slots)
+        if busy > busiest:
+            best, busiest = splits, busy
+        if busy >= 0.9:
+            break
+    return best
 
 
 def block_r(problem: Problem) -> int:
@@ -61,7 +87,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, merged from runs of keys."""
     if 0 in problem.score_shape:
         return _streaming.forward(problem, inputs)
-    out, wide, lse = launch(problem, inputs, None, tiles(problem, processors(inputs.query.device)))
+    out, wide, lse = launch(problem, inputs, None, tiles(problem, device_of(inputs.query.device)))
     return Forward(out, lse, residual=wide)
 
 
@@ -109,6 +135,7 @@ def launch(
     beta = problem.beta or 0.0
     wide_products = problem.dtype == "float32" or _INTERPRET
     tf32 = problem.dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
+    block_e = max(16, triton.next_power_of_2(e))
     grid = (splits * entries, triton.cdiv(rows, block))
     with torch.device(query.device) if query.is_cpu else torch.cuda.device(query.device):
         decode_kernels.decode_kernel[grid](
@@ -142,7 +169,7 @@ def launch(
             D=d,
             E=e,
             BLOCK_D=max(16, triton.next_power_of_2(d)),
-            BLOCK_E=max(16, triton.next_power_of_2(e)),
+            BLOCK_E=block_e,
             BLOCK_R=block,
             BLOCK_K=cut.block_k,
             LINEAR=beta == 0,
@@ -157,8 +184,10 @@ def launch(
             PAGE=0 if pages is None else pages.size,
             PRECISION="tf32" if tf32 else "ieee",
             WIDE=wide_products,
+            LANES=16,
             STAGES=cut.stages,
             num_warps=cut.warps,
+            **({} if cut.registers is None else {"maxnreg": cut.registers}),
         )
         decode_kernels.merge_kernel[(entries * rows,)](
             w,
@@ -169,7 +198,7 @@ def launch(
             splits,
             beta or 1.0,
             E=e,
-            BLOCK_E=max(16, triton.next_power_of_2(e)),
+            BLOCK_E=block_e,
             BLOCK_S=16,
             LINEAR=beta == 0,
             num_warps=4,

@@ -50,8 +50,8 @@ def _rows_of(columns, end, table_ptr, stride_block, stride_row, PAGE: tl.constex
 
 @triton.jit
 def _scores(
-    s,  # [block_r, block_k], plain products
-    i,
+    s,  # plain products
+    i,  # these and mask_rows, bias_rows broadcast along one axis of s, columns along the other
     counts,
     columns,
     end,
@@ -70,23 +70,21 @@ def _scores(
     HAS_CAP: tl.constexpr,
 ):
     """Scores in base 2; −∞ where hidden, NaN where a query or a key that is seen is not finite."""
-    seen = counts[:, None] & (columns < end)[None, :]
-    distance = columns[None, :] - i[:, None]
+    seen = counts & (columns < end)
+    distance = columns - i
     if HAS_LOW:
         seen = seen & (distance >= low)
     if HAS_HIGH:
         seen = seen & (distance <= high)
     if HAS_MASK:
-        allowed = tl.load(mask_rows[:, None] + columns.to(tl.int64)[None, :] * stride_mask, mask=seen, other=0)
+        allowed = tl.load(mask_rows + columns.to(tl.int64) * stride_mask, mask=seen, other=0)
         seen = seen & (allowed != 0)
     s = s * scale
     s = tl.where(tl.abs(s) < float("inf"), s, float("nan"))
     if HAS_CAP:
         s = cap * _tanh(s / cap)
     if HAS_BIAS:
-        s += tl.load(bias_rows[:, None] + columns.to(tl.int64)[None, :] * stride_bias, mask=seen, other=0).to(
-            tl.float32
-        )
+        s += tl.load(bias_rows + columns.to(tl.int64) * stride_bias, mask=seen, other=0).to(tl.float32)
     return tl.where(seen, s * LOG2E, -float("inf"))
 
 
@@ -149,6 +147,7 @@ def decode_kernel(
     PAGE: tl.constexpr,  # keys per block of a paged cache; 0: none
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # products of float32 operands
+    LANES: tl.constexpr,  # keys that threads hold side by side: the minimum over the others needs no exchange
     STAGES: tl.constexpr,
 ):
     """w = β·o in bits and l in bits of a run of keys, ``(B·Hkv, group·Lq, splits, E)`` and without E."""
@@ -173,7 +172,7 @@ def decode_kernel(
             high += length - query_length
         end = tl.minimum(end, length)
     q_rows = q_ptr + b * stride_qb + head * stride_qh + i.to(tl.int64) * stride_ql
-    q = tl.load(q_rows[:, None] + d[None, :], mask=counts[:, None] & (d < D)[None, :], other=0)  # [block_r, D]
+    q = tl.load(q_rows[None, :] + d[:, None], mask=counts[None, :] & (d < D)[:, None], other=0)  # [D, block_r]
     if HAS_Q_LENGTHS:
         counts = counts & (i < tl.load(q_lengths_ptr + b).to(tl.int64))
     mask_rows = mask_ptr + b * stride_mb + head * stride_mh + i.to(tl.int64) * stride_mq
@@ -188,14 +187,14 @@ def decode_kernel(
     first = split * keys_per_split
     last = tl.minimum(end, first + keys_per_split)
     if HAS_HIGH:
-        last = tl.minimum(last, tl.minimum(query_length, key_length) + high)
+        last = tl.minimum(last, query_length + high)
     if HAS_LOW:
         first += tl.maximum(low - first, 0) // BLOCK_K * BLOCK_K
 
     m = tl.full([BLOCK_R], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
-    least = tl.full([BLOCK_E], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
+    least = tl.full([BLOCK_E, LANES], 1.0, tl.float32)
     factor = beta * LOG2E
     if WIDE:
         q = q.to(tl.float32)
@@ -203,20 +202,20 @@ def decode_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         inside = columns < last
         k_rows = k_ptr + _rows_of(columns, last, table_ptr, stride_kb, stride_kl, PAGE)
-        k = tl.load(k_rows[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)  # [D, block_k]
+        k = tl.load(k_rows[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0)  # [block_k, D]
         v_rows = v_ptr + _rows_of(columns, last, table_ptr, stride_vb, stride_vl, PAGE)
-        v = tl.load(v_rows[:, None] + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0)  # [block_k, E]
+        v = tl.load(v_rows[None, :] + e[:, None], mask=inside[None, :] & (e < E)[:, None], other=0)  # [E, block_k]
         if WIDE:
             k = k.to(tl.float32)
         s = _scores(
-            tl.dot(q, k, input_precision=PRECISION),
-            i,
-            counts,
-            columns,
+            tl.dot(k, q, input_precision=PRECISION),  # [block_k, block_r]
+            i[None, :],
+            counts[None, :],
+            columns[:, None],
             end,
-            mask_rows,
+            mask_rows[None, :],
             stride_mk,
-            bias_rows,
+            bias_rows[None, :],
             stride_bk,
             low,
             high,
@@ -228,61 +227,62 @@ def decode_kernel(
             HAS_HIGH,
             HAS_CAP,
         )
-        m_new = tl.maximum(m, tl.max(s, axis=1))
+        m_new = tl.maximum(m, tl.max(s, axis=0))
         reference = tl.where(m_new == -float("inf"), 0.0, m_new)
         rescale = tl.exp2(m - reference)
-        p = tl.exp2(s - reference[:, None])
-        l = l * rescale + tl.sum(p, axis=1)
+        p = tl.exp2(s - reference[None, :])
+        l = l * rescale + tl.sum(p, axis=0)
         m = m_new
         x = v.to(tl.float32)
         if LINEAR:
             fine = tl.abs(x) < float("inf")
             x = tl.where(fine, x, 0.0)
-            least = tl.minimum(least, tl.min(tl.where(fine, 1.0, 0.0), axis=0))
+            checked = tl.where(fine, 1.0, 0.0)
             p *= P_SCALE
         else:
             x *= factor
             x = tl.where(tl.abs(x) <= REACH, tl.exp2(x), 0.0)
-            least = tl.minimum(least, tl.min(x, axis=0))
+            checked = x
+        least = tl.minimum(least, tl.min(tl.reshape(checked, [BLOCK_E, BLOCK_K // LANES, LANES]), axis=1))
         if WIDE:
-            acc = tl.dot(p, x, acc * rescale[:, None], input_precision=PRECISION)
+            acc = tl.dot(x, p, acc * rescale[None, :], input_precision=PRECISION)
         elif v.dtype == tl.float16:  # whose exponents do not suffice
             if not LINEAR:
                 x = _to_tf32(x)
-            acc = tl.dot(_to_tf32(p), x, acc * rescale[:, None], input_precision="tf32")
+            acc = tl.dot(x, _to_tf32(p), acc * rescale[None, :], input_precision="tf32")
         else:
-            acc = tl.dot(p.to(v.dtype), x.to(v.dtype), acc * rescale[:, None])
+            acc = tl.dot(x.to(v.dtype), p.to(v.dtype), acc * rescale[None, :])
 
     empty = l == 0
     total = tl.where(empty, 1.0, l)
-    w = acc / total[:, None]
+    w = acc / total[None, :]
     if LINEAR:
         w *= 1 / P_SCALE
     else:
         w = tl.log2(w)
 
-    if tl.min(least, axis=0) == 0:
+    if tl.min(tl.min(least, axis=0), axis=0) == 0:
         q32 = q.to(tl.float32)
         reference = tl.where(m == -float("inf"), 0.0, m)
-        top = tl.full([BLOCK_R, BLOCK_E], -float("inf"), tl.float32)
-        terms = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
-        broken = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
+        top = tl.full([BLOCK_E, BLOCK_R], -float("inf"), tl.float32)
+        terms = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
+        broken = tl.zeros([BLOCK_E, BLOCK_R], tl.int32)
         far = tl.zeros([BLOCK_E], tl.int32)
         for j in tl.range(first, last, 1, num_stages=1):
             columns = j + tl.arange(0, 1)
             k_row = k_ptr + _rows_of(columns, last, table_ptr, stride_kb, stride_kl, PAGE)
-            k1 = tl.load(k_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)  # [1, D]
+            k1 = tl.load(k_row[None, :] + d[:, None], mask=(d < D)[:, None], other=0).to(tl.float32)  # [D, 1]
             v_row = v_ptr + _rows_of(columns, last, table_ptr, stride_vb, stride_vl, PAGE)
-            y = tl.load(v_row[:, None] + e[None, :], mask=(e < E)[None, :], other=0).to(tl.float32)  # [1, E]
+            y = tl.load(v_row[None, :] + e[:, None], mask=(e < E)[:, None], other=0).to(tl.float32)  # [E, 1]
             s = _scores(
-                tl.sum(q32 * k1, axis=1)[:, None],
-                i,
-                counts,
-                columns,
+                tl.sum(q32 * k1, axis=0)[None, :],
+                i[None, :],
+                counts[None, :],
+                columns[:, None],
                 end,
-                mask_rows,
+                mask_rows[None, :],
                 stride_mk,
-                bias_rows,
+                bias_rows[None, :],
                 stride_bk,
                 low,
                 high,
@@ -299,8 +299,8 @@ def decode_kernel(
             fine = tl.abs(y) < float("inf")
             broken = broken | ((hidden == 0) & (fine == 0)).to(tl.int32)
             if not LINEAR:
-                far = far | tl.max((fine & (tl.abs(y) > REACH)).to(tl.int32), axis=0)
-                t = tl.where(hidden, -float("inf"), (s - reference[:, None]) + y)
+                far = far | tl.max((fine & (tl.abs(y) > REACH)).to(tl.int32), axis=1)
+                t = tl.where(hidden, -float("inf"), (s - reference[None, :]) + y)
                 top_new = tl.maximum(top, t)
                 about = tl.where(tl.abs(top_new) < float("inf"), top_new, 0.0)
                 terms = terms * tl.exp2(top - about) + tl.exp2(t - about)
@@ -309,13 +309,13 @@ def decode_kernel(
             w = tl.where(broken != 0, float("nan"), w)
         else:
             about = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-            exact = about + tl.log2(terms) - tl.log2(total)[:, None]
+            exact = about + tl.log2(terms) - tl.log2(total)[None, :]
             w = tl.where((broken != 0) | (tl.max(far, axis=0) != 0), exact, w)
 
-    w = tl.where(empty[:, None], 0.0, w)
+    w = tl.where(empty[None, :], 0.0, w)
     at = (entry.to(tl.int64) * rows + r) * splits + split
     tl.store(l_ptr + at, tl.where(empty, -float("inf"), m + tl.log2(total)), mask=r < rows)
-    tl.store(w_ptr + at[:, None] * E + e[None, :], w, mask=(r < rows)[:, None] & (e < E)[None, :])
+    tl.store(w_ptr + at[None, :] * E + e[:, None], w, mask=(r < rows)[None, :] & (e < E)[:, None])
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def laser_attention_paged(
 
         inputs = inputs._replace(key=key_cache.detach(), value=value_cache.detach())
         pages = decode.Pages(block_table, size)
-        cut = decode.tiles(problem, decode.processors(query.device))
+        cut = decode.tiles(problem, decode.device_of(query.device))
         out, _, lse = decode.launch(problem, inputs, pages, cut, residual=False)
     return (out, lse) if return_lse else out
 
