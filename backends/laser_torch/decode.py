@@ -48,8 +48,9 @@ def device_of(device: torch.device) -> Device:
     """The sizes of a device; interpreted, those of a small one."""
     if device.type == "cpu":
         return Device(8, 2**17)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(int(properties.multi_processor_count), int(properties.shared_memory_per_block_optin))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Device(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def tiles(problem: Problem, device: Device) -> Tiles:
