@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+from typing import TYPE_CHECKING, Any
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
 
+if TYPE_CHECKING:
+    from .functional import scaled_dot_product_attention as scaled_dot_product_attention
+    from .paged import laser_attention_paged as laser_attention_paged
+
+_FUNCTIONS = {
+    "laser_attention_paged": "paged",
+    "scaled_dot_product_attention": "functional",
+}  # public functions, in modules that import torch
 MASK_BYTES = 2**28  # the additive mask that torch's kernel wants may take this much
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_FUNCTIONS[name]}", __name__), name)
 
 
 def _forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -74,6 +90,11 @@ SDPA = Backend(
 )
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton on the CPU: for tests
+WIDEST = 256  # head and value dims of the Triton kernels
+DECODE_QUERIES = 16
+
+
 def _triton_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import fused
 
@@ -88,9 +109,6 @@ def _triton_backward(
     return fused.backward(problem, inputs, forward, d_out, d_lse)
 
 
-WIDEST = 256  # head and value dims of the Triton kernels
-
-
 def _triton_why_not(problem: Problem) -> str | None:
     if problem.beta is None:
         return "beta is an array: its channels may need both transformations of the values (supported: a number)"
@@ -98,10 +116,10 @@ def _triton_why_not(problem: Problem) -> str | None:
         return f"beta = {problem.beta}: its expm1 form needs more columns (supported: 0, or |beta| ≥ 1)"
     if max(problem.head_dim, problem.value_dim) > WIDEST:
         return f"head dim D = {problem.head_dim}, value dim E = {problem.value_dim} (supported: 1 to {WIDEST})"
+    if max(problem.query_length, problem.key_length) > 2**30:
+        return f"Lq = {problem.query_length}, Lk = {problem.key_length}: positions are 32-bit (supported: up to 2³⁰)"
     return None
 
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton on the CPU: for tests
 
 TRITON = Backend(
     name="torch-triton",
@@ -114,5 +132,38 @@ TRITON = Backend(
     requires=("torch", "triton"),
     why_not=_triton_why_not,
     priority=lambda problem: 40 if problem.device == "cuda" else 0,
+    residual_dtype=unrounded_output,
+)
+
+
+def _decode_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import decode
+
+    return decode.forward(problem, inputs)
+
+
+def _decode_why_not(problem: Problem) -> str | None:
+    if problem.query_length > DECODE_QUERIES:
+        return f"{problem.query_length} queries: it is for decoding (supported: Lq ≤ {DECODE_QUERIES})"
+    return _triton_why_not(problem)
+
+
+def _decode_priority(problem: Problem) -> int:
+    if problem.device != "cuda":
+        return -10  # Triton's interpreter is for tests
+    return 60 if problem.key_length >= 512 else 5
+
+
+DECODE = Backend(
+    name="torch-decode",
+    summary="Triton, for few queries against a long cache: split over keys, merged in the log domain",
+    forward=_decode_forward,
+    backward=_triton_backward,
+    frameworks=("torch",),
+    devices=("cuda", "cpu") if INTERPRETING else ("cuda",),
+    dtypes=("float16", "bfloat16", "float32"),
+    requires=("torch", "triton"),
+    why_not=_decode_why_not,
+    priority=_decode_priority,
     residual_dtype=unrounded_output,
 )

@@ -8,22 +8,30 @@ directly instead, and has derivatives of every order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from laser_core import Forward, Inputs, Problem, Unsupported, _problem, _registry
 
 
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, differentiable by torch."""
+    query, key, value = autocast(*inputs[:3])
+    if query is not inputs.query:
+        problem = dataclasses.replace(problem, dtype=str(query.dtype).rpartition(".")[2])
+    inputs = inputs._replace(query=query, key=key, value=value)
     if isinstance(backend, str) and _is_native(backend):
         if not torch.compiler.is_compiling():
             _registry.select(problem, backend)  # says why, where it cannot run
-        out, lse, _ = _native[backend](problem, inputs)
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse, _ = _native[backend](problem, inputs)
         return out, lse
     names = None if backend is None else [backend] if isinstance(backend, str) else list(backend)
     run: Any = torch.ops.laser_attention.forward if torch.compiler.is_compiling() else _Attention.apply
@@ -40,9 +48,25 @@ def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | N
     return out, lse
 
 
-def quiet() -> AbstractContextManager[object]:
-    """A context in which torch records nothing."""
-    return torch.no_grad()
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context in which torch records nothing, and computes in the dtypes that it is given."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under ``torch.autocast`` the three in its dtype, as torch's own attention takes them; float64 stays."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query, key, value
 
 
 _native: dict[str, Callable[[Problem, Inputs], Forward]] = {}  # a plain table: torch.compile reads through it
@@ -227,3 +251,20 @@ forward_operator.register_autograd(_autograd, setup_context=_setup_context)
 backward_operator.register_autograd(_second_order)
 forward_operator.register_vmap(_vmap(forward_operator, 3, expand_all=False))
 backward_operator.register_vmap(_vmap(backward_operator, 5, expand_all=True))
+
+
+@register_flop_formula(torch.ops.laser_attention.forward)
+def _forward_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two products, q·kᵀ and p·x, hidden keys included: as torch counts its own attention."""
+    return _products(query, key, value, 1, 1)
+
+
+@register_flop_formula(torch.ops.laser_attention.backward)
+def _backward_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Five products: q·kᵀ once more, g·xᵀ, pᵀ·g, ds·k, dsᵀ·q."""
+    return _products(query, key, value, 3, 2)
+
+
+def _products(query: Any, key: Any, value: Any, over_d: int, over_e: int) -> int:
+    *rows, d = (int(n) for n in query)
+    return 2 * math.prod(rows) * int(key[-2]) * (over_d * d + over_e * int(value[-1]))

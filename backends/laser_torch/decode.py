@@ -1,0 +1,230 @@
+"""Few queries against a long cache: splits over the keys, and their merge. The kernels are in ``decode_kernels``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from laser_core import Forward, Gradients, Inputs, Problem, _streaming
+
+from . import decode_kernels
+
+_INTERPRET: bool = triton.knobs.runtime.interpret
+
+
+class Tiles(NamedTuple):
+    """How the work is cut: keys at a time, keys per program, and what a program is made of."""
+
+    block_k: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """A paged cache: ``table (B, blocks)`` of block numbers, blocks of ``size`` keys."""
+
+    table: Tensor
+    size: int
+
+
+class Device(NamedTuple):
+    """What the sizes depend on: how many multiprocessors, and the bytes of shared memory of each program."""
+
+    processors: int
+    shared: int
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The sizes of a device; interpreted, those of a small one."""
+    if device.type == "cpu":
+        return Device(8, 2**17)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Device(properties["multiprocessor_count"], properties["max_shared_mem"])
+
+
+def tiles(problem: Problem, device: Device) -> Tiles:
+    """Tile sizes from sizes alone, so that a call can be captured in a CUDA graph."""
+    row = (problem.head_dim + problem.value_dim) * (4 if problem.dtype == "float32" else 2)
+    block_k = 64 if row <= 512 else 32 if row <= 1024 else 16
+    stages = 3 if device.shared >= 4 * block_k * row else 2
+    programs = math.prod(problem.batch) * problem.key_value_heads
+    programs *= triton.cdiv(problem.group * problem.query_length, block_r(problem))
+    splits = _splits(programs, triton.cdiv(problem.key_length, 256), 2 * device.processors)
+    keys = triton.cdiv(triton.cdiv(problem.key_length, splits), block_k) * block_k
+    return Tiles(block_k, keys, 4, stages)
+
+
+@functools.cache
+def _splits(programs: int, most: int, slots: int) -> int:
+    """The fewest splits that keep nine tenths of the slots busy to the end, or else the best there is."""
+    best, busiest = 1, 0.0
+    for splits in range(1, most + 1):
+        total = programs * splits
+        busy = total / (triton.cdiv(total, slots) * slots)
+        if busy > busiest:
+            best, busiest = splits, busy
+        if busy >= 0.9:
+            break
+    return best
+
+
+def block_r(problem: Problem) -> int:
+    """Rows of a tile: the queries of all heads of a group; products want 16 at least."""
+    return int(max(16, min(64, triton.next_power_of_2(problem.group * problem.query_length))))
+
+
+def forward(problem: Problem, inputs: Inputs) -> Forward:
+    """The output, merged from runs of keys."""
+    if 0 in problem.score_shape:
+        return _streaming.forward(problem, inputs)
+    out, wide, lse = launch(problem, inputs, None, tiles(problem, device_of(inputs.query.device)))
+    return Forward(out, lse, residual=wide)
+
+
+def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
+    """The gradients, by the streaming form: decoding has none as a rule."""
+    return _streaming.backward(problem, inputs, forward, d_out, d_lse)
+
+
+def launch(
+    problem: Problem, inputs: Inputs, pages: Pages | None, cut: Tiles, residual: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Output, the same before rounding where that is wider and asked for, and log-sum-exp.
+
+    With ``pages``, key and value are caches ``(blocks, size, Hkv, D or E)``, and the causal diagonal and window are
+    relative to each sequence's own length.
+    """
+    batch, d, e = math.prod(problem.batch), problem.head_dim, problem.value_dim
+    query, key, value = (_adjacent(x) for x in inputs[:3])
+    query = query.reshape(batch, *query.shape[-3:])
+    if pages is None:
+        key, value = (x.reshape(batch, *x.shape[-3:]) for x in (key, value))
+    else:
+        key, value = (x.transpose(1, 2) for x in (key, value))  # (blocks, Hkv, size, dim)
+    mask, bias = (_scores_like(problem, x) for x in (inputs.attn_mask, inputs.bias))
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    q_lengths, k_lengths = (_lengths(problem, x) for x in (inputs.query_seq_lengths, inputs.key_value_seq_lengths))
+    table = None if pages is None else pages.table.contiguous()
+
+    rows, block = problem.group * problem.query_length, block_r(problem)
+    splits = triton.cdiv(problem.key_length, cut.keys)
+    entries = batch * problem.key_value_heads
+    like: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+    w = torch.empty((entries, rows, splits, e), **like)
+    l = torch.empty((entries, rows, splits), **like)
+    out = torch.empty(problem.out_shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(problem.lse_shape, **like)
+    wide = None
+    if problem.dtype != "float32" and (residual or _INTERPRET):
+        wide = torch.empty(problem.out_shape, **like)
+    low, high = problem.band
+    to_length = pages is not None and problem.causal == "bottom_right"
+    if to_length:  # without the offset of the arrays, which the kernel replaces by that of the sequence
+        low, high = (None if x is None else x - problem.offset for x in (low, high))
+    beta = problem.beta or 0.0
+    wide_products = problem.dtype == "float32" or _INTERPRET
+    tf32 = problem.dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
+    block_e = max(16, triton.next_power_of_2(e))
+    grid = (splits * entries, triton.cdiv(rows, block))
+    with torch.device(query.device) if query.is_cpu else torch.cuda.device(query.device):
+        decode_kernels.decode_kernel[grid](
+            query,
+            key,
+            value,
+            mask if mask is not None else query,
+            bias if bias is not None else query,
+            q_lengths,
+            k_lengths,
+            table if table is not None else query,
+            w,
+            l,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *(mask.stride() if mask is not None else (0, 0, 0, 0)),
+            *(bias.stride() if bias is not None else (0, 0, 0, 0)),
+            0 if table is None else table.stride(0),
+            problem.key_value_heads,
+            problem.group,
+            problem.query_length,
+            problem.key_length,
+            splits,
+            cut.keys,
+            _int32(low),
+            _int32(high),
+            problem.scale,
+            beta,
+            problem.logits_soft_cap or 1.0,
+            D=d,
+            E=e,
+            BLOCK_D=max(16, triton.next_power_of_2(d)),
+            BLOCK_E=block_e,
+            BLOCK_R=block,
+            BLOCK_K=cut.block_k,
+            LINEAR=beta == 0,
+            HAS_MASK=mask is not None,
+            HAS_BIAS=bias is not None,
+            HAS_Q_LENGTHS=q_lengths is not None,
+            HAS_K_LENGTHS=k_lengths is not None,
+            HAS_LOW=low is not None,
+            HAS_HIGH=high is not None,
+            HAS_CAP=problem.logits_soft_cap is not None,
+            TO_LENGTH=to_length,
+            PAGE=0 if pages is None else pages.size,
+            PRECISION="tf32" if tf32 else "ieee",
+            WIDE=wide_products,
+            LANES=16,
+            STAGES=cut.stages,
+            num_warps=cut.warps,
+            **({} if cut.registers is None else {"maxnreg": cut.registers}),
+        )
+        decode_kernels.merge_kernel[(entries * rows,)](
+            w,
+            l,
+            None if _INTERPRET and wide is not None else out,
+            wide,
+            lse,
+            splits,
+            beta or 1.0,
+            E=e,
+            BLOCK_E=block_e,
+            BLOCK_S=16,
+            LINEAR=beta == 0,
+            num_warps=4,
+        )
+    if _INTERPRET and wide is not None:  # the interpreter cuts bits off where it should round
+        out = wide.to(out.dtype)
+    return out, wide, lse
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _int32(x: int | None) -> int:
+    return 0 if x is None else max(min(x, 2**30), -(2**30))
+
+
+def _scores_like(problem: Problem, x: Tensor | None) -> Tensor | None:
+    """A mask or bias as a view of shape ``(B, Hq, Lq, Lk)``, with strides of zero where it broadcasts."""
+    return None if x is None else x.expand(problem.score_shape).reshape(-1, *problem.score_shape[-3:])
+
+
+def _lengths(problem: Problem, x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    if x.dtype == torch.uint64:  # beyond int64 is beyond the end
+        x = x.clamp(max=2**62).to(torch.int64)
+    return x.expand(problem.batch).reshape(-1).contiguous()
