@@ -37,7 +37,7 @@ def library(build: host.Build) -> ctypes.CDLL:
     text = host.source(hardware="emulator.h")
     cases = "".join(
         f'  if (!strcmp(name, "{kernel}")) return emulator::launch({kernel}, grid, threads, bytes, seed, a), 0;\n'
-        for kernel in host.ENTRIES
+        for kernel in host.KERNELS
     )
     text += _LAUNCHER % cases
     command = ["g++", "-std=c++17", "-O2", "-march=native", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
@@ -66,7 +66,7 @@ class _Machine:
         seed = int(os.environ.get("LASER_EMULATOR_SEED", "0"))
         sizes = (ctypes.c_uint(grid), ctypes.c_uint(host.THREADS), ctypes.c_size_t(build.shared(kernel)))
         if library(build).emulator_launch(kernel.encode(), *sizes, ctypes.c_uint(seed), pointers):
-            raise ValueError(f"kernel: got {kernel!r}; allowed: {', '.join(host.ENTRIES)}")
+            raise ValueError(f"kernel: got {kernel!r}; allowed: {', '.join(host.KERNELS)}")
 
     def aligned(self, x: Array) -> bool:
         return True

@@ -14,14 +14,29 @@ import numpy as np
 from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array
 from laser_core._gradient import no_gradients
-from laser_core._problem import Inputs as _Inputs
 
 THREADS = 128
 BLOCK = 64  # rows of a tile
+INNER = 32  # rows of the tiles that the backward kernels walk over
 WORKERS = 64  # blocks for each head of the exact path
 CHUNK = 512  # keys of a block of the value pass
 FAR = 2**30  # a band edge that is beyond every position
-KERNELS = ("common", "values", "forward", "exact")
+SOURCES = ("common", "values", "forward", "forward_exact", "backward", "backward_exact")
+KERNELS = (
+    "value_range",
+    "value_decide",
+    "value_exp",
+    "forward",
+    "forward_exact",
+    "row_terms",
+    "row_scales",
+    "row_weights",
+    "key_marks",
+    "backward_keys",
+    "backward_queries",
+    "backward_queries_exact",
+    "backward_keys_exact",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +74,16 @@ class Build:
     def shared(self, kernel: str) -> int:
         """Bytes of shared memory that a block of a kernel takes."""
         d, e = self.head_dim, self.value_dim
+        both = 2 * (BLOCK + INNER) * (d + 8 + e + 8)
         return {
             "value_range": 8 * THREADS,
             "forward": 2 * BLOCK * (2 * (d + 8) + e + 8),
             "forward_exact": 4 * (d + 2 * THREADS),
+            "row_scales": 4 * THREADS,
+            "backward_keys": both + 8 * INNER,
+            "backward_queries": both + 4 * INNER,
+            "backward_queries_exact": 4 * (d + THREADS),
+            "backward_keys_exact": 4 * (d + 2 * THREADS),
         }.get(kernel, 0)
 
 
@@ -70,7 +91,7 @@ class Build:
 def source(*, hardware: str = "hardware.cu") -> str:
     """The source of all kernels, in one piece."""
     folder = Path(__file__).parent
-    names = (hardware, *(f"{name}.cu" for name in KERNELS))
+    names = (hardware, *(f"{name}.cu" for name in SOURCES))
     return "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -225,4 +246,40 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     return Forward(out, lse, residual)
 
 
-ENTRIES = ("value_range", "value_decide", "value_exp", "forward", "forward_exact")
+
+def backward(
+    machine: Machine, problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
+) -> Gradients:
+    """The gradients of query, key and value."""
+    xp = machine.xp
+    if 0 in problem.score_shape:
+        return no_gradients(xp, inputs)
+    x = call(machine, problem, inputs)
+    v = values(x)
+    do = matrix(machine, d_out, problem.value_dim)
+    o = matrix(machine, forward.residual, problem.value_dim)
+    lse = xp.ascontiguousarray(forward.lse).reshape(-1)
+    dl: Any = _NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
+    rows, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
+    l, r, sizes, bounds = (x.empty(rows, dtype=xp.float32) for _ in range(4))
+    scales = x.empty(x.key_value_heads, 2, dtype=xp.int32)
+    g, marks = x.empty(rows, x.build.value_dim), x.empty(keys, dtype=xp.float32)
+    per_warp = THREADS // 32
+    terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds)
+    x.run("row_terms", -(-rows // per_warp), *terms, np.int64(rows))
+    x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
+    grid = -(-rows * x.build.value_dim // (2 * THREADS))
+    x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(rows))
+    x.run("key_marks", -(-keys // per_warp), x.k, marks, np.int64(keys))
+
+    dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
+    q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
+    pairs = (l, r, marks, scales, v.flags)
+    x.run("backward_keys", x.key_value_heads * k_blocks, x.q, x.k, v.x, v.rest, g, *pairs, dk, dv)
+    x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, g, *pairs, dq)
+    exact = (x.q, x.k, x.v, o, do, dl, l, marks, v.flags)
+    workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
+    x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
+    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, np.int32(workers[1]))
+    arguments = (inputs.query, inputs.key, inputs.value)
+    return Gradients(*(a[..., : y.shape[-1]].reshape(y.shape) for a, y in zip((dq, dk, dv), arguments, strict=True)))
