@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_scales(
   size = block_max(size, (float*)raw);
   bound = block_max(bound, (float*)raw);
   if (threadIdx.x) return;
-  scales[2 * blockIdx.x] = exponent_of(size);
-  scales[2 * blockIdx.x + 1] = exponent_of(bound);
+  scales[2 * blockIdx.x] = FLOAT16 ? exponent_of(size) : 0;  // bfloat16 has the exponents of float32
+  scales[2 * blockIdx.x + 1] = FLOAT16 ? exponent_of(bound) : 0;
 }
 
 // G * 2^-scale [B*Hq, Lq, EP]; zero in rows that are not live
@@ -173,12 +173,28 @@ __device__ __forceinline__ void accumulate(float (&acc)[WIDTH / 8][4], const flo
   }
 }
 
+// How products of G and X become ds: ds = p * (gx * in + r) * out; both factors as two, which are in range
+struct Factors { float in, in2, out, out2; };
+
+__device__ __forceinline__ Factors factors(const Problem& p, const int* scales) {
+#if FLOAT16
+  return {scaled(1.f, scales[0] / 2), scaled(1.f / p.beta, scales[0] - scales[0] / 2), scaled(1.f, -(scales[1] / 2)),
+          scaled(1.f, -(scales[1] - scales[1] / 2))};
+#else
+  return {1.f / p.beta, 1.f, 1.f, 1.f};
+#endif
+}
+
 // p and ds of one pair of query and key, from products of q and k, G and X
-__device__ __forceinline__ void weigh(const Problem& pr, float l, float r, float mark, int g_scale, int ds_scale,
-                                      float product, float gx, float& p, float& ds) {
+__device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, float l, float r, float mark, float product,
+                                      float gx, float& p, float& ds) {
   float slope;
-  p = exp2_fast(score(pr, product, slope) + mark - l);
-  ds = scaled(p * (scaled(gx, g_scale) / pr.beta + r) * slope, -ds_scale);
+  p = exp2_fast(score(pr, product, slope) + (mark - l));
+#if FLOAT16
+  ds = p * fmaf(gx * f.in, f.in2, r) * slope * f.out * f.out2;
+#else
+  ds = p * fmaf(gx, f.in, r) * slope;
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
@@ -198,6 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = warp * 16 + lane / 4, t = lane % 4;
   const i64 keys = (i64)kv * pr.key_length;
   const int g_scale = scales[2 * kv], ds_scale = scales[2 * kv + 1];
+  const Factors f = factors(pr, scales + 2 * kv);
   tile_finite<BLOCK, DP>(k_tile, k + keys * pr.head_dim, j0, pr.key_length, pr.head_dim);
   tile_begin<BLOCK, EP>(x_tile, x + keys * EP, j0, pr.key_length, EP);
   float mark[2];
@@ -231,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
           const int column = n * 8 + t * 2 + h % 2;
           float p = 0.f, ds = 0.f;
           if ((all || visible(pr, at, i0 + column, j0 + own + h / 2 * 8)) && l_tile[column] != INF)
-            weigh(pr, l_tile[column], r_tile[column], mark[h / 2], g_scale, ds_scale, s[n][h], gx[n][h], p, ds);
+            weigh(pr, f, l_tile[column], r_tile[column], mark[h / 2], s[n][h], gx[n][h], p, ds);
           s[n][h] = p * (1 << P_SHIFT);
           gx[n][h] = ds;
         }
@@ -257,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
       for (int w = 0; w < 2; w++) {
         const int e = n * 8 + t * 2 + w;
         if (e >= pr.value_dim) continue;
-        const float weight = widen(x[(keys + j) * EP + e]) + widen(rest[(keys + j) * EP + e]);
+        const float weight = widen(x[(keys + j) * EP + e]) + scaled(widen(rest[(keys + j) * EP + e]), -REST_SHIFT);
         dv[(keys + j) * pr.value_dim + e] = round16(scaled(dv_acc[n][2 * h + w] * weight, g_scale - P_SHIFT));
       }
   }
@@ -279,7 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
   const int i0 = (blocks - 1 - blockIdx.x % blocks) * BLOCK;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = warp * 16 + lane / 4, t = lane % 4;
   const i64 queries = (i64)at.query * pr.query_length, keys = (i64)at.key * pr.key_length;
-  const int g_scale = scales[2 * at.key], ds_scale = scales[2 * at.key + 1];
+  const int ds_scale = scales[2 * at.key + 1];
+  const Factors f = factors(pr, scales + 2 * at.key);
   tile_finite<BLOCK, DP>(q_tile, q + queries * pr.head_dim, i0, pr.query_length, pr.head_dim);
   tile_begin<BLOCK, EP>(g_tile, g + queries * EP, i0, pr.query_length, EP);
   float l_row[2], r_row[2];
@@ -310,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
         const int column = n * 8 + t * 2 + h % 2;
         float p, ds = 0.f;
         if ((all || visible(pr, at, i0 + own + h / 2 * 8, j0 + column)) && l_row[h / 2] != INF)
-          weigh(pr, l_row[h / 2], r_row[h / 2], mark[column], g_scale, ds_scale, s[n][h], gx[n][h], p, ds);
+          weigh(pr, f, l_row[h / 2], r_row[h / 2], mark[column], s[n][h], gx[n][h], p, ds);
         gx[n][h] = ds;
       }
     accumulate<DP>(acc, gx, k_tile);

@@ -1,7 +1,7 @@
 // What all kernels share: the problem, what a query sees, scores, powers of two.
 //
-// Compiled for DP and EP, the head and value dims rounded up to a tile size; rows of q and k have head_dim elements, a
-// multiple of 8. Base 2 is used inside kernels only: scores carry log2(e), what is stored is in natural logarithms.
+// Compiled for DP and EP, the head and value dims rounded up to a tile size, and with CAP for a soft cap; rows of q and
+// k have head_dim elements, a multiple of 8. Base 2 is used inside kernels only: scores carry log2(e), what is stored is in natural logarithms.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -12,15 +12,20 @@
 #define FULL_WARP 0xFFFFFFFFu
 #define THREADS 128
 #define BLOCK 64  // rows of a tile, 16 for each warp
+#ifndef FORWARD_BLOCKS
+#define FORWARD_BLOCKS 2  // of a multiprocessor at a time, by registers
+#endif
 #define OUTSIDE 1  // flags of a key/value head: its values are outside the fast range
 #define BROKEN 2  // it holds a value for which beta*v is NaN or +infinity
 
 #if FLOAT16
 #define P_SHIFT 15  // p is scaled up by so many bits: float16 has few
+#define REST_SHIFT 11  // and what the rounding of X leaves by so many
 #define MAX_BITS 27.f
 #define SUM_BITS 28.f
 #else
 #define P_SHIFT 0
+#define REST_SHIFT 0
 #define MAX_BITS 99.5f
 #define SUM_BITS 117.f
 #endif
@@ -28,7 +33,7 @@
 struct Problem {
   int query_heads, group, query_length, key_length, head_dim, value_dim;
   int low, high;  // query i sees keys i + low … i + high
-  float scale, cap, beta;  // cap is 0 where there is none
+  float scale, cap, beta;
   const int *query_lengths, *key_lengths;  // [B], or null
   const u8* mask;  // or null
   i64 mask_b, mask_h, mask_i, mask_j;  // its strides
@@ -80,14 +85,14 @@ __device__ __forceinline__ bool all_visible(const Problem& p, const Head& at, in
 
 // the score in base 2 from a product of q and k; `slope` is the derivative of the cap
 __device__ __forceinline__ float score(const Problem& p, float product, float& slope) {
-  const float s = product * p.scale;
+#if CAP
+  const float t = tanhf(product * p.scale / p.cap);
+  slope = 1.f - t * t;
+  return p.cap * t * LOG2E;
+#else
   slope = 1.f;
-  if (p.cap > 0.f) {
-    const float t = tanhf(s / p.cap);
-    slope = 1.f - t * t;
-    return p.cap * t * LOG2E;
-  }
-  return s * LOG2E;
+  return product * (p.scale * LOG2E);
+#endif
 }
 
 // x * 2^n, exactly where the result is normal

@@ -16,7 +16,7 @@ __device__ __forceinline__ void add_product(float (&acc)[EP / 8][4], const u32 (
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) forward(
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     PROBLEM, const u16* q, const u16* k, const u16* x, const u16* rest, const int* c, const int* flags, u16* out,
     float* residual, float* lse) {
   const Problem pr = THE_PROBLEM;
@@ -68,20 +68,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(
     // a product of q and k that is not finite makes NaN of a row that sees it, and nothing of one that does not
     const bool partial = !all_visible(pr, at, i0, least(i0 + BLOCK, pr.query_length), j0, j0 + BLOCK);
     float top[2] = {m[0], m[1]};
+    if (partial) {
+#pragma unroll
+      for (int j = 0; j < BLOCK / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          float slope;
+          const bool seen = visible(pr, at, i0 + warp * 16 + g + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2);
+          l[r / 2] = seen ? fmaf(s[j][r], 0.f, l[r / 2]) : l[r / 2];
+          s[j][r] = seen ? score(pr, s[j][r], slope) : -INF;
+        }
+    } else {
+#pragma unroll
+      for (int j = 0; j < BLOCK / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          float slope;
+          l[r / 2] = fmaf(s[j][r], 0.f, l[r / 2]);
+          s[j][r] = score(pr, s[j][r], slope);
+        }
+    }
 #pragma unroll
     for (int j = 0; j < BLOCK / 8; j++)
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
-        float slope;
-        const float product = s[j][r];
-        if (!partial || visible(pr, at, i0 + warp * 16 + g + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2)) {
-          l[r / 2] = fmaf(product, 0.f, l[r / 2]);
-          s[j][r] = score(pr, product, slope);
-        } else {
-          s[j][r] = -INF;
-        }
-        top[r / 2] = fmaxf(top[r / 2], s[j][r]);
-      }
+      for (int r = 0; r < 4; r++) top[r / 2] = fmaxf(top[r / 2], s[j][r]);
     float minus_m[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -123,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(
       for (int j = 0; j < BLOCK / 16; j++)
 #pragma unroll
         for (int r = 0; r < 4; r++)
-          if (!few[r % 2]) p[j][r] = 0;
+          p[j][r] = few[r % 2] ? pack(scaled(widen((u16)p[j][r]), -REST_SHIFT), scaled(widen((u16)(p[j][r] >> 16)), -REST_SHIFT)) : 0;
       tile_begin<BLOCK, EP>(x_tile, rest, j0, at.k_end, EP);
       copy_wait();
       __syncthreads();

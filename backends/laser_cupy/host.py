@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,13 +46,15 @@ class Build:
     Attributes:
         half: float16; otherwise bfloat16.
         head_dim, value_dim: D and E rounded up to one of ``DIMS``.
+        cap: A soft cap of the scores.
     """
 
     half: bool
     head_dim: int
     value_dim: int
+    cap: bool = False
 
-    DIMS = (32, 64, 128)
+    DIMS: ClassVar = (32, 64, 128)
 
     def __post_init__(self) -> None:
         """Refuse dims that are not tile sizes."""
@@ -64,12 +66,13 @@ class Build:
     def of(cls, problem: Problem) -> Build:
         """The build that runs a problem."""
         d, e = (next(n for n in cls.DIMS if n >= size) for size in (problem.head_dim, problem.value_dim))
-        return cls(problem.dtype == "float16", d, e)
+        return cls(problem.dtype == "float16", d, e, problem.logits_soft_cap is not None)
 
     @property
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
-        return (f"-DFLOAT16={int(self.half)}", f"-DDP={self.head_dim}", f"-DEP={self.value_dim}")
+        values = {"FLOAT16": int(self.half), "DP": self.head_dim, "EP": self.value_dim, "CAP": int(self.cap)}
+        return tuple(f"-D{name}={value}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:
         """Bytes of shared memory that a block of a kernel takes."""

@@ -2,7 +2,8 @@
 //
 // Scaling by a power of two is exact, so neither the result nor its bits depend on c. X is stored as the sum of two
 // 16-bit numbers: x is what the products take, and rest = X - x is added where a few keys carry a row, since the
-// rounding of x alone would move the output by more than a rounding of the output does.
+// rounding of x alone would move the output by more than a rounding of the output does. Both are made of the mantissa
+// before it is scaled, and fit: no subnormal number of float16 lets c into the bits.
 
 // The least and greatest beta*v of each channel, over a chunk of keys. low, high [B*Hkv, chunks, EP]
 extern "C" __global__ void __launch_bounds__(THREADS) value_range(
@@ -78,17 +79,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_exp(
   const int kv = (int)(row / p.key_length), j = (int)(row % p.key_length);
   const int b = kv * p.group / p.query_heads;
   const bool inside = !(flags[kv] & OUTSIDE) && (!p.key_lengths || j < p.key_lengths[b]);
-  float value[2] = {0.f, 0.f};
+  float value[2] = {0.f, 0.f}, left[2] = {0.f, 0.f};
   for (int h = 0; h < 2; h++) {
     const int e = (int)(n % EP) + h;
     if (!inside || e >= p.value_dim) continue;
     const float one = widen(v[row * p.value_dim + e]), y = p.beta * one;
     if (!finite(y)) continue;
     int exponent;
-    const float mantissa = split_exp(y, fmaf(p.beta, one, -y), exponent);
-    value[h] = scaled(mantissa, exponent - c[(i64)kv * EP + e]);
+    const float mantissa = split_exp(y, fmaf(p.beta, one, -y), exponent), rounded = widen(round16(mantissa));
+    const float steps = 1 << 21;  // 11 bits of what is left
+    exponent -= c[(i64)kv * EP + e];
+    value[h] = scaled(rounded, exponent);
+    left[h] = scaled(rintf((mantissa - rounded) * steps) / steps, exponent + REST_SHIFT);
   }
-  const u32 both = pack(value[0], value[1]);
-  *(u32*)(x + n) = both;
-  *(u32*)(rest + n) = pack(value[0] - widen((u16)both), value[1] - widen((u16)(both >> 16)));
+  *(u32*)(x + n) = pack(value[0], value[1]);
+  *(u32*)(rest + n) = pack(left[0], left[1]);
 }
