@@ -31,22 +31,34 @@ extern "C" int emulator_launch(const char* name, unsigned grid, unsigned threads
 """
 
 
-@functools.cache
 def library(build: host.Build) -> ctypes.CDLL:
-    """The kernels, compiled by g++; kept in the folder that ``LASER_EMULATOR_CACHE`` names, or a temporary one."""
-    text = host.source(hardware="emulator.h")
+    """The kernels as a library, compiled by g++ unless that has been done.
+
+    It is kept in the folder that ``LASER_EMULATOR_CACHE`` names, or a temporary one.
+
+    Raises:
+        RuntimeError: g++ could not compile them; says why.
+    """
+    return _compiled(build, host.source(hardware="emulator.h"))
+
+
+@functools.cache
+def _folder() -> Path:
+    return Path(os.environ.get("LASER_EMULATOR_CACHE") or tempfile.mkdtemp(prefix="laser-emulator-"))
+
+
+@functools.cache
+def _compiled(build: host.Build, text: str) -> ctypes.CDLL:
     cases = "".join(
         f'  if (!strcmp(name, "{kernel}")) return emulator::launch({kernel}, grid, threads, bytes, seed, a), 0;\n'
         for kernel in host.KERNELS
     )
     text += _LAUNCHER % cases
-    command = ["g++", "-std=c++17", "-O2", "-march=native", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    command += ["-Wno-unused", "-x", "c++", *build.definitions]
+    command = ["g++", "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC", "-x", "c++", *build.definitions]
     name = hashlib.sha256("\n".join([*command, text]).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("LASER_EMULATOR_CACHE") or tempfile.mkdtemp(prefix="laser-emulator-"))
-    path = folder / f"{name}.so"
+    path = _folder() / f"{name}.so"
     if not path.exists():
-        made = folder / f"{name}.{os.getpid()}.so"
+        made = path.with_suffix(f".{os.getpid()}.so")
         result = subprocess.run([*command, "-", "-o", str(made)], input=text, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"g++ could not compile the kernels:\n{result.stderr}")

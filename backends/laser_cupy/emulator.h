@@ -1,7 +1,8 @@
 // Runs the kernels on a CPU: the functions of hardware.cu, barriers and shuffles for g++ on x86-64.
 //
 // A fiber for each CUDA thread, blocks in turn. A fiber runs until it has to wait for others, then one that can run is
-// taken at random (seeded), so a missing barrier shows for some seed. Shared memory begins as NaN, asynchronous copies
+// taken at random (seeded), for a while from one warp only: warps run far ahead of each other, so that a missing barrier
+// shows for some seed. Shared memory begins as NaN, asynchronous copies
 // arrive when they are waited for and not before, and warp-wide operations compare what each lane is about to do.
 // Not emulated: races between blocks, the rounding of a tensor core's own accumulator, bank conflicts.
 #pragma once
@@ -29,7 +30,8 @@ struct Warp { Meeting meeting; alignas(16) u8 in[32][64], out[32][64]; };
 inline Fiber* current;
 inline void* home;
 inline std::vector<Fiber> fibers;
-inline std::vector<Fiber*> ready;
+inline std::vector<std::vector<Fiber*>> ready;  // by warp
+inline unsigned favourite;
 inline std::vector<Warp> warps;
 inline Meeting barrier;
 inline int alive;
@@ -55,15 +57,29 @@ emulator_switch:
   abort();
 }
 
+inline Fiber* take() {  // a fiber that can run, or null
+  if (order() % 256 == 0 || ready[favourite].empty()) favourite = order() % ready.size();
+  for (size_t n = 0; n < ready.size(); n++) {
+    auto& some = ready[(favourite + n) % ready.size()];
+    if (some.empty()) continue;
+    std::swap(some[order() % some.size()], some.back());
+    Fiber* taken = some.back();
+    some.pop_back();
+    return taken;
+  }
+  return nullptr;
+}
+
+inline void give(Fiber* f) { ready[f->thread.x / 32].push_back(f); }
+
 inline void next() {  // the current fiber waits or is done
   Fiber* self = current;
-  if (ready.empty()) {
+  Fiber* other = take();
+  if (!other) {
     if (alive) fail("deadlock: every thread waits");
     emulator_switch(&self->stack_pointer, home);
   }
-  std::swap(ready[order() % ready.size()], ready.back());
-  current = ready.back();
-  ready.pop_back();
+  current = other;
   if (current != self) emulator_switch(&self->stack_pointer, current->stack_pointer);
 }
 
@@ -78,7 +94,7 @@ inline bool arrive(Meeting& m, int expected, const void* tag) {  // true for the
 
 inline void open(Meeting& m) {
   m.arrived = 0;
-  ready.insert(ready.end(), m.waiting.begin(), m.waiting.end());
+  for (Fiber* f : m.waiting) give(f);
   m.waiting.clear();
 }
 
@@ -132,7 +148,8 @@ template <class... A> void launch(void (*kernel)(A...), unsigned grid, unsigned 
     barrier = Meeting();
     warps.assign(threads / 32, Warp());
     alive = threads;
-    ready.clear();
+    ready.assign(threads / 32, {});
+    favourite = 0;
     for (unsigned i = 0; i < threads; i++) {
       Fiber& f = fibers[i];
       f.stack.resize(size);
@@ -143,13 +160,9 @@ template <class... A> void launch(void (*kernel)(A...), unsigned grid, unsigned 
       *--top = (void*)&start;
       for (int r = 0; r < 6; r++) *--top = nullptr;
       f.stack_pointer = top;
-      ready.push_back(&f);
+      give(&f);
     }
-    Fiber outside;
-    current = &outside;
-    std::swap(ready[order() % ready.size()], ready.back());
-    current = ready.back();
-    ready.pop_back();
+    current = take();
     emulator_switch(&home, current->stack_pointer);
   }
 }
