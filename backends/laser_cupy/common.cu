@@ -1,7 +1,7 @@
 // What all kernels share: the problem, what a query sees, scores, powers of two.
 //
-// Compiled for DP and EP, the head and value dims rounded up to a tile size, and with CAP for a soft cap; rows of q and
-// k have head_dim elements, a multiple of 8. Base 2 is used inside kernels only: scores carry log2(e), what is stored is in natural logarithms.
+// Compiled for DP and EP, the head and value dims rounded up to a tile size, with CAP for a soft cap, and for the tile
+// sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS. Rows of q and k have head_dim elements, a multiple of 8. Base 2 is used inside kernels only: scores carry log2(e), what is stored is in natural logarithms.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -11,10 +11,7 @@
 #define NOT_A_NUMBER bits_as_float(0x7FC00000u)
 #define FULL_WARP 0xFFFFFFFFu
 #define THREADS 128
-#define BLOCK 64  // rows of a tile, 16 for each warp
-#ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS 2  // of a multiprocessor at a time, by registers
-#endif
+#define BLOCK 64  // rows of a tile that a block owns in the backward pass, 16 for each warp
 #define OUTSIDE 1  // flags of a key/value head: its values are outside the fast range
 #define BROKEN 2  // it holds a value for which beta*v is NaN or +infinity
 
@@ -100,6 +97,11 @@ __device__ __forceinline__ float scaled(float x, int n) {
   n = greatest(-252, least(252, n));
   const int half = n / 2;
   return x * bits_as_float((u32)(half + 127) << 23) * bits_as_float((u32)(n - half + 127) << 23);
+}
+
+// two 16-bit numbers times 2^n
+__device__ __forceinline__ u32 shifted(u32 x, int n) {
+  return n ? pack(scaled(widen((u16)x), n), scaled(widen((u16)(x >> 16)), n)) : x;
 }
 
 // exp(y + rest) = x * 2^n with x in [2^-1/2, 2^1/2]; y is finite

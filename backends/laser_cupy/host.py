@@ -16,7 +16,7 @@ from laser_core._array import Array
 from laser_core._gradient import no_gradients
 
 THREADS = 128
-BLOCK = 64  # rows of a tile
+BLOCK = 64  # rows of a tile that a block of the backward pass owns
 INNER = 32  # rows of the tiles that the backward kernels walk over
 WORKERS = 64  # blocks for each head of the exact path
 CHUNK = 512  # keys of a block of the value pass
@@ -47,12 +47,18 @@ class Build:
         half: float16; otherwise bfloat16.
         head_dim, value_dim: D and E rounded up to one of ``DIMS``.
         cap: A soft cap of the scores.
+        strips: Of the forward pass: a warp owns 16 queries times this.
+        keys: Of the forward pass: keys of a tile.
+        resident: Of the forward pass: blocks that share a multiprocessor, by registers.
     """
 
     half: bool
     head_dim: int
     value_dim: int
     cap: bool = False
+    strips: int = 1
+    keys: int = 64
+    resident: int = 2
 
     DIMS: ClassVar = (32, 64, 128)
 
@@ -61,6 +67,9 @@ class Build:
         for name in ("head_dim", "value_dim"):
             if getattr(self, name) not in self.DIMS:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: {self.DIMS}")
+        for name, allowed in (("strips", (1, 2)), ("keys", (32, 64)), ("resident", (1, 2, 3))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: {allowed}")
 
     @classmethod
     def of(cls, problem: Problem) -> Build:
@@ -72,7 +81,13 @@ class Build:
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
         values = {"FLOAT16": int(self.half), "DP": self.head_dim, "EP": self.value_dim, "CAP": int(self.cap)}
+        values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
         return tuple(f"-D{name}={value}" for name, value in values.items())
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block of the forward pass."""
+        return 64 * self.strips
 
     def shared(self, kernel: str) -> int:
         """Bytes of shared memory that a block of a kernel takes."""
@@ -80,7 +95,7 @@ class Build:
         both = 2 * (BLOCK + INNER) * (d + 8 + e + 8)
         return {
             "value_range": 8 * THREADS,
-            "forward": 2 * BLOCK * (2 * (d + 8) + e + 8),
+            "forward": 2 * (self.queries * (d + 8) + self.keys * (d + 8 + e + 8)),
             "forward_exact": 4 * (d + 2 * THREADS),
             "row_scales": 4 * THREADS,
             "backward_keys": both + 8 * INNER,
@@ -242,7 +257,7 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     out = x.empty(*problem.out_shape)
     residual = x.empty(*problem.out_shape, dtype=xp.float32)
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
-    blocks = -(-problem.query_length // BLOCK)
+    blocks = -(-problem.query_length // x.build.queries)
     x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse)
     workers = min(WORKERS, problem.query_length)
     x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
