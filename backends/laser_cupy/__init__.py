@@ -1,8 +1,9 @@
-"""LASER attention in CUDA C++ through CuPy: the record of its backend. Importing this imports neither CuPy nor a driver.
+"""LASER attention in CUDA C++ through CuPy: the record of its backend. Importing this needs neither CuPy nor a driver.
 
-The kernels are the ``.cu`` files beside this one, compiled at run time: ``hardware`` (what they ask of a GPU), ``common``,
-``values`` (the value pass), ``forward``, ``backward`` and ``exact`` (heads outside the fast range). ``host`` launches
-them, on CuPy arrays through ``cuda``, and on NumPy arrays through ``emulated``: the same source on a CPU.
+The kernels are the ``.cu`` files beside this one, compiled at run time: ``hardware`` (what they ask of a GPU),
+``common``, ``values`` (the value pass), ``forward`` and ``backward``, and both again as ``…_exact``, for heads outside
+the fast range. ``host`` launches them, on CuPy arrays through ``cuda``, and on NumPy arrays through ``emulated``: the
+same source on a CPU.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def _module(build: host.Build, device: int) -> Any:
 class _Machine:
     """CuPy's current device and stream."""
 
-    xp = cupy
+    xp: Any = cupy
 
     def __init__(self, device: int) -> None:
         self.device = device

@@ -25,7 +25,8 @@ from laser_core._array import Array
 from . import CUDA, host
 
 _LAUNCHER = """
-extern "C" int emulator_launch(const char* name, unsigned grid, unsigned threads, size_t bytes, unsigned seed, void** a) {
+extern "C" int emulator_launch(
+    const char* name, unsigned grid, unsigned threads, size_t bytes, unsigned seed, void** a) {
 %s  return 1;
 }
 """
@@ -69,7 +70,7 @@ def _compiled(build: host.Build, text: str) -> ctypes.CDLL:
 class _Machine:
     """g++ and NumPy."""
 
-    xp = np
+    xp: Any = np
 
     def launch(self, build: host.Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         held = [np.uint64(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in arguments]

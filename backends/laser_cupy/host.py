@@ -264,7 +264,6 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     return Forward(out, lse, residual)
 
 
-
 def backward(
     machine: Machine, problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
 ) -> Gradients:
