@@ -1,0 +1,69 @@
+"""The kernels on a GPU: compiled by NVRTC and launched through CuPy, on CuPy's current device and stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+
+from laser_core import Forward, Gradients, Inputs, Problem
+from laser_core._array import Array
+
+from . import host
+
+OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
+OPTIONS = ("-std=c++17",)
+
+
+@functools.cache
+def kernel(build: host.Build, name: str, device: int) -> Any:
+    """A kernel, compiled for a device; CuPy keeps the machine code on disk.
+
+    Raises:
+        RuntimeError: The device is too old.
+    """
+    with cupy.cuda.Device(device) as place:
+        capability = int(place.compute_capability)
+        if capability < OLDEST:
+            raise RuntimeError(f"device: got compute capability {capability}; allowed: {OLDEST} or later")
+        function = _module(build, device).get_function(name)
+        if build.shared(name) > 48 << 10:
+            function.max_dynamic_shared_size_bytes = build.shared(name)
+    return function
+
+
+@functools.cache
+def _module(build: host.Build, device: int) -> Any:
+    return cupy.RawModule(code=host.source(), options=(*OPTIONS, *build.definitions))
+
+
+class _Machine:
+    """CuPy's current device and stream."""
+
+    xp: Any = cupy
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+
+    def launch(self, build: host.Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
+        """Launch a kernel; CuPy raises where the launch fails."""
+        kernel(build, name, self.device)((grid,), (host.THREADS,), tuple(arguments), shared_mem=build.shared(name))
+
+    def aligned(self, x: Array) -> bool:
+        return bool(x.data.ptr % 16 == 0)
+
+
+def forward(problem: Problem, inputs: Inputs) -> Forward:
+    """The output, on the device of the query."""
+    device = inputs.query.device.id
+    with cupy.cuda.Device(device):
+        return host.forward(_Machine(device), problem, inputs)
+
+
+def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    """The gradients, on the device of the query."""
+    device = inputs.query.device.id
+    with cupy.cuda.Device(device):
+        return host.backward(_Machine(device), problem, inputs, forward, d_out, d_lse)

@@ -1,0 +1,100 @@
+// The exact path, for heads outside the fast range: the definition in float32, every sum about its own greatest term.
+//
+// An exponential for each query, key and channel: slow, and meant to be rare. A block takes a row at a time. Heads inside
+// the fast range return at once; those that hold NaN or infinity are computed too, but only what is not finite is
+// written, so that what does not see it keeps its bits.
+
+// <q, k> for one key, with q in shared memory as float32
+__device__ __forceinline__ float product_of(const float* q, const u16* k, int head_dim) {
+  float s = 0.f;
+  for (int d = 0; d < head_dim; d++) s = fmaf(q[d], widen(k[d]), s);
+  return s;
+}
+
+__device__ __forceinline__ void load_row(float* to, const u16* from, int width) {
+  for (int n = threadIdx.x; n < width; n += THREADS) to[n] = widen(from[n]);
+}
+
+// s of query i and key j in natural logarithms; −infinity where hidden, NaN where q or k is not finite
+__device__ __forceinline__ float natural_score(const Problem& p, const Head& at, const float* q, const u16* k, int i, int j) {
+  if (!visible(p, at, i, j)) return -INF;
+  float slope;
+  const float product = product_of(q, k + (i64)j * p.head_dim, p.head_dim);
+  return finite(product) ? score(p, product, slope) * LN2 : NOT_A_NUMBER;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
+    PROBLEM, const u16* q, const u16* k, const u16* v, const int* flags, u16* out, float* residual, float* lse, int workers) {
+  const Problem p = THE_PROBLEM;
+  SHARED_MEMORY(raw);
+  float* row = (float*)raw;      // [DP] the query
+  float* weights = row + DP;     // [THREADS] s - m
+  float* room = weights + THREADS;
+  const Head at = head_of(p, blockIdx.x / workers);
+  const int flag = flags[at.key];
+  if (!flag) return;
+  k += (i64)at.key * p.key_length * p.head_dim;
+  v += (i64)at.key * p.key_length * p.value_dim;
+  const int tid = threadIdx.x;
+  for (int i = blockIdx.x % workers; i < p.query_length; i += workers) {
+    const i64 to = (i64)at.query * p.query_length + i;
+    load_row(row, q + to * p.head_dim, p.head_dim);
+    __syncthreads();
+    const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
+    float m = -INF, nan = 0.f;
+    for (int j = first + tid; j < end; j += THREADS) {
+      const float s = natural_score(p, at, row, k, i, j);
+      if (s != s) nan = 1.f;
+      m = fmaxf(m, s);
+    }
+    m = block_max(m, room);
+    nan = block_max(nan, room);
+    float l = 0.f;
+    for (int j = first + tid; j < end; j += THREADS) {
+      const float s = natural_score(p, at, row, k, i, j);
+      if (s > -INF) l += expf(s - m);
+    }
+    l = block_sum(l, room);
+    const bool empty = l == 0.f && nan == 0.f;
+    const float log_l = nan > 0.f ? NOT_A_NUMBER : logf(l);
+    if (tid == 0 && (flag & OUTSIDE)) lse[to] = empty ? -INF : m + log_l;
+
+    // per channel: log Σ exp(s − m + βv) about its greatest term so far
+    for (int e0 = 0; e0 < EP; e0 += THREADS) {
+      const int e = e0 + tid;
+      float top = -INF, sum = 0.f;
+      bool infinite = false, odd = false;
+      for (int j0 = first; j0 < end; j0 += THREADS) {
+        __syncthreads();
+        weights[tid] = j0 + tid < end ? natural_score(p, at, row, k, i, j0 + tid) - m : -INF;
+        __syncthreads();
+        if (e >= p.value_dim) continue;
+        for (int n = 0; n < least(THREADS, end - j0); n++) {
+          if (weights[n] == -INF) continue;
+          const float y = p.beta * widen(v[(i64)(j0 + n) * p.value_dim + e]);
+          const float term = weights[n] + y;
+          odd |= term != term;
+          infinite |= y == INF;
+          if (!(finite(term))) continue;
+          if (term > top) {
+            sum = sum * expf(top - term) + 1.f;
+            top = term;
+          } else {
+            sum += expf(term - top);
+          }
+        }
+      }
+      if (e < p.value_dim) {
+        float o = 0.f;
+        if (odd || nan > 0.f) o = NOT_A_NUMBER;
+        else if (infinite) o = p.beta > 0.f ? INF : -INF;
+        else if (!empty) o = (top + logf(sum) - log_l) / p.beta;
+        if ((flag & OUTSIDE) || !finite(o)) {
+          out[to * p.value_dim + e] = round16(o);
+          residual[to * p.value_dim + e] = o;
+        }
+      }
+    }
+    __syncthreads();
+  }
+}

@@ -1,0 +1,212 @@
+"""laser_cupy without a GPU: its record, its kernels on a CPU by the emulator, and its kernels compiled by NVRTC."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import laser_cupy
+import numpy as np
+import pytest
+from laser_cupy import emulated, host
+
+import laser_core
+from laser_core import Problem
+
+PROBLEM = Problem(
+    framework="cupy",
+    device="cuda",
+    dtype="bfloat16",
+    batch=(2,),
+    query_heads=4,
+    key_value_heads=2,
+    query_length=100,
+    key_length=90,
+    head_dim=64,
+    value_dim=64,
+    scale=0.125,
+)
+needs_emulator = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"),
+    reason="the emulator needs g++ and an x86-64 processor",
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulator")
+
+
+# ------------------------------------------------------------------------------------------------------------- record
+
+
+def test_import_needs_neither_cupy_nor_a_driver() -> None:
+    program = """
+import sys
+import laser_cupy
+assert "cupy" not in sys.modules
+sys.modules["cupy"] = None
+print(laser_cupy.CUDA.missing())
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "needs cupy, which is not installed"
+
+
+def test_it_is_registered() -> None:
+    assert laser_core.backends()["cupy-cuda"] is laser_cupy.CUDA
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"beta": -3.0, "causal": "bottom_right", "window": (5, None), "logits_soft_cap": 2.0}, None),
+        ({"mask_shape": (100, 90), "query_lengths": True, "key_value_lengths": True, "return_lse": True}, None),
+        ({"beta": 0.5}, "beta = 0.5"),
+        ({"beta": None, "beta_shape": (64,)}, "beta is an array"),
+        ({"bias_shape": (100, 90)}, "bias"),
+        ({"head_dim": 160}, "head dim D = 160"),
+        ({"value_dim": 129}, "value dim E = 129"),
+        ({"key_length": 2**30 + 1}, "Lk = 1073741825"),
+    ],
+)
+def test_what_it_refuses(change: dict[str, object], reason: str | None) -> None:
+    told = laser_cupy.why_not(dataclasses.replace(PROBLEM, **change))  # type: ignore[arg-type]
+    assert told is None if reason is None else told is not None and told.startswith(reason)
+
+
+def test_a_build_is_validated() -> None:
+    with pytest.raises(ValueError, match="head_dim: got 48; allowed"):
+        host.Build(False, 48, 64)
+    assert host.Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == host.Build(False, 64, 32)
+
+
+def test_tile_sizes_are_those_of_the_kernels() -> None:
+    text = host.source()
+    for name in ("THREADS", "BLOCK", "INNER"):
+        found = re.search(rf"^#define {name} (\d+)", text, re.MULTILINE)
+        assert found
+        assert int(found[1]) == getattr(host, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- emulator
+
+CASES = (  # of D and E up to 32, so that few builds do
+    ("0", ("masks/", "precision/range-", "isolation/", "determinism/", "laws/", "hostile/", "gradients/plain")),
+    ("1", ("options/lse-causal", "options/soft-cap", "options/scale", "options/beta-2", "layout/sizes-129x127")),
+    ("2", ("masks/causal-tiles+grad", "masks/all+grad", "isolation/rows-tiles", "hostile/spikes+grad")),
+)
+
+
+@needs_emulator
+@pytest.mark.parametrize(("seed", "cases"), CASES, ids=[f"seed{seed}" for seed, _ in CASES])
+def test_conformance_of_the_kernels_on_a_cpu(cache: Path, tmp_path: Path, seed: str, cases: tuple[str, ...]) -> None:
+    report = tmp_path / "run.json"
+    command = [sys.executable, "-m", "laser_conformance", "run", "--backend", emulated.EMULATED.name]
+    command += ["--load", "laser_cupy.emulated:EMULATED", "--dtype", "bfloat16", "--dtype", "float16"]
+    command += [f"--only={case}" for case in cases] + ["--json", str(report)]
+    environment = os.environ | {"LASER_EMULATOR_CACHE": str(cache), "LASER_EMULATOR_SEED": seed}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    verdicts = json.loads(report.read_text())["verdicts"]
+    passed = {v["case"] for v in verdicts if v["status"] == "passed"}
+    assert all(any(case.startswith(prefix) for case in passed) for prefix in cases)
+
+
+SABOTAGE = {
+    "barrier before x": "    __syncthreads();  // x is there, and nobody reads k any more\n",
+    "barrier before k": "    __syncthreads();  // k is there, and nobody reads x any more\n",
+}
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_emulator_notices_a_missing_barrier(
+    name: str, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
+    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))
+    text = host.source(hardware="emulator.h")
+    assert text.count(SABOTAGE[name]) == 1
+    x = np.random.default_rng(0).standard_normal((1, 1, 200, 16)).astype(ml_dtypes.bfloat16)
+    problem, inputs = laser_core._problem.describe(x, x, x)
+
+    def out() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        return np.asarray(emulated.EMULATED.forward(problem, inputs).residual)
+
+    right = out()
+    monkeypatch.setattr(host, "source", lambda hardware: text.replace(SABOTAGE[name], ""))
+    wrong = []
+    for seed in range(4):
+        monkeypatch.setenv("LASER_EMULATOR_SEED", str(seed))
+        wrong.append(not np.allclose(out(), right, atol=1e-6))
+    assert any(wrong)
+
+
+# -------------------------------------------------------------------------------------------------------------- NVRTC
+
+BUILDS = (
+    (80, "80", host.Build(False, 128, 128)),
+    (80, "80", host.Build(True, 64, 64, cap=True)),
+    (90, "90a", host.Build(True, 128, 128)),
+    (100, "100", host.Build(False, 128, 128)),
+)
+REGISTERS = 255
+SHARED = 99 << 10  # what every device from sm_80 on lends to a block
+
+
+def _tool(name: str) -> str | None:
+    """One of NVIDIA's binary utilities; triton brings them."""
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        brought = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(brought) if brought.exists() else None
+    return found
+
+
+@pytest.mark.parametrize(("capability", "arch", "build"), BUILDS, ids=[f"sm_{arch}-{b}" for _, arch, b in BUILDS])
+def test_every_kernel_compiles(
+    capability: int, arch: str, build: host.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cupy", reason="CuPy compiles the kernels")
+    from cupy.cuda import compiler, nvrtc
+    from laser_cupy import cuda
+
+    try:
+        nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"NVRTC is not installed: {error}")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(  # there is no device to ask
+        compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: (f"-arch=sm_{capability}", "cubin")
+    )
+    options = (*cuda.OPTIONS, *build.definitions, f"-arch=sm_{arch}")
+    cubin, _ = compiler.compile_using_nvrtc(host.source(), options, arch=str(capability))
+    for kernel in host.KERNELS:
+        assert kernel.encode() in cubin
+        assert build.shared(kernel) <= SHARED
+
+    report, disassemble = _tool("cuobjdump"), _tool("nvdisasm")
+    if report is None or disassemble is None:
+        pytest.skip("compiled; cuobjdump and nvdisasm, to look at registers and instructions, are not installed")
+    path = tmp_path / "kernels.cubin"
+    path.write_bytes(cubin + bytes(8))  # CuPy cuts trailing zeros
+    usage = subprocess.run([report, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"Function (\w+):\s*\n\s*(REG:\d+ STACK:\d+)", usage))
+    assert set(found) == set(host.KERNELS)
+    for kernel, used in found.items():
+        registers, stack = (int(n) for n in re.findall(r"\d+", used))
+        assert registers <= REGISTERS, kernel
+        assert stack == 0, f"{kernel} spills"
+    code = subprocess.run([disassemble, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    for instruction in ("HMMA.16816.F32", "LDSM.16.MT88.4", "LDGSTS"):
+        assert instruction in code
