@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import triton_backward, triton_exact, triton_forward, triton_values
+from . import hopper, triton_backward, triton_exact, triton_forward, triton_values
 from .tiles import ROWS, VALUE_BLOCK, Tile, backward_tiles, forward_tile
 
 INTERPRETED = not isinstance(triton_forward.forward, triton.runtime.JITFunction)
@@ -227,12 +227,29 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         l = q.new_full(problem.lse_shape, -math.inf, dtype=torch.float32)
         return Forward(out, l, torch.zeros_like(out, dtype=torch.float32) if wide else None)
     call = prepare(problem, inputs)
-    tile = forward_tile(call.q.dtype, padded(problem.head_dim), padded(problem.value_dim))
-    out = torch.empty(problem.out_shape, dtype=call.q.dtype, device=q.device)
-    l = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-    residual = torch.empty(problem.out_shape, dtype=torch.float32, device=q.device) if wide else None
-    launch_forward(call, value_pass(call), out, residual, l, tile)
-    return Forward(out.to(dtype), l, residual)
+    values = value_pass(call)
+    fast = _hopper_forward if _hopper_serves(call) else _portable_forward
+    out, l, residual, count = fast(call, values, wide)
+    _exact_forward(call, values, out, residual, l, count)
+    return Forward(out.view(problem.out_shape).to(dtype), l, residual)
+
+
+def _hopper_serves(call: Call) -> bool:
+    """Whether the kernel for Hopper runs the call."""
+    if INTERPRETED or hopper.why_not(call.problem) or hopper.missing(call.q.device):
+        return False
+    return hopper.fits(call.q) and hopper.fits(call.k)
+
+
+def _hopper_forward(call: Call, values: Values, wide: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    p = call.problem
+    heads = (call.batch, p.key_value_heads)
+    c = values.c.to(torch.int32).view(*heads, p.value_dim)
+    out, l, residual = hopper.forward(
+        call.q, call.k, values.x.view(*heads, *values.x.shape[1:]), c, p.beta or 0.0, p.scale,
+        hopper.causal_offset(p), wide,
+    )  # fmt: skip
+    return out, l.view(p.lse_shape), None if residual is None else residual.view(p.out_shape), None
 
 
 def _copies_tiles(x: Tensor) -> bool:
@@ -264,10 +281,15 @@ def _describe(x: Tensor, block: int) -> tuple[TensorDescriptor, list[int]] | Non
     return None
 
 
-def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | None, l: Tensor, tile: Tile) -> None:
-    """The fast kernel and the exact one."""
+def _portable_forward(
+    call: Call, values: Values, wide: bool, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The flash kernel on X: o, l, o unrounded, and how many keys a query sees where a mask or bias decides it."""
     p, limits, options = call.problem, call.limits, call.options()
-    heads = call.batch * p.query_heads
+    out = torch.empty(p.out_shape, dtype=call.q.dtype, device=call.q.device)
+    l = torch.empty(p.lse_shape, dtype=torch.float32, device=out.device)
+    residual = torch.empty(p.out_shape, dtype=torch.float32, device=out.device) if wide else None
+    tile = tile or forward_tile(call.q.dtype, padded(p.head_dim), padded(p.value_dim))
     counted = call.mask is not None or call.bias is not None
     count = torch.empty(l.shape, dtype=torch.int32, device=l.device) if counted else None
     outputs = (call.query_lengths, call.key_lengths, out, residual, l)
@@ -275,13 +297,23 @@ def launch_forward(call: Call, values: Values, out: Tensor, residual: Tensor | N
     described, x = _describe(call.k, tile.block_k), _describe_rows(values.x, tile.block_k)
     tma = tile.tma and described is not None and x is not None
     k, k_strides = described if tma and described is not None else (call.k, call.strides("k"))
-    triton_forward.forward[(heads * triton.cdiv(p.query_length, tile.block_q),)](
+    triton_forward.forward[(call.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),)](
         call.q, k, x if tma else values.x, values.c, values.flags, count, call.mask, call.bias, *outputs,
         *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(), call.o_scale,
         **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold, TMA=tma,
         SHIFT=0 if p.beta == 0 else limits.shift, RESIDUAL=residual is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    return out, l, residual, count
+
+
+def _exact_forward(
+    call: Call, values: Values, out: Tensor, residual: Tensor | None, l: Tensor, count: Tensor | None
+) -> None:
+    """The definition, for heads outside the fast range and for what sees NaN or infinity."""
+    p, options = call.problem, call.options()
+    heads = call.batch * p.query_heads
+    outputs = (call.query_lengths, call.key_lengths, out, residual, l)
     share = workers(heads, triton.cdiv(p.query_length, 16) * triton.cdiv(p.value_dim, 16))
     triton_forward.exact[(heads * share,)](
         call.q, call.k, call.v, values.flags, count, call.mask, call.bias, *outputs,
