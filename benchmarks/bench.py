@@ -231,21 +231,24 @@ def import_cost() -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """Date, commit, versions and machine."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    dirty = bool(subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True).strip())
+    commit = os.environ.get("LASER_COMMIT")  # where there is no working tree to ask
+    if not commit:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        changes = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True).strip()
+        commit += " with changes" if changes else ""
     cpu = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in x), ""
     )
     versions = {}
-    for name in ("laser-attention", "numpy", "array-api-compat", "torch", "jax"):
+    for name in ("laser-attention", "numpy", "array-api-compat", "torch", "triton", "jax"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit + (" with changes" if dirty else ""),
+        "commit": commit,
         "python": platform.python_version(),
         "versions": versions,
         "device": f"{cpu}, {os.cpu_count()} cores",
