@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from laser_conformance.cases import LEVELS, all_cases, choose
 from laser_conformance.cli import main
-from laser_conformance.judge import Verdict, from_json, to_json
+from laser_conformance.judge import Verdict, from_json, judge, to_json
 from laser_conformance.report import outcome
+from laser_conformance.run import Setup
 
 MISBEHAVING = """
 import os, sys, time
@@ -148,6 +149,19 @@ def test_list_has_a_sentence_for_each(capsys):
     for case in cases:
         assert case.sentence.endswith(".")
         assert f"  {case.id} " in listed
+
+
+def test_what_a_library_lacks_is_not_a_refusal():
+    """Refused is the backend's own word: array-api-strict has no bfloat16, and no strides."""
+    pytest.importorskip("array_api_strict")
+    cases = {case.id: case for case in all_cases()}
+    subject = Setup("streaming", "array_api_strict").subject()
+    for name in ("laws/shift", "forward/plain", "layout/columns"):
+        (verdict,) = judge(subject, cases[name], ("bfloat16",))
+        assert verdict.status == "skipped", name
+        assert "array_api_strict" in verdict.message
+    (strides,) = judge(subject, cases["layout/columns"], ("float32",))
+    assert (strides.status, strides.message) == ("skipped", "arrays of array_api_strict have no strides of their own")
 
 
 def test_verdicts_survive_json():

@@ -68,7 +68,7 @@ def _specs(draw: Any) -> Spec:
 
 def _check(function: Law) -> Callable[[Subject, Data], list[Finding]]:
     def check(subject: Subject, data: Data) -> list[Finding]:
-        refusals: list[str] = []
+        refusals: list[Refused] = []
         tried: list[Spec] = []
 
         @hypothesis.settings(
@@ -84,7 +84,7 @@ def _check(function: Law) -> Callable[[Subject, Data], list[Finding]]:
             try:
                 function(subject, data.dtype, spec, more)
             except Refused as error:
-                refusals.append(str(error))
+                refusals.append(error)  # the backend's own, or that of a library that lacks something
                 return
             except Broken as error:
                 sizes = f"Hq, Hkv = {spec.heads}, Lq, Lk = {spec.lengths}, D, E = {spec.dims}"
@@ -96,7 +96,7 @@ def _check(function: Law) -> Callable[[Subject, Data], list[Finding]]:
         except Broken as error:
             return [Finding("law", None, str(error))]
         if not tried:
-            raise Refused(refusals[0])
+            raise refusals[0]
         return [Finding("law")]
 
     return check
