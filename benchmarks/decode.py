@@ -27,7 +27,11 @@ from laser_core import _problem, explain, laser_attention
 SHAPES = {"B64-L8192": (64, 8192), "B1-L131072": (1, 131072), "B16-L4096": (16, 4096)}
 HEADS, KV_HEADS, DIM = 32, 8, 128
 BLOCK = 64  # keys per page
-SWEEP = [(*sizes, keys) for sizes in ((64, 4, 3),) for keys in (1024,)]
+SWEEP = [
+    (block_k, keys, warps, stages)
+    for block_k, warps, stages in ((64, 4, 3), (64, 4, 2), (64, 8, 3), (64, 8, 4), (128, 8, 2), (128, 8, 3), (32, 4, 4))
+    for keys in (512, 1024, 2048, 4096)
+]
 
 
 def seconds(call: Callable[[], Any], calls: int = 10, turns: int = 7) -> float:

@@ -62,7 +62,7 @@ def tiles(problem: Problem, device: Device) -> Tiles:
     programs *= triton.cdiv(problem.group * problem.query_length, block_r(problem))
     splits = _splits(programs, triton.cdiv(problem.key_length, 256), 2 * device.processors)
     keys = triton.cdiv(triton.cdiv(problem.key_length, splits), block_k) * block_k
-    return Tiles(block_k, keys, 4, stages)
+    return Tiles(block_k, keys, 4 if block_r(problem) <= 32 else 8, stages)
 
 
 @functools.cache

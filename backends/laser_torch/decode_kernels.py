@@ -6,8 +6,8 @@ the fly. Where every |y| is at most ``REACH`` bits, no weight that matters under
 or with one that is not finite, goes over them again, key by key about the greatest term so far: exact, and slow. Only
 rows and channels that see such a value take that result, so what is hidden changes no bit.
 
-Runs are merged by a second kernel in the log domain. Inside the kernels all logarithms are of base 2. Tiles have keys or
-channels first and rows last, so that keys reach the tensor cores of sm_90 from shared memory, and 16 rows are enough.
+Runs are merged by a second kernel in the log domain. Scores, m and l are of base 2 here, β·o is not. Tiles have keys
+or channels first and rows last, so that keys reach the tensor cores of sm_90 from shared memory, and 16 rows do.
 
 At β = 0 (``LINEAR``) x is v, and the merge is linear. Products take operands that are finite; what is not finite
 travels in p, which is zero where a key is hidden.
@@ -35,10 +35,22 @@ def _tanh(x):
 
 
 @triton.jit
-def _to_tf32(x):
-    """Round x ≥ 0 to the 11 bits that the product keeps, to nearest: by itself it cuts them off."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def _round(x, dtype: tl.constexpr):
+    """x ≥ 0 with as many bits as an operand of ``_product`` has."""
+    if dtype == tl.float16:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(x < float("inf"), ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _product(x, p, acc, dtype: tl.constexpr):
+    """acc + x·p on matrix units. The exponents of float16 do not suffice: TF32 has more, and as many bits."""
+    if dtype == tl.float16:
+        return tl.dot(x, p, acc, input_precision="tf32")
+    else:
+        return tl.dot(x.to(dtype), p.to(dtype), acc)
 
 
 @triton.jit
@@ -153,7 +165,7 @@ def decode_kernel(
     LANES: tl.constexpr,  # keys that threads hold side by side: the minimum over the others needs no exchange
     STAGES: tl.constexpr,
 ):
-    """w = β·o in bits and l in bits of a run of keys, ``(B·Hkv, group·Lq, splits, E)`` and without E."""
+    """w = β·o and l in bits of a run of keys, ``(B·Hkv, group·Lq, splits, E)`` and without E."""
     split = tl.program_id(0) % splits
     entry = tl.program_id(0) // splits
     b = (entry // heads).to(tl.int64)
@@ -196,6 +208,7 @@ def decode_kernel(
 
     m = tl.full([BLOCK_R], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_R], tl.float32)
+    weight = tl.zeros([BLOCK_R], tl.float32)  # l of the rounded p: an average of values stays between them
     acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
     least = tl.full([BLOCK_E, LANES], 1.0, tl.float32)
     factor = beta * LOG2E
@@ -235,34 +248,37 @@ def decode_kernel(
         rescale = tl.exp2(m - reference)
         p = tl.exp2(s - reference[None, :])
         l = l * rescale + tl.sum(p, axis=0)
+        if not WIDE:
+            p = _round(p, v.dtype)
+        weight = weight * rescale + tl.sum(p, axis=0)
         m = m_new
         x = v.to(tl.float32)
         if LINEAR:
             fine = tl.abs(x) < float("inf")
             x = tl.where(fine, x, 0.0)
             checked = tl.where(fine, 1.0, 0.0)
-            p *= P_SCALE
+            p *= P_SCALE  # exactly
         else:
             x *= factor
             x = tl.where(tl.abs(x) <= REACH, tl.exp2(x), 0.0)
             checked = x
         least = tl.minimum(least, tl.min(tl.reshape(checked, [BLOCK_E, BLOCK_K // LANES, LANES]), axis=1))
+        acc *= rescale[None, :]
         if WIDE:
-            acc = tl.dot(x, p, acc * rescale[None, :], input_precision=PRECISION)
-        elif v.dtype == tl.float16:  # whose exponents do not suffice
-            if not LINEAR:
-                x = _to_tf32(x)
-            acc = tl.dot(x, _to_tf32(p), acc * rescale[None, :], input_precision="tf32")
+            acc = tl.dot(x, p, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(x.to(v.dtype), p.to(v.dtype), acc * rescale[None, :])
+            rounded = _round(x, v.dtype)
+            acc = _product(rounded, p, acc, v.dtype)
+            if not LINEAR:  # rounded to half precision alone, equal values would average to another
+                acc = _product(x - rounded, p, acc, v.dtype)
 
     empty = l == 0
     total = tl.where(empty, 1.0, l)
-    w = acc / total[None, :]
+    w = acc / tl.where(weight == 0, 1.0, weight)[None, :]
     if LINEAR:
         w *= 1 / P_SCALE
     else:
-        w = tl.log2(w)
+        w = tl.log2(w) * LN2
 
     if tl.min(tl.min(least, axis=0), axis=0) == 0:
         q32 = q.to(tl.float32)
@@ -300,20 +316,20 @@ def decode_kernel(
             if LINEAR:
                 fine = tl.abs(y) < float("inf")
             else:
-                y *= factor
-                fine = tl.abs(y) <= REACH
+                fine = tl.abs(y * factor) <= REACH
+                y *= beta
             spoilt = spoilt | ((hidden == 0) & (fine == 0)).to(tl.int32)
             if not LINEAR:
-                t = tl.where(hidden, -float("inf"), (s - reference[None, :]) + y)
+                t = tl.where(hidden, -float("inf"), (s - reference[None, :]) * LN2 + y)
                 top_new = tl.maximum(top, t)
                 about = tl.where(tl.abs(top_new) < float("inf"), top_new, 0.0)
-                terms = terms * tl.exp2(top - about) + tl.exp2(t - about)
+                terms = terms * tl.exp2((top - about) * LOG2E) + tl.exp2((t - about) * LOG2E)
                 top = top_new
         if LINEAR:
             w = tl.where(spoilt != 0, float("nan"), w)
         else:
             about = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-            exact = about + tl.log2(terms) - tl.log2(total)[None, :]
+            exact = about + (tl.log2(terms) - tl.log2(total)[None, :]) * LN2
             w = tl.where(spoilt != 0, exact, w)
 
     w = tl.where(empty[None, :], 0.0, w)
@@ -362,10 +378,10 @@ def merge_kernel(
         if LINEAR:
             terms += tl.sum(tl.where(nothing, 0.0, tl.exp2(l)[:, None] * (w * P_SCALE)), axis=0)
         else:
-            t = tl.where(nothing, -float("inf"), l[:, None] + w)
+            t = tl.where(nothing, -float("inf"), l[:, None] * LN2 + w)
             top_new = tl.maximum(top, tl.max(t, axis=0))
             about = tl.where(tl.abs(top_new) < float("inf"), top_new, 0.0)
-            terms = terms * tl.exp2(top - about) + tl.sum(tl.exp2(t - about[None, :]), axis=0)
+            terms = terms * tl.exp2((top - about) * LOG2E) + tl.sum(tl.exp2((t - about[None, :]) * LOG2E), axis=0)
             top = top_new
     l = tl.sum(total, axis=0)
     empty = l == 0
@@ -374,7 +390,7 @@ def merge_kernel(
         o = terms / l * (1 / P_SCALE)
     else:
         about = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-        o = (about + tl.log2(terms) - tl.log2(l)) * (LN2 / beta)
+        o = (about + (tl.log2(terms) - tl.log2(l)) * LN2) / beta
     o = tl.where(empty, 0.0, o)
     if o_ptr is not None:
         tl.store(o_ptr + row * E + e, o.to(o_ptr.dtype.element_ty), mask=e < E)
