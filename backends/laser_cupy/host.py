@@ -92,14 +92,14 @@ class Build:
     def shared(self, kernel: str) -> int:
         """Bytes of shared memory that a block of a kernel takes."""
         d, e = self.head_dim, self.value_dim
-        both = 2 * (BLOCK + INNER) * (d + 8 + e + 8)
+        both = 2 * (BLOCK * (d + 8 + e + 8) + 2 * INNER * (d + 8 + e + 8 + 4))
         return {
             "value_range": 8 * THREADS,
             "forward": 2 * (self.queries * (d + 8) + self.keys * (d + 8 + e + 8)),
             "forward_exact": 4 * (d + 2 * THREADS),
             "row_scales": 4 * THREADS,
-            "backward_keys": both + 8 * INNER,
-            "backward_queries": both + 4 * INNER,
+            "backward_keys": both,
+            "backward_queries": both,
             "backward_queries_exact": 4 * (d + THREADS),
             "backward_keys_exact": 4 * (d + 2 * THREADS),
         }.get(kernel, 0)
