@@ -57,33 +57,45 @@ __device__ __forceinline__ float inverse(const Problem& p, float o, int n) {
   return scaled(mantissa, exponent + n);
 }
 
-// Per query: l in base 2, or what stands for it; the row term; the greatest |G|; a bound of |ds|. A warp for each row.
+// Per query: l in base 2, or what stands for it; the row term; the greatest |G|; a bound of |ds|; and G itself, where it
+// needs no scale of the head (bfloat16). A warp for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) row_terms(
     PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c,
-    const int* flags, float* l, float* r, float* sizes, float* bounds, i64 rows) {
+    const int* flags, float* l, float* r, float* sizes, float* bounds, u16* g, i64 rows) {
   const Problem p = THE_PROBLEM;
   const i64 row = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32, kv = (int)(row / p.query_length) / p.group;
+  const bool outside = flags[kv] & OUTSIDE;
   float sum = 0.f, total = 0.f, size = 0.f, odd = 0.f;
-  for (int e = lane; e < p.value_dim; e += 32) {
+  float weight[EP / 32];
+#pragma unroll
+  for (int n = 0; n < EP / 32; n++) {
+    const int e = lane + n * 32;
+    weight[n] = 0.f;
+    if (e >= p.value_dim) continue;
     const float mean = o[row * p.value_dim + e], one = widen(d_out[row * p.value_dim + e]);
     if (!finite(mean) || !finite(one)) odd = 1.f;
     sum += one;
     total += fabsf(one);
-    if (one != 0.f && !(flags[kv] & OUTSIDE) && finite(mean))
-      size = fmaxf(size, fminf(fabsf(one) * inverse(p, mean, c[(i64)kv * EP + e]), 1e38f));
+    if (one != 0.f && !outside && finite(mean)) weight[n] = one * inverse(p, mean, c[(i64)kv * EP + e]);
+    size = fmaxf(size, fminf(fabsf(weight[n]), 1e38f));
   }
   for (int d = lane; d < p.head_dim; d += 32) if (!finite(widen(q[row * p.head_dim + d]))) odd = 1.f;
   sum = warp_sum(sum);
   total = warp_sum(total);
-  size = warp_max(size);
   odd = warp_max(odd);
-  if (lane) return;
   const float dl = d_lse ? d_lse[row] : 0.f;
   const bool nothing = lse[row] == -INF || (total == 0.f && dl == 0.f);
   const bool broken = odd > 0.f || !finite(lse[row]) || !finite(dl);
   const bool live = !nothing && !broken;
+#if FLOAT16
+  size = warp_max(size);
+#else
+#pragma unroll
+  for (int n = 0; n < EP / 32; n++) g[row * EP + lane + n * 32] = live ? round16(weight[n]) : (u16)0;
+#endif
+  if (lane) return;
   l[row] = nothing ? INF : broken ? NOT_A_NUMBER : lse[row] * LOG2E;
   r[row] = live ? dl - sum / p.beta : 0.f;
   sizes[row] = live ? size : 0.f;
@@ -113,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_scales(
   scales[2 * blockIdx.x + 1] = FLOAT16 ? exponent_of(bound) : 0;
 }
 
-// G * 2^-scale [B*Hq, Lq, EP]; zero in rows that are not live
+// float16: G * 2^-scale [B*Hq, Lq, EP]; zero in rows that are not live
 extern "C" __global__ void __launch_bounds__(THREADS) row_weights(
     PROBLEM, const float* o, const u16* d_out, const float* l, const int* c, const int* flags, const int* scales,
     u16* g, i64 rows) {

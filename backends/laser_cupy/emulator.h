@@ -5,7 +5,6 @@
 // shows for some seed. Shared memory begins as NaN, asynchronous copies
 // arrive when they are waited for and not before, and warp-wide operations compare what each lane is about to do.
 // Not emulated: races between blocks, the rounding of a tensor core's own accumulator, bank conflicts.
-#pragma once
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
