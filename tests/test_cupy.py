@@ -75,7 +75,7 @@ def test_it_is_registered() -> None:
         ({"bias_shape": (100, 90)}, "bias"),
         ({"head_dim": 160}, "head dim D = 160"),
         ({"value_dim": 129}, "value dim E = 129"),
-        ({"key_length": 2**30 + 1}, "Lk = 1073741825"),
+        ({"key_length": 2**30}, "Lk = 1073741824"),
     ],
 )
 def test_what_it_refuses(change: dict[str, object], reason: str | None) -> None:
@@ -119,6 +119,20 @@ def test_conformance_of_the_kernels_on_a_cpu(cache: Path, tmp_path: Path, seed: 
     verdicts = json.loads(report.read_text())["verdicts"]
     passed = {v["case"] for v in verdicts if v["status"] == "passed"}
     assert all(any(case.startswith(prefix) for case in passed) for prefix in cases)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint64"])
+def test_lengths_of_every_integer_dtype(dtype: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))
+    x = np.random.default_rng(0).standard_normal((2, 1, 300, 16)).astype(np.float16)
+    lengths = np.asarray([7, 100], dtype=dtype)
+    problem, inputs = laser_core._problem.describe(x, x, x, key_value_seq_lengths=lengths)
+    out = emulated.EMULATED.forward(problem, inputs).out
+    for b, n in enumerate(lengths):
+        few = x[b : b + 1, :, : int(n)]
+        alone = emulated.EMULATED.forward(*laser_core._problem.describe(x[b : b + 1], few, few)).out
+        np.testing.assert_array_equal(out[b : b + 1], alone)
 
 
 SABOTAGE = {

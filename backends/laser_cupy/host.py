@@ -203,7 +203,8 @@ def _lengths(machine: Machine, problem: Problem, lengths: Array | None, limit: i
     if lengths is None:
         return _NOTHING
     xp = machine.xp
-    clipped = xp.clip(lengths, 0, limit).astype(xp.int32)
+    wide = lengths if lengths.dtype == xp.uint64 else lengths.astype(xp.int64)
+    clipped = xp.clip(wide, 0, limit).astype(xp.int32)
     return xp.ascontiguousarray(xp.broadcast_to(clipped, problem.batch)).reshape(-1)
 
 
