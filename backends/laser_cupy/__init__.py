@@ -12,7 +12,7 @@ from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_o
 from laser_core._array import Array
 
 LARGEST_DIM = 128
-LONGEST = 2**30  # positions are 32-bit integers, and so are sums of two of them
+LONGEST = 2**30 - 2**10  # positions are 32-bit integers, and so is their sum with the edge of a band
 
 
 def _forward(problem: Problem, inputs: Inputs) -> Forward:

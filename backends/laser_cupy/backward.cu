@@ -13,6 +13,7 @@
 #else
 #define EXPONENT 0x7F80u
 #endif
+#define STAGE (INNER * (DP + 8 + EP + 8 + 4))  // 16-bit numbers of a tile and two rows of floats
 #define HEADROOM 13  // the greatest G and the greatest possible ds are brought to 2^13 … 2^14
 
 struct alignas(16) Eight { u32 x[4]; };  // 16-bit numbers
@@ -23,15 +24,19 @@ __device__ __forceinline__ u32 finite_or_zero(u32 x) {
   return x;
 }
 
-// rows [start, start + ROWS) of a matrix into a tile [ROWS, WIDTH], zero where not finite; zeros beyond
-template <int ROWS, int WIDTH>
-__device__ __forceinline__ void tile_finite(u16* tile, const u16* matrix, int start, int end, int width) {
+// zeros for what is not finite in a tile that tile_begin has loaded: in what this thread has copied itself
+template <int ROWS, int WIDTH> __device__ __forceinline__ void tile_clean(u16* tile) {
+#pragma unroll 1
   for (int n = threadIdx.x; n < ROWS * WIDTH / 8; n += THREADS) {
-    const int row = n / (WIDTH / 8), column = n % (WIDTH / 8) * 8;
-    Eight x = {};
-    if (start + row < end && column < width) x = *(const Eight*)(matrix + (i64)(start + row) * width + column);
-    for (int h = 0; h < 4; h++) x.x[h] = finite_or_zero(x.x[h]);
-    *(Eight*)(tile + row * (WIDTH + 8) + column) = x;
+    Eight* at = (Eight*)(tile + n / (WIDTH / 8) * (WIDTH + 8) + n % (WIDTH / 8) * 8);
+    Eight x = *at;
+    u32 changed = 0;
+    for (int h = 0; h < 4; h++) {
+      const u32 clean = finite_or_zero(x.x[h]);
+      changed |= clean ^ x.x[h];
+      x.x[h] = clean;
+    }
+    if (changed) *at = x;
   }
 }
 
@@ -52,33 +57,45 @@ __device__ __forceinline__ float inverse(const Problem& p, float o, int n) {
   return scaled(mantissa, exponent + n);
 }
 
-// Per query: l in base 2, or what stands for it; the row term; the greatest |G|; a bound of |ds|. A warp for each row.
+// Per query: l in base 2, or what stands for it; the row term; the greatest |G|; a bound of |ds|; and G itself, where it
+// needs no scale of the head (bfloat16). A warp for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) row_terms(
     PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c,
-    const int* flags, float* l, float* r, float* sizes, float* bounds, i64 rows) {
+    const int* flags, float* l, float* r, float* sizes, float* bounds, u16* g, i64 rows) {
   const Problem p = THE_PROBLEM;
   const i64 row = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32, kv = (int)(row / p.query_length) / p.group;
+  const bool outside = flags[kv] & OUTSIDE;
   float sum = 0.f, total = 0.f, size = 0.f, odd = 0.f;
-  for (int e = lane; e < p.value_dim; e += 32) {
+  float weight[EP / 32];
+#pragma unroll
+  for (int n = 0; n < EP / 32; n++) {
+    const int e = lane + n * 32;
+    weight[n] = 0.f;
+    if (e >= p.value_dim) continue;
     const float mean = o[row * p.value_dim + e], one = widen(d_out[row * p.value_dim + e]);
     if (!finite(mean) || !finite(one)) odd = 1.f;
     sum += one;
     total += fabsf(one);
-    if (one != 0.f && !(flags[kv] & OUTSIDE) && finite(mean))
-      size = fmaxf(size, fminf(fabsf(one) * inverse(p, mean, c[(i64)kv * EP + e]), 1e38f));
+    if (one != 0.f && !outside && finite(mean)) weight[n] = one * inverse(p, mean, c[(i64)kv * EP + e]);
+    size = fmaxf(size, fminf(fabsf(weight[n]), 1e38f));
   }
   for (int d = lane; d < p.head_dim; d += 32) if (!finite(widen(q[row * p.head_dim + d]))) odd = 1.f;
   sum = warp_sum(sum);
   total = warp_sum(total);
-  size = warp_max(size);
   odd = warp_max(odd);
-  if (lane) return;
   const float dl = d_lse ? d_lse[row] : 0.f;
   const bool nothing = lse[row] == -INF || (total == 0.f && dl == 0.f);
   const bool broken = odd > 0.f || !finite(lse[row]) || !finite(dl);
   const bool live = !nothing && !broken;
+#if FLOAT16
+  size = warp_max(size);
+#else
+#pragma unroll
+  for (int n = 0; n < EP / 32; n++) g[row * EP + lane + n * 32] = live ? round16(weight[n]) : (u16)0;
+#endif
+  if (lane) return;
   l[row] = nothing ? INF : broken ? NOT_A_NUMBER : lse[row] * LOG2E;
   r[row] = live ? dl - sum / p.beta : 0.f;
   sizes[row] = live ? size : 0.f;
@@ -108,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_scales(
   scales[2 * blockIdx.x + 1] = FLOAT16 ? exponent_of(bound) : 0;
 }
 
-// G * 2^-scale [B*Hq, Lq, EP]; zero in rows that are not live
+// float16: G * 2^-scale [B*Hq, Lq, EP]; zero in rows that are not live
 extern "C" __global__ void __launch_bounds__(THREADS) row_weights(
     PROBLEM, const float* o, const u16* d_out, const float* l, const int* c, const int* flags, const int* scales,
     u16* g, i64 rows) {
@@ -204,10 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
   SHARED_MEMORY(raw);
   u16* k_tile = (u16*)raw;                   // [64, DP]
   u16* x_tile = k_tile + BLOCK * (DP + 8);   // [64, EP]
-  u16* q_tile = x_tile + BLOCK * (EP + 8);   // [32, DP]
-  u16* g_tile = q_tile + INNER * (DP + 8);   // [32, EP]
-  float* l_tile = (float*)(g_tile + INNER * (EP + 8));  // [32]
-  float* r_tile = l_tile + INNER;
+  u16* stages = x_tile + BLOCK * (EP + 8);   // two of: q [32, DP], G [32, EP], l [32], r [32]
   const int blocks = (pr.key_length + BLOCK - 1) / BLOCK;
   const int kv = blockIdx.x / blocks, j0 = blockIdx.x % blocks * BLOCK;
   if (flags[kv] & OUTSIDE) return;
@@ -215,8 +229,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
   const i64 keys = (i64)kv * pr.key_length;
   const int g_scale = scales[2 * kv], ds_scale = scales[2 * kv + 1];
   const Factors f = factors(pr, scales + 2 * kv);
-  tile_finite<BLOCK, DP>(k_tile, k + keys * pr.head_dim, j0, pr.key_length, pr.head_dim);
+  tile_begin<BLOCK, DP>(k_tile, k + keys * pr.head_dim, j0, pr.key_length, pr.head_dim);
   tile_begin<BLOCK, EP>(x_tile, x + keys * EP, j0, pr.key_length, EP);
+  copy_wait();
+  tile_clean<BLOCK, DP>(k_tile);
   float mark[2];
   for (int h = 0; h < 2; h++) mark[h] = j0 + own + h * 8 < pr.key_length ? marks[keys + j0 + own + h * 8] : 0.f;
 
@@ -226,17 +242,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys(
     const i64 queries = (i64)at.query * pr.query_length;
     const int first = greatest(0, j0 - pr.high) / INNER * INNER;
     const int end = j0 < at.k_end ? least(at.q_end, j0 + BLOCK - pr.low) : 0;
-    for (int i0 = first; i0 < end; i0 += INNER) {
-      __syncthreads();
-      tile_finite<INNER, DP>(q_tile, q + queries * pr.head_dim, i0, at.q_end, pr.head_dim);
+    auto begin = [&](int i0) {
+      u16* q_tile = stages + i0 / INNER % 2 * STAGE;
+      u16* g_tile = q_tile + INNER * (DP + 8);
+      float* l_tile = (float*)(g_tile + INNER * (EP + 8));
+      tile_begin<INNER, DP>(q_tile, q + queries * pr.head_dim, i0, at.q_end, pr.head_dim);
       tile_begin<INNER, EP>(g_tile, g + queries * EP, i0, at.q_end, EP);
-      if (threadIdx.x < INNER) {
-        const bool there = i0 + (int)threadIdx.x < at.q_end;
-        l_tile[threadIdx.x] = there ? l[queries + i0 + threadIdx.x] : INF;
-        r_tile[threadIdx.x] = there ? r[queries + i0 + threadIdx.x] : 0.f;
+      if (threadIdx.x < 2 * INNER) {
+        const int i = i0 + threadIdx.x % INNER;
+        copy_begin(l_tile + threadIdx.x, (threadIdx.x < INNER ? l : r) + queries + least(i, pr.query_length - 1),
+                   i < at.q_end);
       }
+    };
+    __syncthreads();  // nobody reads the last tile of another head any more
+    if (first < end) begin(first);
+    for (int i0 = first; i0 < end; i0 += INNER) {
+      u16* q_tile = stages + i0 / INNER % 2 * STAGE;
+      const u16* g_tile = q_tile + INNER * (DP + 8);
+      const float* l_tile = (const float*)(g_tile + INNER * (EP + 8));
+      const float* r_tile = l_tile + INNER;
       copy_wait();
-      __syncthreads();
+      tile_clean<INNER, DP>(q_tile);
+      __syncthreads();  // this tile is there, and nobody reads the one before
+      if (i0 + INNER < end) begin(i0 + INNER);
       float s[INNER / 8][4] = {}, gx[INNER / 8][4] = {};  // [16 keys, 32 queries]
       multiply<DP>(s, k_tile + warp * 16 * (DP + 8), q_tile);
       multiply<EP>(gx, x_tile + warp * 16 * (EP + 8), g_tile);
@@ -287,9 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
   SHARED_MEMORY(raw);
   u16* q_tile = (u16*)raw;                   // [64, DP]
   u16* g_tile = q_tile + BLOCK * (DP + 8);   // [64, EP]
-  u16* k_tile = g_tile + BLOCK * (EP + 8);   // [32, DP]
-  u16* x_tile = k_tile + INNER * (DP + 8);   // [32, EP]
-  float* mark = (float*)(x_tile + INNER * (EP + 8));  // [32]
+  u16* stages = g_tile + BLOCK * (EP + 8);   // two of: k [32, DP], X [32, EP], marks [32]
   const int blocks = (pr.query_length + BLOCK - 1) / BLOCK;
   const Head at = head_of(pr, blockIdx.x / blocks);
   if (flags[at.key] & OUTSIDE) return;
@@ -298,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
   const i64 queries = (i64)at.query * pr.query_length, keys = (i64)at.key * pr.key_length;
   const int ds_scale = scales[2 * at.key + 1];
   const Factors f = factors(pr, scales + 2 * at.key);
-  tile_finite<BLOCK, DP>(q_tile, q + queries * pr.head_dim, i0, pr.query_length, pr.head_dim);
+  tile_begin<BLOCK, DP>(q_tile, q + queries * pr.head_dim, i0, pr.query_length, pr.head_dim);
   tile_begin<BLOCK, EP>(g_tile, g + queries * EP, i0, pr.query_length, EP);
   float l_row[2], r_row[2];
   for (int h = 0; h < 2; h++) {
@@ -310,13 +336,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
   const int i1 = least(i0 + BLOCK, at.q_end);
   const int first = greatest(0, i0 + pr.low) / INNER * INNER;
   const int end = i1 <= i0 ? 0 : least(at.k_end, i1 + pr.high);
-  for (int j0 = first; j0 < end; j0 += INNER) {
-    __syncthreads();
-    tile_finite<INNER, DP>(k_tile, k + keys * pr.head_dim, j0, at.k_end, pr.head_dim);
+  auto begin = [&](int j0) {
+    u16* k_tile = stages + j0 / INNER % 2 * STAGE;
+    u16* x_tile = k_tile + INNER * (DP + 8);
+    tile_begin<INNER, DP>(k_tile, k + keys * pr.head_dim, j0, at.k_end, pr.head_dim);
     tile_begin<INNER, EP>(x_tile, x + keys * EP, j0, at.k_end, EP);
-    if (threadIdx.x < INNER) mark[threadIdx.x] = j0 + (int)threadIdx.x < at.k_end ? marks[keys + j0 + threadIdx.x] : 0.f;
+    if (threadIdx.x < INNER) {
+      const int j = j0 + threadIdx.x;
+      copy_begin((float*)(x_tile + INNER * (EP + 8)) + threadIdx.x, marks + keys + least(j, pr.key_length - 1), j < at.k_end);
+    }
+  };
+  if (first < end) begin(first);
+  for (int j0 = first; j0 < end; j0 += INNER) {
+    u16* k_tile = stages + j0 / INNER % 2 * STAGE;
+    const u16* x_tile = k_tile + INNER * (DP + 8);
+    const float* mark = (const float*)(x_tile + INNER * (EP + 8));
     copy_wait();
-    __syncthreads();
+    if (j0 == first) tile_clean<BLOCK, DP>(q_tile);
+    tile_clean<INNER, DP>(k_tile);
+    __syncthreads();  // this tile is there, and nobody reads the one before
+    if (j0 + INNER < end) begin(j0 + INNER);
     float s[INNER / 8][4] = {}, gx[INNER / 8][4] = {};  // [16 queries, 32 keys]
     multiply<DP>(s, q_tile + warp * 16 * (DP + 8), k_tile);
     multiply<EP>(gx, g_tile + warp * 16 * (EP + 8), x_tile);

@@ -160,9 +160,10 @@ __device__ __forceinline__ float block_sum(float x, float* room) {
 // begins to load rows [start, start + ROWS) of a matrix with `width` columns into a tile [ROWS, WIDTH]; zeros beyond
 template <int ROWS, int WIDTH>
 __device__ __forceinline__ void tile_begin(u16* tile, const u16* matrix, int start, int end, int width) {
+  const u16* from = matrix + (i64)start * width;
   for (int n = threadIdx.x; n < ROWS * WIDTH / 8; n += THREADS) {
     const int row = n / (WIDTH / 8), column = n % (WIDTH / 8) * 8;
     const bool there = start + row < end && column < width;
-    copy_begin(tile + row * (WIDTH + 8) + column, matrix + (there ? (i64)(start + row) * width + column : 0), there);
+    copy_begin(tile + row * (WIDTH + 8) + column, there ? from + row * width + column : matrix, there);
   }
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 
-from laser_core import Forward, Gradients, Inputs, Problem
+from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
 from . import host
@@ -22,12 +22,12 @@ def kernel(build: host.Build, name: str, device: int) -> Any:
     """A kernel, compiled for a device; CuPy keeps the machine code on disk.
 
     Raises:
-        RuntimeError: The device is too old.
+        Unsupported: The device is too old.
     """
     with cupy.cuda.Device(device) as place:
         capability = int(place.compute_capability)
         if capability < OLDEST:
-            raise RuntimeError(f"device: got compute capability {capability}; allowed: {OLDEST} or later")
+            raise Unsupported(f"device: got compute capability {capability}; allowed: {OLDEST} or later")
         function = _module(build, device).get_function(name)
         if build.shared(name) > 48 << 10:
             function.max_dynamic_shared_size_bytes = build.shared(name)

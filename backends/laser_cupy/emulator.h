@@ -5,7 +5,6 @@
 // shows for some seed. Shared memory begins as NaN, asynchronous copies
 // arrive when they are waited for and not before, and warp-wide operations compare what each lane is about to do.
 // Not emulated: races between blocks, the rounding of a tensor core's own accumulator, bank conflicts.
-#pragma once
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +21,7 @@ typedef long long i64;
 
 namespace emulator {
 struct Index { unsigned x = 0; };
-struct Copy { u16* to; const u16* from; bool there; };
+struct Copy { void* to; const void* from; int size; bool there; };
 struct Fiber { void* stack_pointer = nullptr; std::vector<char> stack; Index thread; std::vector<Copy> copies; bool done = false; };
 struct Meeting { int arrived = 0, result = 0, collected = 0; const void* tag = nullptr; std::vector<Fiber*> waiting; };
 struct Warp { Meeting meeting; alignas(16) u8 in[32][64], out[32][64]; };
@@ -234,8 +233,9 @@ inline void load_b_transposed(u32 (&f)[4], const u16* tile, int ld) {
   }
 }
 
-inline void copy_begin(u16* to, const u16* from, bool there) { emulator::current->copies.push_back({to, from, there}); }
+inline void copy_begin(u16* to, const u16* from, bool there) { emulator::current->copies.push_back({to, from, 16, there}); }
+inline void copy_begin(float* to, const float* from, bool there) { emulator::current->copies.push_back({to, from, 4, there}); }
 inline void copy_wait() {
-  for (auto& c : emulator::current->copies) { if (c.there) memcpy(c.to, c.from, 16); else memset(c.to, 0, 16); }
+  for (auto& c : emulator::current->copies) { if (c.there) memcpy(c.to, c.from, c.size); else memset(c.to, 0, c.size); }
   emulator::current->copies.clear();
 }

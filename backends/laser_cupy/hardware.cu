@@ -85,5 +85,11 @@ __device__ __forceinline__ void copy_begin(u16* to, const u16* from, bool there)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(size) : "memory");
 }
 
+// the same for one float
+__device__ __forceinline__ void copy_begin(float* to, const float* from, bool there) {
+  const int size = there ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(size) : "memory");
+}
+
 // waits for the copies that this thread has begun; others see them after the next barrier
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

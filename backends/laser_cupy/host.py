@@ -19,7 +19,7 @@ THREADS = 128
 BLOCK = 64  # rows of a tile that a block of the backward pass owns
 INNER = 32  # rows of the tiles that the backward kernels walk over
 WORKERS = 64  # blocks for each head of the exact path
-CHUNK = 512  # keys of a block of the value pass
+CHUNK = 128  # keys of a block of the value pass
 FAR = 2**30  # a band edge that is beyond every position
 SOURCES = ("common", "values", "forward", "forward_exact", "backward", "backward_exact")
 KERNELS = (
@@ -92,14 +92,14 @@ class Build:
     def shared(self, kernel: str) -> int:
         """Bytes of shared memory that a block of a kernel takes."""
         d, e = self.head_dim, self.value_dim
-        both = 2 * (BLOCK + INNER) * (d + 8 + e + 8)
+        both = 2 * (BLOCK * (d + 8 + e + 8) + 2 * INNER * (d + 8 + e + 8 + 4))
         return {
             "value_range": 8 * THREADS,
             "forward": 2 * (self.queries * (d + 8) + self.keys * (d + 8 + e + 8)),
             "forward_exact": 4 * (d + 2 * THREADS),
             "row_scales": 4 * THREADS,
-            "backward_keys": both + 8 * INNER,
-            "backward_queries": both + 4 * INNER,
+            "backward_keys": both,
+            "backward_queries": both,
             "backward_queries_exact": 4 * (d + THREADS),
             "backward_keys_exact": 4 * (d + 2 * THREADS),
         }.get(kernel, 0)
@@ -203,7 +203,8 @@ def _lengths(machine: Machine, problem: Problem, lengths: Array | None, limit: i
     if lengths is None:
         return _NOTHING
     xp = machine.xp
-    clipped = xp.clip(lengths, 0, limit).astype(xp.int32)
+    wide = lengths if lengths.dtype == xp.uint64 else lengths.astype(xp.int64)
+    clipped = xp.clip(wide, 0, limit).astype(xp.int32)
     return xp.ascontiguousarray(xp.broadcast_to(clipped, problem.batch)).reshape(-1)
 
 
@@ -282,11 +283,12 @@ def backward(
     scales = x.empty(x.key_value_heads, 2, dtype=xp.int32)
     g, marks = x.empty(rows, x.build.value_dim), x.empty(keys, dtype=xp.float32)
     per_warp = THREADS // 32
-    terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds)
+    terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
     x.run("row_terms", -(-rows // per_warp), *terms, np.int64(rows))
     x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
-    grid = -(-rows * x.build.value_dim // (2 * THREADS))
-    x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(rows))
+    if x.build.half:
+        grid = -(-rows * x.build.value_dim // (2 * THREADS))
+        x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(rows))
     x.run("key_marks", -(-keys // per_warp), x.k, marks, np.int64(keys))
 
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))

@@ -13,29 +13,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_range(
   float* room = (float*)raw;
   const int kv = blockIdx.x / chunks, part = blockIdx.x % chunks;
   const Head at = head_of(p, kv * p.group);
-  const int columns = least(EP, THREADS), rows = THREADS / columns;  // threads side by side, and one above another
-  const int start = part * chunk, end = least(start + chunk, at.k_end);
+  const int columns = EP / 2, rows = THREADS / columns;  // pairs of channels side by side, and keys one above another
+  const int start = part * chunk, end = least(start + chunk, at.k_end), e = threadIdx.x % columns * 2;
+  const bool paired = p.value_dim % 2 == 0;
+  float smallest[2] = {INF, INF}, largest[2] = {-INF, -INF};
   bool odd = false;
-  for (int e0 = 0; e0 < EP; e0 += columns) {
-    const int e = e0 + threadIdx.x % columns;
-    float low = INF, high = -INF;
-    if (e < p.value_dim)
-      for (int j = start + threadIdx.x / columns; j < end; j += rows) {
-        const float y = p.beta * widen(v[((i64)kv * p.key_length + j) * p.value_dim + e]);
-        odd |= !(y < INF);
-        if (finite(y)) { low = fminf(low, y); high = fmaxf(high, y); }
-      }
-    room[threadIdx.x] = low;
-    room[THREADS + threadIdx.x] = high;
+  for (int j = start + threadIdx.x / columns; j < end; j += rows) {
+    const u16* from = v + ((i64)kv * p.key_length + j) * p.value_dim + e;
+    u32 both = 0;
+    if (paired && e < p.value_dim) both = *(const u32*)from;
+    for (int h = 0; h < 2; h++) {
+      if (e + h >= p.value_dim) continue;
+      const float y = p.beta * widen(paired ? (u16)(both >> 16 * h) : from[h]);
+      odd |= !(y < INF);
+      if (finite(y)) { smallest[h] = fminf(smallest[h], y); largest[h] = fmaxf(largest[h], y); }
+    }
+  }
+  for (int h = 0; h < 2; h++) {
+    room[threadIdx.x] = smallest[h];
+    room[THREADS + threadIdx.x] = largest[h];
     __syncthreads();
     if (threadIdx.x < columns) {
       for (int r = 1; r < rows; r++) {
-        low = fminf(low, room[threadIdx.x + r * columns]);
-        high = fmaxf(high, room[THREADS + threadIdx.x + r * columns]);
+        smallest[h] = fminf(smallest[h], room[threadIdx.x + r * columns]);
+        largest[h] = fmaxf(largest[h], room[THREADS + threadIdx.x + r * columns]);
       }
-      const i64 to = ((i64)kv * chunks + part) * EP + e;
-      lows[to] = low;
-      highs[to] = high;
+      const i64 to = ((i64)kv * chunks + part) * EP + e + h;
+      lows[to] = smallest[h];
+      highs[to] = largest[h];
     }
     __syncthreads();
   }
