@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
 from . import hopper, triton_backward, triton_exact, triton_forward, triton_values
-from .tiles import ROWS, VALUE_BLOCK, Tile, backward_tiles, forward_tile
+from .tiles import ROWS, Tile, backward_tiles, forward_tile, is_large, value_block
 
 INTERPRETED = not isinstance(triton_forward.forward, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
@@ -188,7 +188,7 @@ def value_pass(call: Call) -> Values:
     """X, c, and which heads need what."""
     p, v = call.problem, call.v
     heads, width = call.batch * p.key_value_heads, padded(p.value_dim)
-    block = VALUE_BLOCK
+    block = value_block(max(width, padded(p.head_dim)))
     blocks = triton.cdiv(p.key_length, block)
     x = torch.empty((heads, p.key_length, p.value_dim), dtype=v.dtype, device=v.device)
     partial = torch.empty((3, heads, blocks, width), dtype=torch.float32, device=v.device)
@@ -281,6 +281,12 @@ def _describe(x: Tensor, block: int) -> tuple[TensorDescriptor, list[int]] | Non
     return None
 
 
+def _tile_of(call: Call) -> tuple[torch.dtype, int, int, bool]:
+    """What tile sizes depend on."""
+    p = call.problem
+    return call.q.dtype, padded(p.head_dim), padded(p.value_dim), is_large(call.q.device)
+
+
 def _portable_forward(
     call: Call, values: Values, wide: bool, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -289,7 +295,7 @@ def _portable_forward(
     out = torch.empty(p.out_shape, dtype=call.q.dtype, device=call.q.device)
     l = torch.empty(p.lse_shape, dtype=torch.float32, device=out.device)
     residual = torch.empty(p.out_shape, dtype=torch.float32, device=out.device) if wide else None
-    tile = tile or forward_tile(call.q.dtype, padded(p.head_dim), padded(p.value_dim))
+    tile = tile or forward_tile(*_tile_of(call))
     counted = call.mask is not None or call.bias is not None
     count = torch.empty(l.shape, dtype=torch.int32, device=l.device) if counted else None
     outputs = (call.query_lengths, call.key_lengths, out, residual, l)
@@ -349,7 +355,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     values = value_pass(call)
     side = _prepare_rows(call, values, forward, d_out, d_lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
-    for_keys, for_queries = backward_tiles(call.q.dtype, padded(problem.head_dim), padded(problem.value_dim))
+    for_keys, for_queries = backward_tiles(*_tile_of(call))
     _launch_keys(call, values, side, dk, dv, for_keys)
     _launch_queries(call, values, side, dq, for_queries)
     if problem.beta != 0:
@@ -372,7 +378,7 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
     g = torch.empty((heads, p.query_length, p.value_dim), dtype=call.q.dtype, device=device)
     r, l2 = torch.empty((2, heads, triton.cdiv(p.query_length, ROWS) * ROWS), dtype=torch.float32, device=device)
     side = _Cotangents(o, do, dl, g, r, l2)
-    block = VALUE_BLOCK
+    block = value_block(width)
     triton_backward.prepare_rows[(heads * (r.shape[1] // block),)](
         o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
         p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p), r.shape[1],

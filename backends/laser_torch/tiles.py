@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-VALUE_BLOCK = 64
 ROWS = 128  # no tile has more queries
+LARGE = 200 << 10  # bytes of shared memory of the data centre cards from Hopper on; the others have at least 99 KiB
 
 
 class Tile(NamedTuple):
@@ -17,28 +17,50 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    tma: bool = False  # where the hardware has it
+    tma: bool = False  # by descriptors, where the hardware copies tiles by itself
 
 
-def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int) -> Tile:
+def value_block(width: int) -> int:
+    """Keys or queries per block of the small kernels, which hold a few tiles of this width."""
+    return min(ROWS, 8192 // width)
+
+
+def is_large(device: torch.device) -> bool:
+    """Whether the tiles of the large cards fit; a CPU, where Triton is interpreted, has any size."""
+    if device.type != "cuda":
+        return True
+    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE)
+
+
+def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> Tile:
     """Of the forward kernel; widths are those of the tiles."""
     width = max(head_dim, value_dim)
     if dtype == torch.float32:
-        return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2)
+        return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 4, 1)
     if width <= 64:
         return Tile(128, 64, 4, 3, True)
+    if not large:
+        return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 2)
     return Tile(128, 128, 8, 2, True) if width <= 128 else Tile(128, 64, 8, 2, True)
 
 
-def backward_tiles(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[Tile, Tile]:
+def backward_tiles(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> tuple[Tile, Tile]:
     """Of the kernels that walk over queries (dk, dv) and over keys (dq)."""
     width = max(head_dim, value_dim)
     if dtype == torch.float32:
         if width <= 64:
-            return Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)
+            return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
         return (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)) if width <= 128 else (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
     if width <= 64:
-        return Tile(64, 128, 4, 2, True), Tile(128, 64, 4, 2, True)
+        return (
+            (Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True))
+            if large
+            else (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        )
     if width <= 128:
-        return Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True)
-    return Tile(32, 64, 8, 1, True), Tile(64, 32, 8, 1, True)
+        return (
+            (Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True))
+            if large
+            else (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+        )
+    return (Tile(32, 64, 8, 1, True), Tile(64, 32, 8, 1, True)) if large else (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
