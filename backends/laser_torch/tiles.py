@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from triton.runtime import driver
 
 ROWS = 128  # no tile has more queries
 LARGE = 200 << 10  # bytes of shared memory of the data centre cards from Hopper on; the others have at least 99 KiB
@@ -29,7 +30,8 @@ def is_large(device: torch.device) -> bool:
     """Whether the tiles of the large cards fit; a CPU, where Triton is interpreted, has any size."""
     if device.type != "cuda":
         return True
-    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return bool(driver.active.utils.get_device_properties(index)["max_shared_mem"] >= LARGE)
 
 
 def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> Tile:
