@@ -57,20 +57,23 @@ def provenance(result: dict[str, Any]) -> str:
     return f"{result['date']}, commit `{result['commit'][:12]}`, {where}."
 
 
-def cpu_page(result: dict[str, Any]) -> str:
+def newest(results: list[dict[str, Any]], framework: str) -> dict[str, Any]:
+    """The latest result file that has a framework."""
+    return max((r for r in results if framework in r["backends"]), key=lambda r: r["date"])
+
+
+def cpu_page(results: list[dict[str, Any]]) -> str:
     """All records, a table for each framework."""
-    b, h, _, d = result["shape"]
+    b, h, _, d = results[0]["shape"]
     parts = [
-        provenance(result),
-        f"B = {b}, H = {h}, D = E = {d}, {result['dtype']}. Ratios are times of the peer, the median over turns taken "
-        "with it, of which there were as many as *turns* says; below 1 LASER is faster. Memory is the peak beside inputs "
-        "and results. Error is the worst of sampled rows over the bound of [numerics](numerics.md), in the process that "
-        "was timed.",
+        f"B = {b}, H = {h}, D = E = {d}, {results[0]['dtype']}. Ratios are times of the peer, the median over turns "
+        "taken with it, of which there were as many as *turns* says; below 1 LASER is faster. Memory is the peak "
+        "beside inputs and results. Error is the worst of sampled rows over the bound of [numerics](numerics.md), in "
+        "the process that was timed.",
     ]
     for framework, peer in PEERS.items():
+        result = newest(results, framework)
         records = [r for r in result["records"] if r["framework"] == framework]
-        if not records:
-            continue
         softmax = {(r["length"], r["causal"], r["pass"]): r for r in records if r["candidate"] == "softmax"}
         recipe = {(r["length"], r["causal"], r["pass"]): r for r in records if r["candidate"] == "recipe"}
         rows = []
@@ -96,9 +99,10 @@ def cpu_page(result: dict[str, Any]) -> str:
         header = ["L", "causal", "pass", "softmax, ms", "LASER, ms", "ratio", "turns", *extra, "error / bound", "goal"]
         parts += [
             f"### {framework}: beside {peer}",
-            f"Backend: `{result['backends'][framework]}`.",
+            f"Backend: `{result['backends'][framework]}`. {provenance(result)}",
             table(header, rows),
         ]
+    result = newest(results, "numpy")
     extra_import = result["import"]["laser_core"] - result["import"]["numpy"]
     parts += [
         "### Import",
@@ -108,17 +112,20 @@ def cpu_page(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(results: list[dict[str, Any]]) -> str:
     """One line per framework: the ratios at the middle length."""
     rows = []
     for framework, peer in PEERS.items():
+        result = newest(results, framework)
         own = [r for r in result["records"] if r["framework"] == framework and r["candidate"] == "laser"]
         at = {(r["causal"], r["pass"]): f"{r['ratio']:.2f}" for r in own if r["length"] == 2048}
         if at:
             passes = ("forward", "forward and backward")
             rows.append([framework, peer, *(at[(c, p)] for p in passes for c in (False, True))])
     header = ["arrays", "peer", "forward", "forward, causal", "with backward", "with backward, causal"]
-    return table(header, rows) + "\n\nTimes of the peer at L = 2048. " + provenance(result)
+    devices = "; ".join(sorted({r["device"] for r in results}))
+    note = f"Times of the peer at L = 2048 on {devices}. Dates, versions and all lengths: "
+    return table(header, rows) + "\n\n" + note + "[performance](docs/performance.md)."
 
 
 def filled(path: Path, name: str, text: str) -> str:
@@ -136,11 +143,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     check = parser.parse_args().check
-    result = json.loads((RESULTS / "cpu.json").read_text())
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu*.json"))]
     stale = False
     for path, name, text in (
-        (ROOT / "docs" / "performance.md", "cpu", cpu_page(result)),
-        (ROOT / "README.md", "benchmarks", summary(result)),
+        (ROOT / "docs" / "performance.md", "cpu", cpu_page(results)),
+        (ROOT / "README.md", "benchmarks", summary(results)),
     ):
         new = filled(path, name, text)
         if new != path.read_text():
