@@ -135,7 +135,7 @@ def forward(
     Args:
         q: (B, Hq, Lq, D), float16 or bfloat16, of any strides that :func:`fits`.
         k: (B, Hk, Lk, D), Hq a multiple of Hk.
-        x: (B, Hx, Lk, D), 2^(βv·log2e − c), Hq a multiple of Hx.
+        x: (B, Hx, Lk, D), 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN), Hq a multiple of Hx.
         c: (B, Hx, D), int32, contiguous; None: all 0.
         beta: A number, or a float32 tensor that broadcasts to (Hq, D).
         scale: Of the scores, > 0.
