@@ -13,6 +13,7 @@ import pytest
 
 FORMS = [
     {"dtype": "bf16", "width": 128, "causal": True},
+    {"dtype": "bf16", "width": 64, "causal": False},
     {"dtype": "fp16", "width": 64, "causal": True, "residual": True, "reference": True, "factor": True},
 ]
 SHARED = 227 << 10  # bytes that a block may have on sm_90
@@ -31,7 +32,7 @@ def _compile(tmp_path: Path, form: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f['dtype']}-{f['width']}")
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f['dtype']}-{f['width']}-{f['causal']}")
 def test_fits_the_hardware(form: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
     found = _compile(tmp_path, form)

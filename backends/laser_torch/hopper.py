@@ -32,10 +32,10 @@ class Tiles(NamedTuple):
 
 
 def tiles(width: int, causal: bool) -> Tiles:
-    """The tile sizes for head dimension ``width``."""
-    if width == 64:
-        return Tiles(128, 2, 4, 240, False, "dynamic" if causal else "static")
-    return Tiles(128, 2, 2, 240, False, "dynamic" if causal else "static")
+    """The tile sizes for head dimension ``width``, as measured (docs/hopper-log.md)."""
+    if width == 64 and not causal:
+        return Tiles(128, 3, 4, 160, True, "static")
+    return Tiles(128, 2, 4 if width == 64 else 2, 240, False, "dynamic" if causal else "static")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -135,7 +135,7 @@ def forward(
     Args:
         q: (B, Hq, Lq, D), float16 or bfloat16, of any strides that :func:`fits`.
         k: (B, Hk, Lk, D), Hq a multiple of Hk.
-        x: (B, Hx, Lk, D), 2^(βv·log2e − c), Hq a multiple of Hx.
+        x: (B, Hx, Lk, D), 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN), Hq a multiple of Hx.
         c: (B, Hx, D), int32, contiguous; None: all 0.
         beta: A number, or a float32 tensor that broadcasts to (Hq, D).
         scale: Of the scores, > 0.
