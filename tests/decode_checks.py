@@ -74,7 +74,7 @@ def outputs() -> None:
         for name, sizes, call in cases if dtype != torch.float16 else cases[:3]:
             x = make(dtype, **plain | sizes)
             judge(name, decode(*x, **call), *x, **call)
-        for beta in (-1.0, 0.0):
+        for beta in (-1.0, 0.0) if dtype != torch.float16 else ():
             q, k, v = make(dtype, **plain | {"lq": 4, "lk": 30})
             spoil(k, v)
             judge(f"visible NaN and infinity, beta {beta}", decode(q, k, v, beta=beta), q, k, v, beta=beta)
