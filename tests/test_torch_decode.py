@@ -52,7 +52,7 @@ def run(*command: str, interpret: bool = True) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["outputs", "isolation", "paged"])
+@pytest.mark.parametrize("part", ["outputs", "isolation", "lengths", "paged"])
 def test_interpreted(part: str) -> None:
     assert "ok" in run(str(HERE / "decode_checks.py"), part)
 
