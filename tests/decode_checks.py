@@ -44,6 +44,15 @@ def judge(name: str, got: Any, q: Any, k: Any, v: Any, **call: Any) -> None:
     print("ok", name, q.dtype)
 
 
+def lengths() -> None:
+    q, k, v = make(torch.float32, 1, 40, 16, 16, 1.0)
+    want = decode(q, k, v, key_value_seq_lengths=torch.tensor([17, 40]))
+    for dtype, large in ((torch.uint64, 2**63), (torch.int64, 2**40), (torch.uint8, 200), (torch.int16, 1000)):
+        got = decode(q, k, v, key_value_seq_lengths=torch.tensor([17, large], dtype=dtype))
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True)), dtype
+    print("ok lengths")
+
+
 def spoil(k: torch.Tensor, v: torch.Tensor) -> None:
     v[:, :, 10, 5], v[:, 1, 11, 7], v[:, :, 12, 8], k[:, 1, 20, 3] = math.nan, math.inf, -math.inf, math.inf
 
@@ -74,7 +83,7 @@ def outputs() -> None:
         for name, sizes, call in cases if dtype != torch.float16 else cases[:3]:
             x = make(dtype, **plain | sizes)
             judge(name, decode(*x, **call), *x, **call)
-        for beta in (-1.0, 0.0):
+        for beta in (-1.0, 0.0) if dtype != torch.float16 else ():
             q, k, v = make(dtype, **plain | {"lq": 4, "lk": 30})
             spoil(k, v)
             judge(f"visible NaN and infinity, beta {beta}", decode(q, k, v, beta=beta), q, k, v, beta=beta)

@@ -226,5 +226,6 @@ def _lengths(problem: Problem, x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     if x.dtype == torch.uint64:  # beyond int64 is beyond the end
-        x = x.clamp(max=2**62).to(torch.int64)
+        x = x.view(torch.int64)
+        x = torch.where(x < 0, 2**62, x)
     return x.expand(problem.batch).reshape(-1).contiguous()
