@@ -82,6 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     // few keys carry a row, the rounding of X does not average out; each row decides that for itself, so that its bits
     // do not depend on its neighbours.
     const bool partial = !all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS);
+    const bool direct = !partial && !CAP && pr.scale >= 0.f;  // scores are products times one factor, in their order
+    const float factor = direct ? pr.scale * LOG2E : 1.f;
     u32 p[STRIPS][KEYS / 16][4];  // the left operand [16 * STRIPS, KEYS]
     bool few[STRIPS][2], any_few = false;
 #pragma unroll
@@ -103,16 +105,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
           for (int r = 0; r < 4; r++) {
             float slope;
             l[w][r / 2] = fmaf(s[w][j][r], 0.f, l[w][r / 2]);
-            s[w][j][r] = score(pr, s[w][j][r], slope);
+            if (!direct) s[w][j][r] = score(pr, s[w][j][r], slope);
           }
       }
       float minus_m[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float top = m[w][h];
+        float top = -INF;
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++) top = fmaxf(top, fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-        top = row_max(top);
+        top = fmaxf(m[w][h], row_max(top * factor));
         const float reference = top == -INF ? 0.f : top;
         minus_m[h] = P_SHIFT - reference;
         const float shrink = exp2_fast(m[w][h] - reference);
@@ -129,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
       for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          s[w][j][r] = exp2_fast(s[w][j][r] + minus_m[r / 2]);
+          s[w][j][r] = exp2_fast(fmaf(s[w][j][r], factor, minus_m[r / 2]));
           l[w][r / 2] += s[w][j][r];
         }
         p[w][j / 2][j % 2 * 2] = pack(s[w][j][0], s[w][j][1]);
