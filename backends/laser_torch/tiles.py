@@ -38,10 +38,10 @@ def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool)
     if dtype == torch.float32:
         return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 4, 1)
     if width <= 64:
-        return Tile(128, 64, 4, 3, True)
+        return Tile(64, 64, 4, 3, True)
     if not large:
         return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 2)
-    return Tile(128, 128, 8, 2, True) if width <= 128 else Tile(128, 64, 8, 2, True)
+    return Tile(128, 64, 8, 3, True) if width <= 128 else Tile(128, 64, 8, 2, True)
 
 
 def backward_tiles(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> tuple[Tile, Tile]:
@@ -52,15 +52,9 @@ def backward_tiles(dtype: torch.dtype, head_dim: int, value_dim: int, large: boo
             return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
         return (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)) if width <= 128 else (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
     if width <= 64:
-        return (
-            (Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True))
-            if large
-            else (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-        )
+        return Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 3 if large else 2, True)
     if width <= 128:
         return (
-            (Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True))
-            if large
-            else (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+            (Tile(64, 64, 4, 2, True), Tile(128, 64, 8, 3, True)) if large else (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
         )
     return (Tile(32, 64, 8, 1, True), Tile(64, 32, 8, 1, True)) if large else (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
