@@ -201,12 +201,12 @@ def value_pass(call: Call) -> Values:
         call.k, v, x, *partial, odd, call.key_lengths, *call.strides("k", "v"),
         p.key_value_heads, p.key_length, call.y_scale,
         D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, LENGTHS=lengths, LINEAR=linear,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
     triton_values.decide[(heads,)](
         v, x, *partial, odd, c, flags, call.key_lengths, *call.strides("v"),
         p.key_value_heads, p.key_length, blocks, call.y_scale,
-        E=p.value_dim, EP=width, BLOCK=block, LENGTHS=lengths, LINEAR=linear,
+        E=p.value_dim, EP=width, BLOCK=block, WIDE=16, LENGTHS=lengths, LINEAR=linear,
         RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
         num_warps=4,
     )  # fmt: skip
@@ -350,7 +350,7 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
     triton_backward.prepare_rows[(heads * (r.shape[1] // block),)](
         o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
         p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p), r.shape[1],
-        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=4,
+        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=8,
     )  # fmt: skip
     return side
 
