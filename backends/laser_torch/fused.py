@@ -237,8 +237,10 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
 
 def _copies_tiles(x: Tensor) -> bool:
     """Whether the hardware copies tiles of this matrix by itself: Hopper and later, and aligned rows."""
+    if INTERPRETED or torch.version.hip is not None:
+        return False
     aligned = x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return not INTERPRETED and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def _describe_rows(x: Tensor, block: int) -> TensorDescriptor | None:

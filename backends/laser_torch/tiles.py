@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 ROWS = 128  # no tile has more queries
-LARGE = 200 << 10  # bytes of shared memory of the data centre cards from Hopper on; the others have at least 99 KiB
 
 
 class Tile(NamedTuple):
@@ -26,10 +25,13 @@ def value_block(width: int) -> int:
 
 
 def is_large(device: torch.device) -> bool:
-    """Whether the tiles of the large cards fit; a CPU, where Triton is interpreted, has any size."""
+    """Whether the tiles of NVIDIA's data centre cards from Hopper on fit; the others have 99 KiB a block, or 64 KiB.
+
+    A CPU, where Triton is interpreted, has any size.
+    """
     if device.type != "cuda":
         return True
-    return bool(torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> Tile:

@@ -146,7 +146,8 @@ def decide(
     V, X, Low, High, Sum, Odd, C, Flags, KeyLengths,
     v_b, v_h, v_n, heads, key_length, blocks, y_scale,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
-    LINEAR: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
+    LINEAR: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
     """Per head: c and the flags, and X once more where c is not zero. Grid: (B·Hkv,).
 
