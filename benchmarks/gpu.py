@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from laser_core import explain, laser_attention
 
 SHAPES = ((4, 16, 4096, 128), (4, 32, 4096, 64), (1, 16, 16384, 128), (16, 16, 1024, 128))
 RANGES = (1, 3, 5, 10, 20, 50, 100, 400)  # standard deviations of the values
+BUSY = 6_000_000  # cycles, some milliseconds
 ROWS = 8  # queries of a head that are compared with float64
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -83,20 +85,27 @@ def errors(x: list[Tensor], causal: bool, out: Tensor, dq: Tensor | None) -> tup
     return worst, None if dq is None else math.sqrt(wrong / size)
 
 
-def times(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns by the clock of the device."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+def times(calls: dict[str, Callable[[], Any]], turns: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each call on the device, taken in turns, and the median that the host needs to launch one.
+
+    The device is kept busy until the launches are queued: in a model, other work does that.
+    """
+    device: dict[str, list[float]] = {name: [] for name in calls}
+    host: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 2):
         for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(3):  # launches overlap with work, as they do in a model
-                call()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(BUSY)  # type: ignore[no-untyped-call]
+            begin.record()
+            start = time.perf_counter()
+            call()
+            launched = time.perf_counter() - start
             end.record()
             end.synchronize()
-            if turn >= 2:
-                found[name].append(start.elapsed_time(end) / 3e3)
-    return found
+            if turn >= 2:  # the first ones warm up
+                device[name].append(begin.elapsed_time(end) / 1e3)
+                host[name].append(launched)
+    return device, {name: statistics.median(taken) for name, taken in host.items()}
 
 
 def memory(run: Attention, x: list[Tensor], causal: bool) -> dict[str, int]:
@@ -125,7 +134,7 @@ def measure(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, turns: int
     work = 4 * math.prod(shape) * shape[2] / (2 if causal else 1)
     records = []
     for what, calls, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        seconds = times(calls, turns)
+        seconds, host = times(calls, turns)
         for name, taken in seconds.items():
             ratio = statistics.median(a / b for a, b in zip(seconds["softmax"], taken, strict=True))
             records.append(
@@ -136,6 +145,7 @@ def measure(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, turns: int
                     "pass": what,
                     "candidate": name,
                     "ms": statistics.median(taken) * 1e3,
+                    "host ms": host[name] * 1e3,
                     "TFLOP/s": factor * work / statistics.median(taken) / 1e12,
                     "speed": ratio,
                     "error": error if name == "laser" else None,
@@ -166,8 +176,8 @@ def accuracy(dtype: torch.dtype) -> list[dict[str, Any]]:
 def ceiling() -> float:
     """TFLOP/s of an 8192³ bfloat16 product of random matrices."""
     a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
-    seconds = times({"product": lambda: a @ b}, 5)["product"]
-    return 2 * 8192**3 / statistics.median(seconds) / 1e12
+    seconds, _ = times({"product": lambda: a @ b}, 5)
+    return 2 * 8192**3 / statistics.median(seconds["product"]) / 1e12
 
 
 def main() -> None:

@@ -201,12 +201,12 @@ def value_pass(call: Call) -> Values:
         call.k, v, x, *partial, odd, call.key_lengths, *call.strides("k", "v"),
         p.key_value_heads, p.key_length, call.y_scale,
         D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, LENGTHS=lengths, LINEAR=linear,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
     triton_values.decide[(heads,)](
         v, x, *partial, odd, c, flags, call.key_lengths, *call.strides("v"),
         p.key_value_heads, p.key_length, blocks, call.y_scale,
-        E=p.value_dim, EP=width, BLOCK=block, LENGTHS=lengths, LINEAR=linear,
+        E=p.value_dim, EP=width, BLOCK=block, WIDE=16, LENGTHS=lengths, LINEAR=linear,
         RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
         num_warps=4,
     )  # fmt: skip
@@ -254,8 +254,10 @@ def _hopper_forward(call: Call, values: Values, wide: bool) -> tuple[Tensor, Ten
 
 def _copies_tiles(x: Tensor) -> bool:
     """Whether the hardware copies tiles of this matrix by itself: Hopper and later, and aligned rows."""
+    if INTERPRETED or torch.version.hip is not None:
+        return False
     aligned = x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return not INTERPRETED and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def _describe_rows(x: Tensor, block: int) -> TensorDescriptor | None:
@@ -382,7 +384,7 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
     triton_backward.prepare_rows[(heads * (r.shape[1] // block),)](
         o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
         p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p), r.shape[1],
-        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=4,
+        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=8,
     )  # fmt: skip
     return side
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from triton.runtime import driver
 
 ROWS = 128  # no tile has more queries
-LARGE = 200 << 10  # bytes of shared memory of the data centre cards from Hopper on; the others have at least 99 KiB
 
 
 class Tile(NamedTuple):
@@ -27,11 +25,13 @@ def value_block(width: int) -> int:
 
 
 def is_large(device: torch.device) -> bool:
-    """Whether the tiles of the large cards fit; a CPU, where Triton is interpreted, has any size."""
+    """Whether the tiles of NVIDIA's data centre cards from Hopper on fit; the others have 99 KiB a block, or 64 KiB.
+
+    A CPU, where Triton is interpreted, has any size.
+    """
     if device.type != "cuda":
         return True
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return bool(driver.active.utils.get_device_properties(index)["max_shared_mem"] >= LARGE)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> Tile:
@@ -40,10 +40,10 @@ def forward_tile(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool)
     if dtype == torch.float32:
         return Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 2) if width <= 128 else Tile(16, 32, 4, 1)
     if width <= 64:
-        return Tile(128, 64, 4, 3, True)
+        return Tile(64, 64, 4, 3, True)
     if not large:
         return Tile(64, 64, 4, 2) if width <= 128 else Tile(32, 32, 4, 2)
-    return Tile(128, 128, 8, 2, True) if width <= 128 else Tile(128, 64, 8, 2, True)
+    return Tile(128, 64, 8, 3, True) if width <= 128 else Tile(128, 64, 8, 2, True)
 
 
 def backward_tiles(dtype: torch.dtype, head_dim: int, value_dim: int, large: bool) -> tuple[Tile, Tile]:
@@ -54,15 +54,9 @@ def backward_tiles(dtype: torch.dtype, head_dim: int, value_dim: int, large: boo
             return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
         return (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)) if width <= 128 else (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
     if width <= 64:
-        return (
-            (Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True))
-            if large
-            else (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-        )
+        return Tile(64, 64, 4, 2, True), Tile(64, 64, 4, 3 if large else 2, True)
     if width <= 128:
         return (
-            (Tile(64, 128, 8, 2, True), Tile(128, 64, 8, 2, True))
-            if large
-            else (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+            (Tile(64, 64, 4, 2, True), Tile(128, 64, 8, 3, True)) if large else (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
         )
     return (Tile(32, 64, 8, 1, True), Tile(64, 32, 8, 1, True)) if large else (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))

@@ -12,7 +12,17 @@ which something may be hidden clean Q and K before they meet ds, since 0·NaN is
 import triton
 import triton.language as tl
 
-from .triton_values import UNSPECIALIZED, is_finite, key_range, length_of, load_rows, pow2, to_scores
+from .triton_values import (
+    UNSPECIALIZED,
+    is_finite,
+    key_range,
+    length_of,
+    load_rows,
+    pow2,
+    tile_count,
+    tile_start,
+    to_scores,
+)
 
 CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all tiles are treated as partly hidden
 
@@ -89,14 +99,16 @@ def probabilities(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, x, Q, G, Row, L2, first, last, q_end, k_end, j, b, h, q_n, q_row, q_column, own, own_row,
+    dk, dv, k, x, Q, G, Row, L2, first, full_first, full_last, last, q_end, k_end, j, b, h,
+    q_n, q_row, q_column, own, own_row,
     m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(first, last, BM):
+    for index in tl.range(0, tile_count(first, full_first, full_last, last, BM, MASKED)):
+        start = tile_start(index, first, full_first, full_last, BM, MASKED)
         if TMA:
             q = Q.load([q_row + start, q_column])
             g = G.load([own.to(tl.int32) + start, 0])
@@ -170,17 +182,14 @@ def backward_keys(
             Qh = Q
         else:
             Qh = Q + b * q_b + h * q_h
-        if BAND_HIGH:
-            dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, q_end, k_end, j, b, h,
-                q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-                low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
-                BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
         if not (MASK or BIAS):
-            dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, full_first, full_last, q_end, k_end, j, b, h,
+            dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, full_last, last,
+            q_end, k_end, j, b, h,
                 q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, False, TMA,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
-        dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, full_last, last, q_end, k_end, j, b, h,
+        dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, full_last, last,
+            q_end, k_end, j, b, h,
             q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
             low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
@@ -197,14 +206,15 @@ def backward_keys(
 
 @triton.jit
 def _walk_keys(
-    dq, q, g, l2, r, K, X, first, last, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
+    dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
     n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(first, last, BN):
+    for index in tl.range(0, tile_count(first, full_first, full_last, last, BN, MASKED)):
+        start = tile_start(index, first, full_first, full_last, BN, MASKED)
         if TMA:
             k = K.load([k_row + start, k_column])
             x = X.load([x_row + start, 0])
@@ -274,17 +284,14 @@ def backward_queries(
     careful = flags >= 4
     full_first = tl.where(careful, first, full_first)
     full_last = tl.where(careful, first, full_last)
-    if BAND_LOW:
-        dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
-            n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
-            D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
     if not (MASK or BIAS):
-        dq = _walk_keys(dq, q, g, l2, r, K, X, full_first, full_last, q_end, k_end, i, b, h,
+        dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
             k_n, k_row, k_column, x_row,
             n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
             D, E, DP, EP, BN, False, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
-    dq = _walk_keys(dq, q, g, l2, r, K, X, full_last, last, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
-        n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
+    dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
+        k_n, k_row, k_column, x_row, n, d, e,
+        Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
         D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
     tl.store(DQ + (own + m0) * D + (m_[:, None] * D + d[None, :]), (dq * scale).to(DQ.dtype.element_ty),
         mask=(i < query_length)[:, None] & (d < D)[None, :])  # fmt: skip

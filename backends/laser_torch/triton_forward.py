@@ -10,13 +10,15 @@ from .triton_values import (
     length_of,
     load_rows,
     split_log2,
+    tile_count,
+    tile_start,
     to_scores,
 )
 
 
 @triton.jit
 def _tiles(
-    acc, l, m, count, q, K, X, first, last, k_end, i, b, h,
+    acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
     k_n, k_row, k_column, x_row, n, d, e,
     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
@@ -24,7 +26,8 @@ def _tiles(
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(first, last, BN):
+    for index in tl.range(0, tile_count(first, full_first, full_last, last, BN, MASKED)):
+        start = tile_start(index, first, full_first, full_last, BN, MASKED)
         if TMA:  # what it reads beyond the end is hidden by the scores; X is finite everywhere
             k = K.load([k_row + start, k_column]).T
         else:
@@ -109,17 +112,12 @@ def forward(
     first, full_first, full_last, last = key_range(
         m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
     )
-    if BAND_LOW:
-        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, k_end, i, b, h,
-            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
-            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
-            BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     if not (MASK or BIAS):
-        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_first, full_last, k_end, i, b, h,
+        acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
             k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
             m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
-    acc, l, m, count = _tiles(acc, l, m, count, q, K, X, full_last, last, k_end, i, b, h,
+    acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
             k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
         m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
         BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip

@@ -145,8 +145,9 @@ def value_pass(
 def decide(
     V, X, Low, High, Sum, Odd, C, Flags, KeyLengths,
     v_b, v_h, v_n, heads, key_length, blocks, y_scale,
-    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, LENGTHS: tl.constexpr, LINEAR: tl.constexpr,
-    RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
+    LINEAR: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
     """Per head: c and the flags, and X once more where c is not zero. Grid: (B·Hkv,).
 
@@ -161,13 +162,15 @@ def decide(
     low = tl.full((EP,), float("inf"), tl.float32)
     high = tl.full((EP,), float("-inf"), tl.float32)
     total = tl.zeros((EP,), tl.float32)
-    for block in range(0, blocks):
-        odd |= tl.load(Odd + head * blocks + block)
+    w = tl.arange(0, WIDE)
+    for first in range(0, blocks, WIDE):
+        there = first + w < blocks
+        odd |= tl.max(tl.load(Odd + head * blocks + first + w, mask=there, other=0))
         if not LINEAR:
-            at = (head * blocks + block).to(tl.int64) * EP + e
-            low = tl.minimum(low, tl.load(Low + at))
-            high = tl.maximum(high, tl.load(High + at))
-            total += tl.load(Sum + at)
+            at = (head * blocks + first + w).to(tl.int64)[:, None] * EP + e[None, :]
+            low = tl.minimum(low, tl.min(tl.load(Low + at, mask=there[:, None], other=float("inf")), 0))
+            high = tl.maximum(high, tl.max(tl.load(High + at, mask=there[:, None], other=float("-inf")), 0))
+            total += tl.sum(tl.load(Sum + at, mask=there[:, None], other=0.0), 0)
     flags = tl.where(odd > 0, 2, 0)
     c = tl.zeros((EP,), tl.float32)
     if not LINEAR:
@@ -247,3 +250,22 @@ def key_range(m0, q_end, k_end, low, high, BM: tl.constexpr, BN: tl.constexpr,
     full_first = tl.where(empty, first, full_first)
     full_last = tl.where(empty, first, full_last)
     return first, full_first, full_last, last
+
+
+@triton.jit
+def tile_count(first, full_first, full_last, last, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """How many tiles there are between the inner two bounds, or outside of them where MASKED."""
+    if MASKED:
+        return (full_first - first) // SIZE + tl.maximum(last - full_last + SIZE - 1, 0) // SIZE
+    else:
+        return (full_last - full_first) // SIZE
+
+
+@triton.jit
+def tile_start(index, first, full_first, full_last, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Where the tile of this index starts."""
+    if MASKED:
+        start = first + index * SIZE
+        return start + tl.where(start >= full_first, full_last - full_first, 0)
+    else:
+        return full_first + index * SIZE
