@@ -67,14 +67,14 @@ def tiles(problem: Problem, device: Device) -> Tiles:
 
 @functools.cache
 def _splits(programs: int, most: int, slots: int) -> int:
-    """The fewest splits that keep nine tenths of the slots busy to the end, or else the best there is."""
-    best, busiest = 1, 0.0
-    for splits in range(1, most + 1):
+    """The fewest splits, of 4096 keys at most, that keep the slots busy to the end, or else the best there is."""
+    best, busiest = most, 0.0
+    for splits in range(triton.cdiv(most, 16), most + 1):
         total = programs * splits
         busy = total / (triton.cdiv(total, slots) * slots)
         if busy > busiest:
             best, busiest = splits, busy
-        if busy >= 0.9:
+        if busy >= 0.95:
             break
     return best
 
