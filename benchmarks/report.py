@@ -128,6 +128,70 @@ def summary(results: list[dict[str, Any]]) -> str:
     return table(header, rows) + "\n\n" + note + "[performance](docs/performance.md)."
 
 
+def gpu_page(result: dict[str, Any]) -> str:
+    """Speed beside cuDNN's softmax attention, memory, and accuracy, from a run of gpu.py."""
+    peers = {"softmax": "softmax", "recipe": "recipe", "laser": "LASER"}
+    rows = []
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for r in result["records"]:
+        groups.setdefault((tuple(r["shape"]), r["dtype"], r["causal"], r["pass"]), {})[r["candidate"]] = r
+    for key, own in groups.items():
+        laser, shape = own["laser"], ",".join(map(str, key[0]))
+        rows.append(
+            [
+                shape,
+                key[1],
+                "yes" if key[2] else "no",
+                key[3],
+                *(f"{own[name]['TFLOP/s']:.0f}" for name in peers),
+                f"{own['recipe']['speed']:.2f}",
+                f"{laser['speed']:.2f}",
+                f"{laser['TFLOP/s'] / result['product']:.0%}",
+                f"{own['softmax']['host ms']:.2f} / {laser['host ms']:.2f}",
+                " / ".join(f"{own[name]['memory']['peak'] / MEBI:.0f}" for name in peers),
+                f"{laser['error']:.2f}",
+            ]
+        )
+    header = ["B,H,L,D", "dtype", "causal", "pass", *(f"{x}, TFLOP/s" for x in peers.values()), "recipe ÷ softmax"]
+    header += ["LASER ÷ softmax", "of the product's rate", "host, ms", "peak, MiB", "error / bound"]
+    widths = sorted({r["sigma"] for r in result["accuracy"]})
+    accuracy = []
+    for dtype in dict.fromkeys(r["dtype"] for r in result["accuracy"]):
+        for name in ("laser", "recipe"):
+            own = {r["sigma"]: r for r in result["accuracy"] if (r["dtype"], r["candidate"]) == (dtype, name)}
+            cells = [f"{own[s]['lost']} lost" if own[s]["lost"] else f"{own[s]['error']:.2f}" for s in widths]
+            accuracy.append([dtype, peers[name], *cells])
+    return "\n\n".join(
+        (
+            provenance(result),
+            f"Backend: `{result['chosen']}`. Speeds are ratios to cuDNN's softmax attention in the same run, in turns; above "
+            "1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a product of 8192³ ran "
+            f"at {result['product']:.0f}. The device is kept busy while the host launches, whose time is in a column of "
+            "its own (softmax / LASER). Peak: of a forward and a backward pass, beside the inputs (softmax / recipe / "
+            "LASER). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, eager and unguarded.",
+            table(header, rows),
+            "Worst error of sampled rows over the bound of [numerics](numerics.md) by the standard deviation of the "
+            "values, causal, (2,4,1024,128); *lost* counts outputs that are not finite.",
+            table(["dtype", "", *(f"σ = {s}" for s in widths)], accuracy),
+        )
+    )
+
+
+def decode_page(result: dict[str, Any]) -> str:
+    """One query against a long cache, from a run of decode.py."""
+    rows = [
+        [r["shape"], r["who"], f"{r['us']:.0f}", f"{r['TB/s']:.2f}", f"{r['of copy']:.2f}", f"{r['error']:.2f}"]
+        for r in result["records"]
+        if "TB/s" in r
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    where = f"{result['date']}, commit `{result['commit'][:12]}`, {versions}; {result['device']}"
+    note = (
+        f"{result['problem']}. A copy of 1 GiB in the same run: {result['copy TB/s']:.2f} TB/s, bytes read and written."
+    )
+    return f"{where}.\n\n{note}\n\n" + table(["cache", "who", "µs", "TB/s", "of the copy", "error / bound"], rows)
+
+
 def filled(path: Path, name: str, text: str) -> str:
     """The file's text with the block of that name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -144,8 +208,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     check = parser.parse_args().check
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu*.json"))]
+    gpu, decode = (json.loads(sorted(RESULTS.glob(f"*-{name}.json"))[-1].read_text()) for name in ("gpu", "decode"))
     stale = False
     for path, name, text in (
+        (ROOT / "docs" / "performance.md", "gpu", gpu_page(gpu)),
+        (ROOT / "docs" / "performance.md", "decode", decode_page(decode)),
         (ROOT / "docs" / "performance.md", "cpu", cpu_page(results)),
         (ROOT / "README.md", "benchmarks", summary(results)),
     ):
