@@ -161,14 +161,17 @@ def gpu_page(result: dict[str, Any]) -> str:
             own = {r["sigma"]: r for r in result["accuracy"] if (r["dtype"], r["candidate"]) == (dtype, name)}
             cells = [f"{own[s]['lost']} lost" if own[s]["lost"] else f"{own[s]['error']:.2f}" for s in widths]
             accuracy.append([dtype, peers[name], *cells])
+    about = (
+        f"Backend: `{result['chosen']}`. Speeds are ratios to cuDNN's softmax attention in the same run, in turns; "
+        "above 1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a product of "
+        f"8192³ ran at {result['product']:.0f}. The device is kept busy while the host launches, whose time is in a "
+        "column of its own (softmax / LASER). Peak: of a forward and a backward pass, beside the inputs (softmax / "
+        "recipe / LASER). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, eager and unguarded."
+    )
     return "\n\n".join(
         (
             provenance(result),
-            f"Backend: `{result['chosen']}`. Speeds are ratios to cuDNN's softmax attention in the same run, in turns; above "
-            "1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a product of 8192³ ran "
-            f"at {result['product']:.0f}. The device is kept busy while the host launches, whose time is in a column of "
-            "its own (softmax / LASER). Peak: of a forward and a backward pass, beside the inputs (softmax / recipe / "
-            "LASER). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, eager and unguarded.",
+            about,
             table(header, rows),
             "Worst error of sampled rows over the bound of [numerics](numerics.md) by the standard deviation of the "
             "values, causal, (2,4,1024,128); *lost* counts outputs that are not finite.",
