@@ -135,6 +135,20 @@ def test_lengths_of_every_integer_dtype(dtype: str, cache: Path, monkeypatch: py
         np.testing.assert_array_equal(out[b : b + 1], alone)
 
 
+@needs_emulator
+@pytest.mark.parametrize(("strips", "keys"), [(2, 32), (2, 64), (1, 32)])
+def test_tile_sizes_do_not_matter(strips: int, keys: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))
+    x = np.random.default_rng(0).standard_normal((1, 1, 200, 16)).astype(np.float16)
+    problem, inputs = laser_core._problem.describe(x, x, x, is_causal=True, window_size=(90, None))
+    one = emulated.EMULATED.forward(problem, inputs)
+    other_build = dataclasses.replace(host.Build.of(problem), strips=strips, keys=keys)
+    monkeypatch.setattr(host.Build, "of", lambda problem: other_build)
+    two = emulated.EMULATED.forward(problem, inputs)
+    np.testing.assert_allclose(two.residual, one.residual, atol=2**-10)
+    np.testing.assert_allclose(two.lse, one.lse, atol=1e-5)
+
+
 SABOTAGE = {
     "barrier before x": "    __syncthreads();  // x is there, and nobody reads k any more\n",
     "barrier before k": "    __syncthreads();  // k is there, and nobody reads x any more\n",

@@ -187,7 +187,7 @@ def _cupy(device: str) -> Library:
         flat = cupy.asarray(np.lib.stride_tricks.as_strided(x, (reach,), (x.itemsize,)))
         return cupy.lib.stride_tricks.as_strided(flat, x.shape, x.strides)
 
-    dtypes = ("float64", "float32", "float16")
+    dtypes = ("float64", "float32", "bfloat16", "float16")
     return Library(
         "cupy",
         device,
