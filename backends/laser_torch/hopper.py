@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(width: int, causal: bool) -> Tiles:
-    """The tile sizes for head dimension ``width``, as measured (docs/hopper-log.md)."""
+    """The tile sizes for head dimension ``width``: see docs/hopper-log.md for what they rest on."""
     if width == 64 and not causal:
         return Tiles(128, 3, 4, 160, True, "static")
     return Tiles(128, 2, 4 if width == 64 else 2, 240, False, "dynamic" if causal else "static")
