@@ -231,7 +231,8 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     out = torch.empty(problem.out_shape, dtype=call.q.dtype, device=q.device)
     l = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     residual = torch.empty(problem.out_shape, dtype=torch.float32, device=q.device) if wide else None
-    launch_forward(call, value_pass(call), out, residual, l, tile)
+    with torch.cuda.device_of(q):
+        launch_forward(call, value_pass(call), out, residual, l, tile)
     return Forward(out.to(dtype), l, residual)
 
 
@@ -322,15 +323,16 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     if 0 in problem.score_shape:
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
-    values = value_pass(call)
-    side = _prepare_rows(call, values, forward, d_out, d_lse)
-    dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
-    for_keys, for_queries = backward_tiles(*_tile_of(call))
-    _launch_keys(call, values, side, dk, dv, for_keys)
-    _launch_queries(call, values, side, dq, for_queries)
-    if problem.beta != 0:
-        _launch_exact(call, values, side, dq, dk, dv)
-    dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
+    with torch.cuda.device_of(inputs.query):
+        values = value_pass(call)
+        side = _prepare_rows(call, values, forward, d_out, d_lse)
+        dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
+        for_keys, for_queries = backward_tiles(*_tile_of(call))
+        _launch_keys(call, values, side, dk, dv, for_keys)
+        _launch_queries(call, values, side, dq, for_queries)
+        if problem.beta != 0:
+            _launch_exact(call, values, side, dq, dk, dv)
+        dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
     dq, dk, dv = (a.to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
     return Gradients(dq, dk, dv, dbias)
 
