@@ -231,7 +231,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     out = torch.empty(problem.out_shape, dtype=call.q.dtype, device=q.device)
     l = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     residual = torch.empty(problem.out_shape, dtype=torch.float32, device=q.device) if wide else None
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         launch_forward(call, value_pass(call), out, residual, l, tile)
     return Forward(out.to(dtype), l, residual)
 
@@ -323,7 +323,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     if 0 in problem.score_shape:
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
-    with torch.cuda.device_of(inputs.query):
+    with torch.cuda.device_of(inputs.query):  # type: ignore[no-untyped-call]
         values = value_pass(call)
         side = _prepare_rows(call, values, forward, d_out, d_lse)
         dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
