@@ -227,10 +227,11 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         l = q.new_full(problem.lse_shape, -math.inf, dtype=torch.float32)
         return Forward(out, l, torch.zeros_like(out, dtype=torch.float32) if wide else None)
     call = prepare(problem, inputs)
-    values = value_pass(call)
     fast = _hopper_forward if _hopper_serves(call) else _portable_forward
-    out, l, residual, count = fast(call, values, wide)
-    _exact_forward(call, values, out, residual, l, count)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        values = value_pass(call)
+        out, l, residual, count = fast(call, values, wide)
+        _exact_forward(call, values, out, residual, l, count)
     return Forward(out.view(problem.out_shape).to(dtype), l, residual)
 
 
@@ -354,15 +355,16 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     if 0 in problem.score_shape:
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
-    values = value_pass(call)
-    side = _prepare_rows(call, values, forward, d_out, d_lse)
-    dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
-    for_keys, for_queries = backward_tiles(*_tile_of(call))
-    _launch_keys(call, values, side, dk, dv, for_keys)
-    _launch_queries(call, values, side, dq, for_queries)
-    if problem.beta != 0:
-        _launch_exact(call, values, side, dq, dk, dv)
-    dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
+    with torch.cuda.device_of(inputs.query):  # type: ignore[no-untyped-call]
+        values = value_pass(call)
+        side = _prepare_rows(call, values, forward, d_out, d_lse)
+        dq, dk, dv = (torch.empty(x.shape, dtype=call.q.dtype, device=x.device) for x in arguments)
+        for_keys, for_queries = backward_tiles(*_tile_of(call))
+        _launch_keys(call, values, side, dk, dv, for_keys)
+        _launch_queries(call, values, side, dq, for_queries)
+        if problem.beta != 0:
+            _launch_exact(call, values, side, dq, dk, dv)
+        dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
     dq, dk, dv = (a.to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
     return Gradients(dq, dk, dv, dbias)
 

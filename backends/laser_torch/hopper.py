@@ -87,15 +87,22 @@ def fits(a: Tensor) -> bool:
     return lies and a.stride(-1) == 1 and a.data_ptr() % ALIGNMENT == 0
 
 
-def _descriptor(a: Tensor, rows: int) -> Any:
+@functools.cache
+def _block(rows: int, width: int, dtype: torch.dtype) -> tuple[list[int], Any]:
+    """A tile, and how it lies in shared memory."""
     from triton.experimental.gluon import language as gl
+
+    block = [1, 1, rows, width]
+    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def _descriptor(a: Tensor, rows: int) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    dtype = gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16
-    block = [1, 1, rows, a.shape[-1]]
+    block, layout = _block(rows, a.shape[-1], a.dtype)
     # a dimension of one element may have any stride, of which the hardware wants to hear nothing
     strides = [a.shape[-1] if n == 1 else s for n, s in zip(a.shape[:-1], a.stride(), strict=False)] + [1]
-    return TensorDescriptor(a, list(a.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor(a, list(a.shape), strides, block, layout)
 
 
 def constants(cut: Tiles, causal: bool, half: bool, residual: bool, reference: bool, factor: bool) -> dict[str, Any]:
