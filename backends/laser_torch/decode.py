@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from laser_core import Forward, Gradients, Inputs, Problem, _streaming
+from laser_core import Forward, Inputs, Problem, _streaming
 
 from . import decode_kernels
 
@@ -90,11 +90,6 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         return _streaming.forward(problem, inputs)
     out, wide, lse = launch(problem, inputs, None, tiles(problem, device_of(inputs.query.device)))
     return Forward(out, lse, residual=wide)
-
-
-def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
-    """The gradients, by the streaming form: decoding has none as a rule."""
-    return _streaming.backward(problem, inputs, forward, d_out, d_lse)
 
 
 def launch(
