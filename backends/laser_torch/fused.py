@@ -262,9 +262,12 @@ def _copies_tiles(x: Tensor) -> bool:
 
 
 def _describe_rows(x: Tensor, block: int) -> TensorDescriptor | None:
-    """A descriptor of a contiguous array as a matrix of rows; None where there can be none."""
+    """A descriptor of a contiguous array ``(heads, L, E)`` as a matrix of rows; None where there can be none.
+
+    No tile may reach into the next head: what is infinite there would be met by a weight of zero.
+    """
     rows = math.prod(x.shape[:-1])
-    if not _copies_tiles(x) or rows >= 2**31:
+    if not _copies_tiles(x) or x.shape[-2] % block or rows >= 2**31:
         return None
     return TensorDescriptor(x, (rows, x.shape[-1]), (x.shape[-1], 1), [block, padded(x.shape[-1])])
 
@@ -275,7 +278,7 @@ def _describe(x: Tensor, block: int) -> tuple[TensorDescriptor, list[int]] | Non
     And how many rows a batch entry and a head are apart, and how many columns a head.
     """
     b, h, n, d = x.shape
-    if not _copies_tiles(x) or b * h * n >= 2**31:
+    if not _copies_tiles(x) or n % block or b * h * n >= 2**31:
         return None
     if x.is_contiguous():
         return TensorDescriptor(x, (b * h * n, d), (d, 1), [block, padded(d)]), [h * n, n, 0]
