@@ -59,14 +59,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
     const float log_l = nan > 0.f ? NOT_A_NUMBER : logf(l);
     if (tid == 0 && (flag & OUTSIDE)) lse[to] = empty ? -INF : m + log_l;
 
-    // per channel: log Σ exp(s − m + βv) about its greatest term so far
+    // per channel: log Σ exp(s − m + βv) about its greatest term so far; a row that sees nothing has no m
+    const float reference = m == -INF ? 0.f : m;
     for (int e0 = 0; e0 < EP; e0 += THREADS) {
       const int e = e0 + tid;
       float top = -INF, sum = 0.f;
       bool infinite = false, odd = false;
       for (int j0 = first; j0 < end; j0 += THREADS) {
         __syncthreads();
-        weights[tid] = j0 + tid < end ? natural_score(p, at, row, k, i, j0 + tid) - m : -INF;
+        weights[tid] = j0 + tid < end ? natural_score(p, at, row, k, i, j0 + tid) - reference : -INF;
         __syncthreads();
         if (e >= p.value_dim) continue;
         for (int n = 0; n < least(THREADS, end - j0); n++) {
