@@ -28,6 +28,8 @@ def _jax(jax: Any) -> list[str]:
 
 
 def _cupy(cupy: Any) -> list[str]:
+    if not cupy.cuda.is_available():  # no driver, or no device: nothing is broken
+        return []
     runtime = cupy.cuda.runtime
     names = (runtime.getDeviceProperties(n)["name"].decode() for n in range(runtime.getDeviceCount()))
     return [f"cuda:{n} {name}" for n, name in enumerate(names)]
