@@ -104,9 +104,9 @@ def _triton_forward(problem: Problem, inputs: Inputs) -> Forward:
 def _triton_backward(
     problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
 ) -> Gradients:
-    from . import fused
+    from . import fused_backward
 
-    return fused.backward(problem, inputs, forward, d_out, d_lse)
+    return fused_backward.backward(problem, inputs, forward, d_out, d_lse)
 
 
 def _triton_why_not(problem: Problem) -> str | None:
