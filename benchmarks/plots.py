@@ -5,30 +5,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from report import latest
 
-RESULTS = Path(__file__).parent / "results"
 NAMES = {"softmax": "softmax, cuDNN", "recipe": "recipe on cuDNN", "laser": "LASER"}
 COLOURS = {"softmax": "0.6", "recipe": "tab:orange", "laser": "tab:blue"}
 LOST = 4.0  # where the plot puts a result with outputs that are not finite, in bounds
 
 
-def results(kind: str) -> list[dict[str, Any]]:
-    """The result files of a kind, such as ``gpu``."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{kind}.json"))]
-
-
 def speed(kind: str = "gpu") -> None:
     """TFLOP/s of every candidate at every shape, a row of bars for each pass, from the last file of a kind."""
-    result = results(kind)[-1]
+    result = latest(kind)
     records = [r for r in result["records"] if "TFLOP/s" in r and r["dtype"] == "bfloat16"]
     problems = list(dict.fromkeys((tuple(r["shape"]), r["causal"]) for r in records))
     _, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
@@ -53,7 +46,7 @@ def speed(kind: str = "gpu") -> None:
 
 def accuracy(kind: str = "gpu") -> None:
     """Worst error over the bound of docs/numerics.md for growing ranges of the values, LASER's and the recipe's."""
-    result = results(kind)[-1]
+    result = latest(kind)
     dtypes = list(dict.fromkeys(r["dtype"] for r in result["accuracy"]))
     _, axes = plt.subplots(1, len(dtypes), figsize=(9, 3.2), sharey=True, layout="constrained")
     for axis, dtype in zip(axes, dtypes, strict=True):
