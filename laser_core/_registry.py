@@ -72,6 +72,8 @@ class Backend:
         why_not: The reason why it cannot run a problem, or None. It sees shapes, dtypes, options and the device
             kind alone, so it can be asked anywhere. What the fields above say need not be said again.
         priority: Among the backends that can run a problem, the automatic choice takes the highest.
+        how: For :func:`laser_core.explain`: which of its kernels would run a problem, and why, or None where it has
+            but one way.
         residual_dtype: The dtype of ``Forward.residual`` for a problem, or None where there is no residual.
         native: The framework itself differentiates through ``forward``, to any order; ``backward`` then serves
             :func:`laser_core.laser_attention_vjp` alone.
@@ -87,6 +89,7 @@ class Backend:
     requires: tuple[str, ...] = ()
     why_not: Callable[[Problem], str | None] = _nothing
     priority: Callable[[Problem], int] = lambda problem: 0
+    how: Callable[[Problem], str | None] = _nothing
     residual_dtype: Callable[[Problem], str | None] = _nothing
     native: bool = False
 
