@@ -42,7 +42,7 @@ def missing(device: torch.device) -> str | None:
     """What a device or its software lacks; None if nothing."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 8:
         return "cuDNN's attention needs an NVIDIA GPU of compute capability 8.0 or later"
-    if not torch.backends.cudnn.is_available():
+    if not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch has no cuDNN"
     return None
 

@@ -1,7 +1,7 @@
 """Which engine runs a pass of a problem, and how it is cut: from what was measured on the device.
 
-A *table* is the result file of ``python -m laser_torch.tune``: times of every engine and tile at a grid of problems on one
-device. The package ships tables; a table of one's own takes their place (:data:`VARIABLE`, or :func:`own_table`).
+A *table* is the result file of ``python -m laser_torch.tune``: times of every engine and tile at a grid of problems on
+one device. The package ships tables; a table of one's own takes their place (:data:`VARIABLE`, or :func:`own_table`).
 Without a table of the device, one of the same compute capability serves, and without that the defaults of the kernels.
 """
 
