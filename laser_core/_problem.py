@@ -58,6 +58,7 @@ class Problem:
         query_lengths, key_value_lengths: Whether sequence lengths are given.
         logits_soft_cap: The bound of the scores before the bias, or None.
         return_lse: Whether the log-sum-exp is asked for.
+        gradient: Whether a backward pass may follow: if not, nothing needs to be kept for it.
     """
 
     framework: str
@@ -81,6 +82,7 @@ class Problem:
     key_value_lengths: bool = False
     logits_soft_cap: float | None = None
     return_lse: bool = False
+    gradient: bool = True
 
     @property
     def group(self) -> int:

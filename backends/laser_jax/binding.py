@@ -46,15 +46,12 @@ def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[
             return backend.forward(problem, inputs)
 
     done = _first_order(backend.name, run)(inputs)
-    kept = done if done.residual is None else done._replace(out=None)
-    return (done.out, done.lse), (inputs, kept)
+    return (done.out, done.lse), (inputs, done)
 
 
 def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
     def run(saved: Saved, d_out: Array, d_lse: Array | None) -> Any:
         inputs, done = saved
-        if done.out is None and done.residual is not None:
-            done = done._replace(out=done.residual.astype(problem.dtype))
         with quiet():
             return backend.backward(problem, inputs, done, d_out, d_lse)
 
