@@ -144,30 +144,31 @@ def value_pass(
     Own = Partial + (head * blocks).to(tl.int64) * (3 * EP)
     Odd = Partial + tl.num_programs(0).to(tl.int64) * (3 * EP) + head * blocks
 
-    # per row of a tile: what is reduced along keys is reduced once, behind the loop
-    low = tl.full((BLOCK, EP), float("inf"), tl.float32)
-    high = tl.full((BLOCK, EP), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK, EP), tl.float32)
-    odd = tl.zeros((BLOCK, EP), tl.int32)
-    odd_keys = tl.zeros((BLOCK, DP), tl.int32)
+    # of half a tile each: a thread has both halves; what is left along keys is reduced behind the loop
+    HALF: tl.constexpr = BLOCK // 2
+    low = tl.full((HALF, EP), float("inf"), tl.float32)
+    high = tl.full((HALF, EP), float("-inf"), tl.float32)
+    total = tl.zeros((HALF, EP), tl.float32)
+    odd = tl.zeros((BLOCK, EP // 8), tl.int32)
+    odd_keys = tl.zeros((BLOCK, DP // 8), tl.int32)
     v = load_rows(V, block * span, v_n, n[:, None], e[None, :], end, E, True, E != EP)
     for start in range(block * span, last, BLOCK):
         v32 = v.to(tl.float32)
         counts = (start + n < end)[:, None] & (e < E)[None, :]
         v = load_rows(V, start + BLOCK, v_n, n[:, None], e[None, :], end, E, True, E != EP)  # on its way meanwhile
         fine = is_finite(v32)
-        odd |= (~fine).to(tl.int32)
+        odd |= tl.max((~fine).to(tl.int32).reshape(BLOCK, EP // 8, 8), 2)
         if LINEAR:
             x = tl.where(fine, v32, 0.0)
         else:
             y = _exponents(tl.where(fine, v32, 0.0), y_scale)
             x = tl.where(fine & counts, scaled_exp2(y, 0.0), 0.0)
-            low = tl.minimum(low, tl.where(fine & counts, y, float("inf")))
-            high = tl.maximum(high, tl.where(fine & counts, y, float("-inf")))
-            total += x
+            low = tl.minimum(low, tl.min(tl.where(fine & counts, y, float("inf")).reshape(2, HALF, EP), 0))
+            high = tl.maximum(high, tl.max(tl.where(fine & counts, y, float("-inf")).reshape(2, HALF, EP), 0))
+            total += tl.sum(x.reshape(2, HALF, EP), 0)
         if KEYS:
             k = load_rows(K, start, k_n, n[:, None], d[None, :], end, D, True, D != DP)
-            odd_keys |= (~is_finite(k)).to(tl.int32)
+            odd_keys |= tl.max((~is_finite(k)).to(tl.int32).reshape(BLOCK, DP // 8, 8), 2)
         at = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
         tl.store(at, x.to(X.dtype.element_ty), mask=(start + n < last)[:, None] & (e < E)[None, :])
     if not LINEAR:
