@@ -299,5 +299,5 @@ BACKEND = Backend(
     forward=forward,
     backward=backward,
     priority=lambda problem: 10,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

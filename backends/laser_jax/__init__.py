@@ -63,7 +63,7 @@ XLA = Backend(
     frameworks=("jax",),
     requires=("jax",),
     priority=lambda problem: 30,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )
 
 DPA = Backend(
@@ -76,5 +76,5 @@ DPA = Backend(
     requires=("jax",),
     why_not=_dpa_why_not,
     priority=lambda problem: 15,  # it materialises the scores, and was the slower of the two wherever both were timed
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

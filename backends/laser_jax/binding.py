@@ -47,14 +47,11 @@ def _attention(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[Arra
 def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
     with quiet():
         done = _run(Step(problem, backend), Operands(inputs))
-    kept = done if done.residual is None else done._replace(out=None)
-    return (done.out, done.lse), (inputs, kept)
+    return (done.out, done.lse), (inputs, done)
 
 
 def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
     inputs, done = saved
-    if done.out is None and done.residual is not None:
-        done = done._replace(out=done.residual.astype(problem.dtype))
     d_out, d_lse = cotangents
     with quiet():
         operands = Operands(inputs, done, d_out, d_lse if problem.return_lse else None)

@@ -104,8 +104,13 @@ def axes_of(problem: Problem, name: str, x: Any) -> tuple[str, ...]:
 
 
 def named_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """``function(name, leaf, …)`` of all arrays of a tree."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path[-1].name, *leaves), tree, *rest)
+    """``function(name, leaf, …)`` of all arrays of a tree; several arrays of one field have its name."""
+
+    def name(path: Any) -> str:
+        found: str = next(key.name for key in reversed(path) if hasattr(key, "name"))
+        return found
+
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(name(path), *leaves), tree, *rest)
 
 
 # ------------------------------------------------------------------------------------------------------------- vmap
