@@ -10,9 +10,10 @@ directly instead, and has derivatives of every order.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -34,17 +35,19 @@ def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | N
         with torch.autocast(query.device.type, enabled=False):
             out, lse, _ = _native[backend](problem, inputs)
         return out, lse
-    problem = _kept_for(problem, _may_differentiate(inputs))
+    gradient = _may_differentiate(inputs)
     if _is_plain(inputs):
+        if not gradient:
+            problem = _without_gradient(problem)
         chosen = _registry.select(problem, backend)
-        if problem.gradient:
+        if gradient:
             out, lse = _Direct.apply(problem, chosen, *inputs)  # type: ignore[no-untyped-call]
         else:
             out, lse, _ = _run_forward(problem, inputs, chosen)
         return out, lse
     names = None if backend is None else [backend] if isinstance(backend, str) else list(backend)
     run: Any = torch.ops.laser_attention.forward if torch.compiler.is_compiling() else _Attention.apply
-    out, lse, *_ = run(*inputs, *_options(problem, None if names is None else ",".join(names)))
+    out, lse, *_ = run(*inputs, *_options(problem, gradient, None if names is None else ",".join(names)))
     return out, lse
 
 
@@ -55,9 +58,9 @@ def _may_differentiate(inputs: Inputs) -> bool:
     return wrapped or any(x is not None and x.requires_grad for x in inputs)
 
 
-def _kept_for(problem: Problem, gradient: bool) -> Problem:
-    """The problem, with or without something kept for a backward pass."""
-    return problem if gradient else dataclasses.replace(problem, gradient=False)
+@functools.lru_cache(maxsize=1024)
+def _without_gradient(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, gradient=False)
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -70,17 +73,11 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[Any]:
     """A context in which torch records nothing, and computes in the dtypes that it is given."""
-    with torch.no_grad(), _without_autocast():
-        yield
-
-
-def _without_autocast() -> AbstractContextManager[Any]:
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return nullcontext()
     stack = ExitStack()
+    if torch.is_grad_enabled():
+        stack.enter_context(torch.no_grad())
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -122,10 +119,10 @@ _N = len(Inputs._fields)
 _Kept = tuple[Tensor, ...]  # what a backend has left in ``Forward.residual``
 
 
-def _options(problem: Problem, names: str | None) -> tuple[Any, ...]:
+def _options(problem: Problem, gradient: bool, names: str | None) -> tuple[Any, ...]:
     """The options of an operator."""
     p = problem
-    return (p.scale, p.beta, p.causal, *p.window, p.logits_soft_cap, p.return_lse, p.gradient, names)
+    return (p.scale, p.beta, p.causal, *p.window, p.logits_soft_cap, p.return_lse, gradient, names)
 
 
 def _describe(arrays: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[Problem, Inputs, Backend]:
@@ -148,7 +145,7 @@ def _describe(arrays: Sequence[Tensor | None], options: Sequence[Any]) -> tuple[
         return_lse=return_lse,
     )
     names = None if backend is None else backend.split(",") if backend else []
-    problem = _kept_for(problem, gradient)
+    problem = dataclasses.replace(problem, gradient=gradient)
     return problem, inputs, _registry.select(problem, names)
 
 
@@ -288,7 +285,7 @@ class _Direct(torch.autograd.Function):
             state = (out, lse, kept)
             gradients: Any = _run_backward(ctx.problem, Inputs(*arrays), ctx.chosen, state, d_out, d_lse)
         else:  # somebody watches, or wants to differentiate this
-            given = (*arrays, out, lse, d_out, d_lse, *_options(ctx.problem, ctx.chosen.name))
+            given = (*arrays, out, lse, d_out, d_lse, *_options(ctx.problem, True, ctx.chosen.name))
             gradients = _Gradient.apply(*given, *kept)  # type: ignore[no-untyped-call]
         return (None, None, *_wanted(arrays, gradients, ctx.needs_input_grad[2:]))
 

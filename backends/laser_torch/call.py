@@ -59,10 +59,11 @@ class Plan:
     def prepared(self, make: Callable[..., Any], *args: Any) -> Any:
         """What ``make(plan, *args)`` returns, made once."""
         key = (make, *args)
-        found = self._prepared.get(key)
-        if found is None:
+        try:
+            return self._prepared[key]
+        except KeyError:
             found = self._prepared[key] = make(self, *args)
-        return found
+            return found
 
     def strides(self, *names: str) -> list[int]:
         """Of arrays by name, without that of adjacent columns; zeros for those that are not there."""
@@ -224,7 +225,7 @@ class Values(NamedTuple):
     x: Tensor  # (B, Hkv, Lk, E)
     c: Tensor  # (B·Hkv, EP), int32
     flags: Tensor  # (B·Hkv,), int32
-    counter: Tensor  # one int32 that is 0, for whom it may serve
+    counter: Tensor  # an int32 that is 0, for whom it may serve
 
 
 def value_pass(call: Call, keys: bool) -> Values:

@@ -39,14 +39,19 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     call = prepare(problem, inputs)
     with on(q.device):
         values = value_pass(call, keys=False)
-        if call.plan.prepared(_hopper_serves):
-            out, l, rest, count = *_hopper_forward(call, values, keeps), None
+        on_hopper = call.plan.prepared(_hopper)
+        if on_hopper is not None:
+            out, l, rest = hopper.forward(on_hopper, call.q, call.k, values.x, values.c, values.counter)
+            count = None
         else:
             out, l, rest, count = _portable_forward(call, values, keeps)
         _exact_forward(call, values, out, rest, l, count)
     if out.dtype != q.dtype:  # interpreted
         out, rest = split(out, q.dtype)
-    return Forward(out.view(problem.out_shape), l.view(problem.lse_shape), rest)
+    if out.shape != problem.out_shape:  # several batch axes, or none
+        out, l = out.view(problem.out_shape), l.view(problem.lse_shape)
+        rest = None if rest is None else rest.view(problem.out_shape)
+    return Forward(out, l, rest)
 
 
 def split(o: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,19 +69,15 @@ def joined(out: Tensor, rest: Tensor) -> Tensor:
     return (out.float().view(torch.int32) + rest).view(torch.float32)
 
 
-def _hopper_serves(plan: Plan) -> bool:
-    """Whether the kernel for Hopper runs the call."""
-    if INTERPRETED or hopper.why_not(plan.problem) or hopper.missing(plan.device):
-        return False
-    return plan.fits("q") and plan.fits("k")
-
-
-def _hopper_forward(call: Call, values: Values, keeps: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    p, (heads, group) = call.plan.problem, (values.x.shape[:2], values.c.shape[-1])
-    return hopper.forward(
-        call.q, call.k, values.x, values.c.view(*heads, group), p.beta or 0.0, p.scale,
-        hopper.causal_offset(p), keeps, values.counter,
-    )  # fmt: skip
+def _hopper(plan: Plan) -> hopper.Prepared | None:
+    """The launch of the kernel for Hopper; None where it does not run the call."""
+    p = plan.problem
+    if INTERPRETED or hopper.why_not(p) or hopper.missing(plan.device) or not (plan.fits("q") and plan.fits("k")):
+        return None
+    q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
+    k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
+    offset = hopper.causal_offset(p)
+    return hopper.prepare(q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p))
 
 
 def _portable_forward(call: Call, values: Values, keeps: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -123,20 +124,27 @@ def _exact_launch(plan: Plan, keeps: bool) -> Launch:
     p = plan.problem
     heads, parts = plan.batch * p.query_heads, triton.cdiv(p.value_dim, 16)
     share = workers(heads, triton.cdiv(p.query_length, 16) * parts)
+    few_end, first = _few(plan)
     return Launch(
         triton_forward.exact, heads * share,
-        (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, _few_end(plan)),
-        **plan.options(), BM=16, BN=16, BE=16, FEW=FEW, REST=keeps, num_warps=4, num_stages=1,
+        (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, few_end),
+        **plan.options(), BM=16, BN=16, BE=16, FEW=FEW, EP=padded(p.value_dim), FIRST=first, REST=keeps,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
-def _few_end(plan: Plan) -> int:
-    """Behind the last query that may see fewer than FEW keys without its head being outside the fast range."""
+def _few(plan: Plan) -> tuple[int, bool]:
+    """Behind the last query that may see fewer than FEW keys, and whether all of those are the first FEW keys.
+
+    None where X is not rounded, or is v itself.
+    """
     p = plan.problem
     if plan.dtype == torch.float32 or p.beta == 0:
-        return 0  # X is not rounded, or is v itself
+        return 0, True
     low, high = p.band
     left = low is not None and low > 1 - p.query_length
-    if p.mask_shape is not None or p.bias_shape is not None or p.key_value_lengths or left or p.key_length < FEW:
-        return p.query_length
-    return 0 if high is None else max(0, min(p.query_length, FEW - 1 - high))
+    if p.mask_shape is not None or p.bias_shape is not None or p.query_lengths or p.key_value_lengths or left:
+        return p.query_length, False
+    if p.key_length < FEW:
+        return p.query_length, False
+    return (0 if high is None else max(0, min(p.query_length, FEW - 1 - high))), True

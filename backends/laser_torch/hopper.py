@@ -114,21 +114,34 @@ class Prepared(NamedTuple):
     k: launch.Tiles
     x: launch.Tiles
     out: launch.Tiles
-    rest: launch.Tiles
+    rest: launch.Tiles | None
 
 
 Shape = Sequence[int]
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare(
-    device: torch.device, dtype: torch.dtype, q: Shape, q_strides: Shape, k: Shape, k_strides: Shape,
-    heads_x: int, beta: float, scale: float, offset: int | None, keeps: bool, cut: Tiles | None,
+def prepare(
+    q: Shape, k: Shape, heads_x: int, dtype: torch.dtype, device: torch.device,
+    beta: float, scale: float, causal_offset: int | None, keeps: bool, cut: Tiles | None = None,
 ) -> Prepared:  # fmt: skip
+    """What :func:`forward` needs, for one form of call.
+
+    Args:
+        q: The shape (B, Hq, Lq, D) of the queries.
+        k: (B, Hk, Lk, D), Hq a multiple of Hk.
+        heads_x: Hx, of which Hq is a multiple.
+        dtype: float16 or bfloat16.
+        device: Where they are.
+        beta: The inverse temperature.
+        scale: Of the scores, > 0.
+        causal_offset: Query i sees the keys ≤ i + offset; None: all.
+        keeps: Whether the rest of o is asked for: what its dtype has no room for, as ``fused.split`` defines it.
+        cut: The tiles; None: :func:`tiles`.
+    """
     from . import hopper_forward
 
     batch, heads, len_q, width = q
-    causal = offset is not None
+    causal = causal_offset is not None
     cut = cut or tiles(width, causal)
     q_tiles = -(-len_q // (cut.consumers * ROWS))
     count = q_tiles * batch * heads
@@ -137,45 +150,36 @@ def _prepare(
     span = max(1, L2_BYTES // (4 * k[2] * width)) * group
     made = launch.Launch(
         hopper_forward.forward_kernel, count if cut.schedule == "grid" else min(count, processors),
-        (len_q, k[2], offset or 0, scale * math.log2(math.e), math.log(2) / beta, heads, batch * heads, group,
+        (len_q, k[2], causal_offset or 0, scale * math.log2(math.e), math.log(2) / beta, heads, batch * heads, group,
          heads // heads_x, q_tiles, count, min(span, batch * heads)),
         **constants(cut, causal, dtype == torch.float16, keeps), num_warps=4,
     )  # fmt: skip
     few, many = (functools.partial(_tiles, rows, width) for rows in (ROWS, cut.block_k))
-    return Prepared(made, few(dtype), many(dtype), many(dtype), few(dtype), few(torch.int16))
+    return Prepared(made, few(dtype), many(dtype), many(dtype), few(dtype), few(torch.int16) if keeps else None)
 
 
 def forward(
-    q: Tensor, k: Tensor, x: Tensor, c: Tensor, beta: float, scale: float, causal_offset: int | None,
-    keeps: bool, counter: Tensor | None = None, cut: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    made: Prepared, q: Tensor, k: Tensor, x: Tensor, c: Tensor, counter: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """o = (ln2/β)·(log2 Σ_j p_ij x_je + c_e − log2 Σ_j p_ij), the log-sum-exp, and the rest of o where asked for.
 
     Args:
-        q: (B, Hq, Lq, D), float16 or bfloat16, of any strides that ``launch.fits``.
-        k: (B, Hk, Lk, D), Hq a multiple of Hk; likewise.
-        x: (B, Hx, Lk, D), contiguous, 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN), Hq a multiple of Hx.
+        made: By :func:`prepare` for arrays like these.
+        q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
+        k: (B, Hk, Lk, D), likewise.
+        x: (B, Hx, Lk, D), contiguous, 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN).
         c: (B, Hx, D), int32, contiguous.
-        beta: The inverse temperature.
-        scale: Of the scores, > 0.
-        causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        keeps: Whether to return the rest of o: what its dtype has no room for, as ``fused.split`` defines it.
-        counter: An int32 that is 0, which the kernel counts up; None: a new one.
-        cut: The tiles; None: :func:`tiles`.
+        counter: An int32 that is 0, which the kernel counts up.
 
     Returns:
         o of q's shape and dtype; l (B, Hq, Lq), float32; the rest of o, int16, or None.
     """
-    made = _prepare(
-        q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), x.shape[1], beta, scale, causal_offset, keeps, cut
-    )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    rest = torch.empty(q.shape, dtype=torch.int16, device=q.device) if keeps else None
-    if counter is None:
-        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    to = made.out.of(out)
-    made.launch(
-        made.q.of(q), made.k.of(k), made.x.of(x), to, to if rest is None else made.rest.of(rest), lse, c, counter
-    )
+    to = to_rest = made.out.of(out)
+    rest = None
+    if made.rest is not None:
+        rest = torch.empty(q.shape, dtype=torch.int16, device=q.device)
+        to_rest = made.rest.of(rest)
+    made.launch(made.q.of(q), made.k.of(k), made.x.of(x), to, to_rest, lse, c, counter)
     return out, lse, rest

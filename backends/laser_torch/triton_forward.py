@@ -6,6 +6,7 @@ import triton.language as tl
 from .triton_values import (
     UNSPECIALIZED,
     is_finite,
+    joined,
     key_range,
     length_of,
     load_rows,
@@ -142,6 +143,35 @@ def forward(
         tl.store(R + at, rest, mask=keep)
 
 
+@triton.jit
+def _within_range(
+    V, v_n, O, R, own, few_end, high, E: tl.constexpr, EP: tl.constexpr, FEW: tl.constexpr, REST: tl.constexpr
+):  # fmt: skip
+    """o of the queries before few_end, which see the keys ≤ i + high, put back between the values that they see."""
+    e = tl.arange(0, EP)
+    there = e < E
+    for first in range(tl.maximum(-high, 0), few_end, FEW):  # fewer than FEW rows: those that see one key and more
+        i = first + tl.arange(0, FEW)
+        keep = (i < few_end)[:, None] & there[None, :]
+        at = own + i.to(tl.int64)[:, None] * E + e[None, :]
+        rounded = tl.load(O + at, mask=keep, other=0.0)
+        o = rounded.to(tl.float32)
+        if REST:
+            o = joined(rounded, tl.load(R + at, mask=keep, other=0))
+        low = tl.full((FEW, EP), float("inf"), tl.float32)
+        top = tl.full((FEW, EP), float("-inf"), tl.float32)
+        for j in tl.static_range(FEW - 1):
+            v = tl.load(V + j * v_n + e, mask=there, other=0.0).to(tl.float32)[None, :]
+            seen = (j <= i + high)[:, None]
+            low = tl.where(seen, tl.minimum(low, v), low)
+            top = tl.where(seen, tl.maximum(top, v), top)
+        within = tl.minimum(tl.maximum(o, low), top)
+        rounded, rest = split(tl.where(o == o, within, o), O.dtype.element_ty)
+        tl.store(O + at, rounded, mask=keep)
+        if REST:
+            tl.store(R + at, rest, mask=keep)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact(
     Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
@@ -150,7 +180,7 @@ def exact(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, FEW: tl.constexpr,
-    REST: tl.constexpr, PRECISION: tl.constexpr,
+    EP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same from log Σ exp(s + βv), per channel about its own greatest term. Grid: B·Hq · workers.
 
@@ -158,13 +188,19 @@ def exact(
 
     Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
     rows that see fewer than FEW keys, which are before few_end: where X is rounded, a mean of so few can leave the
-    range of the values.
+    range of the values. Where these are the first FEW keys (FIRST), heads inside the range only have them put back.
     """
     head = tl.program_id(0) // workers
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
     h_kv = h // group
     flags = tl.load(Flags + head // group)
+    if FIRST:
+        if flags == 0:
+            if (few_end > 0) & (tl.program_id(0) % workers == 0):
+                own = head.to(tl.int64) * query_length * E
+                _within_range(V + b * v_b + h_kv * v_h, v_n, O, R, own, few_end, high, E, EP, FEW, REST)  # fmt: skip
+            return
     rows_end = tl.where(flags == 0, few_end, query_length)
     whole = flags % 2 == 1
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)

@@ -34,9 +34,19 @@ def is_finite(x):
 
 
 @triton.jit
+def near_exp2(y):
+    """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; others are cut off."""
+    y = tl.minimum(tl.maximum(y, -126.0), 126.0)  # a NaN too
+    t = y + 12582912.0  # 1.5·2^23: the sum is rounded to an integer, which its lowest bits show
+    power = tl.exp2(y - (t - 12582912.0)).to(tl.int32, bitcast=True)
+    return (power + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scaled_exp2(y, c):
     """2^(y − c), the same bits times a power of two for every integer c."""
-    n = tl.floor(y + 0.5)
+    far = tl.abs(y) > 2097152.0  # there, y is an integer or half of one
+    n = tl.where(far, tl.floor(y + 0.5), (y + 12582912.0) - 12582912.0)
     return tl.exp2(y - n) * pow2((n - c).to(tl.int32))
 
 
@@ -111,12 +121,6 @@ def length_of(Lengths, b, limit, GIVEN: tl.constexpr):
         return limit
 
 
-@triton.jit
-def _exponents(v, y_scale):
-    """βv·log2e: far outside, but finite, where it is not."""
-    return tl.minimum(tl.maximum(v * y_scale, -1e38), 1e38)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_pass(
     K, V, X, Partial, C, Flags, Counters, KeyLengths,
@@ -131,7 +135,7 @@ def value_pass(
     A program writes X for c = 0, and of its keys the range of βv·log2e, the sum of X and whether all is finite. The
     last one of a head, whichever it is, then decides for the head, from what all have written.
 
-    Partial: ``(B·Hkv, blocks, 3, EP)``, then ``(B·Hkv, blocks)``. Counters: zeros, ``(B·Hkv,)``.
+    Partial: ``(B·Hkv, blocks, 3, EP)``, then ``(B·Hkv, blocks)``. Counters: zeros, ``(1 + B·Hkv,)``; the first stays 0.
     """
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
@@ -149,26 +153,30 @@ def value_pass(
     low = tl.full((HALF, EP), float("inf"), tl.float32)
     high = tl.full((HALF, EP), float("-inf"), tl.float32)
     total = tl.zeros((HALF, EP), tl.float32)
-    odd = tl.zeros((BLOCK, EP // 8), tl.int32)
-    odd_keys = tl.zeros((BLOCK, DP // 8), tl.int32)
+    odd = tl.zeros((BLOCK, EP // 8), tl.float32)  # NaN where something is not finite
+    odd_keys = tl.zeros((BLOCK, DP // 8), tl.float32)
+    k = tl.zeros((BLOCK, DP), K.dtype.element_ty)
+    if KEYS:
+        k = load_rows(K, block * span, k_n, n[:, None], d[None, :], end, D, True, D != DP)
     v = load_rows(V, block * span, v_n, n[:, None], e[None, :], end, E, True, E != EP)
     for start in range(block * span, last, BLOCK):
         v32 = v.to(tl.float32)
-        counts = (start + n < end)[:, None] & (e < E)[None, :]
         v = load_rows(V, start + BLOCK, v_n, n[:, None], e[None, :], end, E, True, E != EP)  # on its way meanwhile
         fine = is_finite(v32)
-        odd |= tl.max((~fine).to(tl.int32).reshape(BLOCK, EP // 8, 8), 2)
+        odd += tl.sum((v32 * 0.0).reshape(BLOCK, EP // 8, 8), 2)
         if LINEAR:
             x = tl.where(fine, v32, 0.0)
         else:
-            y = _exponents(tl.where(fine, v32, 0.0), y_scale)
-            x = tl.where(fine & counts, scaled_exp2(y, 0.0), 0.0)
-            low = tl.minimum(low, tl.min(tl.where(fine & counts, y, float("inf")).reshape(2, HALF, EP), 0))
-            high = tl.maximum(high, tl.max(tl.where(fine & counts, y, float("-inf")).reshape(2, HALF, EP), 0))
-            total += tl.sum(x.reshape(2, HALF, EP), 0)
+            y = v32 * y_scale
+            x = near_exp2(y)
+            counts = fine & (start + n < end)[:, None] & (e < E)[None, :]
+            y = tl.where(counts, y, float("nan")).reshape(2, HALF, EP)  # which neither minimum nor maximum sees
+            low = tl.minimum(low, tl.min(y, 0))
+            high = tl.maximum(high, tl.max(y, 0))
+            total += tl.sum(tl.where(counts, x, 0.0).reshape(2, HALF, EP), 0)
         if KEYS:
-            k = load_rows(K, start, k_n, n[:, None], d[None, :], end, D, True, D != DP)
-            odd_keys |= tl.max((~is_finite(k)).to(tl.int32).reshape(BLOCK, DP // 8, 8), 2)
+            odd_keys += tl.sum((k.to(tl.float32) * 0.0).reshape(BLOCK, DP // 8, 8), 2)
+            k = load_rows(K, start + BLOCK, k_n, n[:, None], d[None, :], end, D, True, D != DP)
         at = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
         tl.store(at, x.to(X.dtype.element_ty), mask=(start + n < last)[:, None] & (e < E)[None, :])
     if not LINEAR:
@@ -176,12 +184,9 @@ def value_pass(
         tl.store(own, tl.min(low, 0))
         tl.store(own + EP, tl.max(high, 0))
         tl.store(own + 2 * EP, tl.sum(total, 0))
-    any_odd = tl.max(odd)
-    if KEYS:
-        any_odd |= tl.max(odd_keys)
-    tl.store(Odd + block, any_odd.to(tl.float32))
+    tl.store(Odd + block, tl.sum(odd) + tl.sum(odd_keys))
     tl.debug_barrier()  # all that this program has stored comes before its count
-    if tl.atomic_add(Counters + head, 1, sem="acq_rel") == blocks - 1:
+    if tl.atomic_add(Counters + 1 + head, 1, sem="acq_rel") == blocks - 1:
         _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, blocks, key_length, y_scale,
             E, EP, BLOCK, WIDE, LINEAR, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
 
@@ -207,7 +212,7 @@ def _decide(
     for first in range(0, blocks, WIDE):
         there = first + w < blocks
         # .cg: what other programs wrote is read where it arrives
-        odd = tl.maximum(odd, tl.max(tl.load(Odd + first + w, mask=there, other=0.0, cache_modifier=".cg")))
+        odd += tl.sum(tl.load(Odd + first + w, mask=there, other=0.0, cache_modifier=".cg"))
         if not LINEAR:
             at, there = Partial + (first + w)[:, None] * (3 * EP) + e[None, :], there[:, None]
             lows = tl.load(at, mask=there, other=float("inf"), cache_modifier=".cg")
@@ -215,7 +220,7 @@ def _decide(
             low = tl.minimum(low, tl.min(lows, 0))
             high = tl.maximum(high, tl.max(highs, 0))
             total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0, cache_modifier=".cg"), 0)
-    flags = tl.where(odd > 0, 2, 0)
+    flags = tl.where(odd == odd, 0, 2)
     c = tl.zeros((EP,), tl.float32)
     if not LINEAR:
         some = (high >= low) & (e < E)
