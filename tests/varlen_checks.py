@@ -24,10 +24,13 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(dtype: torch.dtype, heads: tuple[int, int] = (4, 2), dims: tuple[int, int] = (16, 24)) -> dict[str, Any]:
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(dtype: torch.dtype) -> dict[str, Any]:
     """The arrays of a call; every third sequence is of another range of values."""
     rng = torch.Generator().manual_seed(0)
-    (hq, hkv), (d, e) = heads, dims
+    (hq, hkv), (d, e) = (4, 2), (16, 24)
     total = [sum(n) + SPARE for n in LENGTHS]
     q, k, v = (
         torch.randn(t, h, n, generator=rng) for t, h, n in ((total[0], hq, d), (total[1], hkv, d), (total[1], hkv, e))
@@ -36,7 +39,8 @@ def make(dtype: torch.dtype, heads: tuple[int, int] = (4, 2), dims: tuple[int, i
     for n in range(2, len(LENGTHS[0]), 3):
         v[starts[1][n] : starts[1][n + 1], 0] *= 200
     q[-SPARE:], k[-SPARE:], v[-SPARE:] = torch.nan, torch.inf, torch.nan
-    q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(DEVICE, dtype) for x in (q, k, v))
+    starts = [x.to(DEVICE) for x in starts]
     return {"query": q, "key": k, "value": v, "cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
 
 
@@ -60,7 +64,7 @@ def cotangents(arrays: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     q, v = arrays["query"], arrays["value"]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     do, dl = torch.randn(*q.shape[:2], v.shape[2], generator=rng), torch.randn(q.shape[1], q.shape[0], generator=rng)
-    return do.to(q.dtype), dl.to(wide)
+    return do.to(DEVICE, q.dtype), dl.to(DEVICE, wide)
 
 
 def judge(name: str, dtype: torch.dtype, backend: Any, **call: Any) -> None:
@@ -70,7 +74,7 @@ def judge(name: str, dtype: torch.dtype, backend: Any, **call: Any) -> None:
     got = run(arrays, do, dl, backend=backend, **call)
     want = {n: torch.zeros_like(x, dtype=torch.float64) for n, x in got.items()}
     want["lse"].fill_(-torch.inf)
-    (starts_q, starts_k), total = (arrays["cu_seqlens_q"].tolist(), arrays["cu_seqlens_k"].tolist()), 0.0
+    starts_q, starts_k = (arrays[n].tolist() for n in ("cu_seqlens_q", "cu_seqlens_k"))
     for b in range(len(LENGTHS[0])):
         rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         own = [

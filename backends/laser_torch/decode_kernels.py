@@ -162,19 +162,12 @@ def decode_kernel(
     WIDE: tl.constexpr,  # products of float32 operands
     LANES: tl.constexpr,  # keys that threads hold side by side: the minimum over the others needs no exchange
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr = True,
-    ORDER: tl.constexpr = False,
 ):
     """w = β·o and l in bits of a run of keys, ``(B·Hkv, group·Lq, splits, E)`` and without E."""
-    if ORDER:
-        h = tl.program_id(0) % heads
-        split = tl.program_id(0) // heads % splits
-        entry = tl.program_id(0) // (heads * splits) * heads + h
-    else:
-        split = tl.program_id(0) % splits
-        entry = tl.program_id(0) // splits
-        h = entry % heads
-    b = (entry // heads).to(tl.int64)
+    h = tl.program_id(0) % heads  # heads come first: in caches their keys are side by side
+    split = tl.program_id(0) // heads % splits
+    b = (tl.program_id(0) // (heads * splits)).to(tl.int64)
+    entry = b * heads + h
     rows = group * query_length
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i = r % query_length
@@ -233,11 +226,8 @@ def decode_kernel(
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         columns = start + n
         inside = columns < last
-        if AHEAD:
-            here = pages
-            pages = _pages_of(start + BLOCK_K + within, last, table_ptr, PAGE)
-        else:
-            here = _pages_of(start + within, last, table_ptr, PAGE)
+        here = pages  # loaded a tile ahead: loads that wait for other loads are not pipelined as deeply
+        pages = _pages_of(start + BLOCK_K + within, last, table_ptr, PAGE)
         k_rows = k_ptr + _rows_of(columns, here, stride_kb, stride_kl, PAGE)
         k = tl.load(k_rows[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0)  # [block_k, D]
         v_rows = v_ptr + _rows_of(columns, here, stride_vb, stride_vl, PAGE)
@@ -317,7 +307,7 @@ def decode_kernel(
             w = tl.where(spoilt != 0, exact, w)
 
     w = tl.where(empty[None, :], 0.0, w)
-    at = (entry.to(tl.int64) * rows + r) * splits + split
+    at = (entry * rows + r) * splits + split
     tl.store(l_ptr + at, tl.where(empty, -float("inf"), m + tl.log2(total)), mask=r < rows)
     tl.store(w_ptr + at[None, :] * E + e[:, None], w, mask=(r < rows)[None, :] & (e < E)[:, None])
 
