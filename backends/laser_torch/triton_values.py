@@ -182,8 +182,12 @@ def value_pass(
     last = tl.minimum((block + 1) * span, key_length)
     V += place * v_b + h * v_h
     K += place * k_b + h * k_h
-    x_at, x_n = own_rows(place, h, heads, key_length, E, LENGTHS)
-    X += x_at
+    if LENGTHS >= PACKED:
+        x_n = heads * E
+        X += (place * heads + h) * E
+    else:
+        x_n: tl.constexpr = E
+        X += head.to(tl.int64) * key_length * E
     Own = Partial + (head * blocks).to(tl.int64) * (3 * EP)
     Odd = Partial + tl.num_programs(0).to(tl.int64) * (3 * EP) + head * blocks
 
