@@ -71,6 +71,7 @@ def main(name: str, packed: bool) -> None:
 
     JITFunction.run = run
     from laser_torch import call, fused, fused_backward
+    from laser_torch import packed as packing
 
     from laser_core import Forward
     from laser_core._problem import describe
@@ -82,9 +83,8 @@ def main(name: str, packed: bool) -> None:
     if packed:
         problem = dataclasses.replace(problem, query_lengths=True, key_value_lengths=True)
         x, starts = torch.zeros((256, 2, 128), dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
-        ready = call.prepare_packed(problem, x, x, x, starts, starts)
-        out, lse, rest = fused.run(ready, x.dtype, keeps=True)
-        fused_backward.run(ready, Forward(out, lse, rest), x, lse, None)
+        ready = packing.prepare(problem, x, x, x, starts, starts)
+        packing.backward(ready, Forward(*packing.forward(ready, x.dtype)), x, torch.zeros((2, 256)))
         return
     forward = fused.forward(problem, inputs)
     fused_backward.backward(problem, inputs, forward, x, forward.lse)

@@ -1,4 +1,4 @@
-"""Packed sequences in Triton kernels: what the host does. Tiles go by pointers: one may reach into the next sequence."""
+"""Packed sequences in Triton kernels: what the host does. Tiles go by pointers: they may end in the next sequence."""
 
 from __future__ import annotations
 
