@@ -290,9 +290,6 @@ def _broadcast(problem: Problem, x: Tensor | None) -> Tensor | None:
 def _lengths(problem: Problem, lengths: Tensor | None, limit: int) -> Tensor | None:
     if lengths is None:
         return None
-    if lengths.dtype == torch.uint64:
-        lengths = lengths.view(torch.int64)
-        lengths = torch.where(lengths < 0, limit, lengths)
     return lengths.to(torch.int64).clamp(0, limit).to(torch.int32).expand(problem.batch).contiguous().view(-1)
 
 

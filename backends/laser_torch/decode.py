@@ -227,7 +227,4 @@ def _scores_like(problem: Problem, x: Tensor | None) -> Tensor | None:
 def _lengths(problem: Problem, x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
-    if x.dtype == torch.uint64:  # beyond int64 is beyond the end
-        x = x.view(torch.int64)
-        x = torch.where(x < 0, 2**62, x)
     return x.expand(problem.batch).reshape(-1).contiguous()
