@@ -11,7 +11,6 @@ from . import fused, fused_backward
 from .call import Call, prepare_packed, value_pass
 from .engines import Choice
 from .launch import on
-from .tiles import backward_tiles
 
 
 def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor) -> Call:
@@ -32,11 +31,10 @@ def forward(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | No
 def backward(call: Call, state: Forward, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, packed."""
     plan = call.plan
-    tiles = backward_tiles(*plan.tile_of()[:3], large=False)  # made for tiles by pointers
     with on(plan.device):
         values = value_pass(call, keys=True)
         side = fused_backward.prepare_rows(call, values, state, d_out, d_lse)
-        dq, dk, dv = fused_backward.run(call, values, side, Choice("triton", tiles, ""))
+        dq, dk, dv = fused_backward.run(call, values, side, Choice("triton", None, ""))
         if plan.problem.beta != 0:
             fused_backward._exact_backward(call, values, side, dq, dk, dv)
     return dq, dk, dv
