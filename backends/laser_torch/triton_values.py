@@ -36,7 +36,7 @@ def is_finite(x):
 @triton.jit
 def near_exp2(y):
     """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; others are cut off."""
-    y = tl.minimum(tl.maximum(y, -126.0), 126.0)  # a NaN too
+    y = tl.minimum(tl.maximum(y, -126.0), 126.0)
     t = y + 12582912.0  # 1.5·2^23: the sum is rounded to an integer, which its lowest bits show
     power = tl.exp2(y - (t - 12582912.0)).to(tl.int32, bitcast=True)
     return (power + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
@@ -167,12 +167,11 @@ def value_pass(
         if LINEAR:
             x = tl.where(fine, v32, 0.0)
         else:
-            y = v32 * y_scale
+            y = tl.where(fine, v32 * y_scale, 0.0)
             x = near_exp2(y)
             counts = fine & (start + n < end)[:, None] & (e < E)[None, :]
-            y = tl.where(counts, y, float("nan")).reshape(2, HALF, EP)  # which neither minimum nor maximum sees
-            low = tl.minimum(low, tl.min(y, 0))
-            high = tl.maximum(high, tl.max(y, 0))
+            low = tl.minimum(low, tl.min(tl.where(counts, y, float("inf")).reshape(2, HALF, EP), 0))
+            high = tl.maximum(high, tl.max(tl.where(counts, y, float("-inf")).reshape(2, HALF, EP), 0))
             total += tl.sum(tl.where(counts, x, 0.0).reshape(2, HALF, EP), 0)
         if KEYS:
             odd_keys += tl.sum((k.to(tl.float32) * 0.0).reshape(BLOCK, DP // 8, 8), 2)
