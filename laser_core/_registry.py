@@ -80,6 +80,8 @@ class Backend:
         why_not: The reason why it cannot run a problem, or None. It sees shapes, dtypes, options and the device
             kind alone, so it can be asked anywhere. What the fields above say need not be said again.
         priority: Among the backends that can run a problem, the automatic choice takes the highest.
+        how: For :func:`laser_core.explain`: which of its kernels would run a problem, and why, or None where it has
+            but one way.
         residual: The shapes and dtypes of the arrays in ``Forward.residual`` for a problem, so that a tracer knows them
             without running anything; none where it is None. Each shape begins with the batch of the problem.
         native: The framework itself differentiates through ``forward``, to any order; ``backward`` then serves
@@ -96,6 +98,7 @@ class Backend:
     requires: tuple[str, ...] = ()
     why_not: Callable[[Problem], str | None] = _nothing
     priority: Callable[[Problem], int] = lambda problem: 0
+    how: Callable[[Problem], str | None] = _nothing
     residual: Callable[[Problem], Kept] = nothing_kept
     native: bool = False
 

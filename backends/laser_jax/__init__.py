@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
+
+if TYPE_CHECKING:
+    from .functional import attention_fn as attention_fn
+    from .functional import dot_product_attention as dot_product_attention
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("attention_fn", "dot_product_attention"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".functional", __name__), name)
 
 
 def _xla_forward(problem: Problem, inputs: Inputs) -> Forward:
