@@ -14,7 +14,7 @@ from . import triton_backward, triton_exact
 from .call import Call, Plan, Values, describe, layout, matrix, padded, prepare, value_pass, workers
 from .fused import joined
 from .launch import Launch, on
-from .tiles import ROWS, backward_tiles, value_block
+from .tiles import ROWS, backward_tiles
 
 
 class Cotangents(NamedTuple):
@@ -86,7 +86,7 @@ def _padded_length(plan: Plan) -> int:
 
 def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, width, rows = plan.problem, padded(plan.problem.value_dim), _padded_length(plan)
-    block = value_block(width)
+    block = min(ROWS, 4096 // width)
     return Launch(
         triton_backward.prepare_rows, plan.batch * p.query_heads * (rows // block),
         (*_side_strides(lies), p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, rows),

@@ -19,11 +19,6 @@ class Tile(NamedTuple):
     tma: bool = False  # by descriptors, where the hardware copies tiles by itself
 
 
-def value_block(width: int) -> int:
-    """Keys or queries per block of the small kernels, which hold a few tiles of this width."""
-    return min(ROWS, 8192 // width)
-
-
 def is_large(device: torch.device) -> bool:
     """Whether the tiles of NVIDIA's data centre cards from Hopper on fit; the others have 99 KiB a block, or 64 KiB.
 

@@ -21,10 +21,20 @@ UNSPECIALIZED = (
 ).split()
 
 
+MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: a sum with it is rounded to an integer, which its lowest bits show
+
+
+@triton.jit
+def near_integer(y):
+    """The integer nearest to y, and for y beyond 2^22 one that is not far."""
+    return (y + MAGIC) - MAGIC
+
+
 @triton.jit
 def pow2(n):
-    """2^n of int32, exactly; n from −126 to 127."""
-    return ((tl.minimum(tl.maximum(n, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+    """2^n of an integer as float32, exactly; n from −126 to 127."""
+    bits = (tl.minimum(tl.maximum(n, -126.0), 127.0) + MAGIC).to(tl.int32, bitcast=True)
+    return ((bits + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -37,17 +47,16 @@ def is_finite(x):
 def near_exp2(y):
     """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; others are cut off."""
     y = tl.minimum(tl.maximum(y, -126.0), 126.0)
-    t = y + 12582912.0  # 1.5·2^23: the sum is rounded to an integer, which its lowest bits show
-    power = tl.exp2(y - (t - 12582912.0)).to(tl.int32, bitcast=True)
+    t = y + MAGIC
+    power = tl.exp2(y - (t - MAGIC)).to(tl.int32, bitcast=True)
     return (power + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scaled_exp2(y, c):
     """2^(y − c), the same bits times a power of two for every integer c."""
-    far = tl.abs(y) > 2097152.0  # there, y is an integer or half of one
-    n = tl.where(far, tl.floor(y + 0.5), (y + 12582912.0) - 12582912.0)
-    return tl.exp2(y - n) * pow2((n - c).to(tl.int32))
+    n = near_integer(y)
+    return tl.exp2(y - n) * pow2(n - c)
 
 
 @triton.jit
