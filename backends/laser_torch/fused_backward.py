@@ -69,7 +69,8 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
     g = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=plan.device)
     rows = triton.cdiv(p.query_length, ROWS) * ROWS
     r, l2 = torch.empty((2, plan.batch * p.query_heads, rows), dtype=torch.float32, device=plan.device)
-    lies = (layout(do), None if dl is None else layout(dl), layout(lse)[1], layout(o)[1])
+    begins = [x is None or layout(x)[1] for x in (lse, o, rest)]
+    lies = (layout(do), None if dl is None else layout(dl), tuple(begins), plan.dtype)
     side = Cotangents(o, rest, do, dl, g, r, l2, (*lies, rest is not None, o.dtype))
     plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, r, l2)
     return side
