@@ -252,8 +252,9 @@ def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
     launch = Launch(
         triton_values.value_pass, heads * blocks,
         (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
-        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=16,
+        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=8,
         LENGTHS=p.key_value_lengths, LINEAR=p.beta == 0, KEYS=keys,
+        SUMS=limits.range + math.log2(p.key_length) > limits.sum,
         RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
         num_warps=8,
     )  # fmt: skip

@@ -19,6 +19,11 @@ class Tile(NamedTuple):
     tma: bool = False  # by descriptors, where the hardware copies tiles by itself
 
 
+def row_block(width: int) -> int:
+    """Keys or queries per block of the small kernels: 16 elements a thread of eight warps."""
+    return min(ROWS, 4096 // width)
+
+
 def is_large(device: torch.device) -> bool:
     """Whether the tiles of NVIDIA's data centre cards from Hopper on fit; the others have 99 KiB a block, or 64 KiB.
 
