@@ -256,9 +256,15 @@ def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
         LENGTHS=p.key_value_lengths, LINEAR=p.beta == 0, KEYS=keys,
         SUMS=limits.range + math.log2(p.key_length) > limits.sum,
         RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
-        num_warps=8,
+        num_warps=8, **_registers(64),
     )  # fmt: skip
     return launch, blocks
+
+
+def _registers(most: int) -> dict[str, int]:
+    """The option that makes room for more blocks on a multiprocessor, where the compiler has it."""
+    cuda = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": most} if cuda else {}
 
 
 def workers(heads: int, work: int) -> int:

@@ -207,7 +207,7 @@ def value_pass(
     tl.debug_barrier()  # all that this program has stored comes before its count
     if tl.atomic_add(Counters + 1 + head, 1, sem="acq_rel") == blocks - 1:
         _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, blocks, key_length, y_scale,
-            E, EP, BLOCK, WIDE, LINEAR, SUMS, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
+            E, EP, HALF, WIDE, LINEAR, SUMS, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
 
 
 @triton.jit
