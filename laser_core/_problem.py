@@ -196,7 +196,7 @@ def _signature(arrays: dict[str, Any], options: tuple[Any, ...]) -> Hashable | N
     for x in options:  # as keys, 1, 1.0 and True are one
         if not (x is None or isinstance(x, bool | float | int | str)):
             return None
-        found.extend((type(x), x))
+        found += [type(x), x]
     return tuple(found)
 
 
