@@ -187,7 +187,7 @@ _MOST = 4096
 
 def _signature(arrays: dict[str, Any], options: tuple[Any, ...]) -> Hashable | None:
     """A key that two calls share only if the same can be said of them; None where there is no cheap one."""
-    found: list[Hashable] = []
+    found: list[Any] = []
     for x in arrays.values():
         about = None if x is None else _array.signature(x)
         if x is not None and about is None:
