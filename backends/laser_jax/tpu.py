@@ -28,6 +28,7 @@ from .tpu_forward import Tile
 from .tpu_forward import forward as forward_kernel
 
 LANES = 128
+FEW = 16  # a mean of fewer X than that, rounded to bfloat16, can leave the range of the values
 _LOG2E = math.log2(math.e)
 
 
@@ -60,8 +61,23 @@ def fast_forward(call: Call, interpret: Any) -> tuple[Array, Array]:
     a, l = (jnp.matrix_transpose(t[..., : call.problem.query_length]) for t in (a, l))
     empty = l == -jnp.inf
     o = _values.finish(jnp, jnp.where(empty, 1, a), call.values, call.ops.beta, call.which)
-    o = jnp.where(empty, 0, o)
-    return tiles.pad_to(o, -2, call.grid.rows), tiles.pad_to(l, -2, call.grid.rows)
+    o = tiles.pad_to(jnp.where(empty, 0, o), -2, call.grid.rows)
+    return (o if plan.q.dtype == jnp.float32 else _few(call, o)), tiles.pad_to(l, -2, call.grid.rows)
+
+
+def _few(call: Call, o: Array) -> Array:
+    """``o`` with the rows that see few keys by causality from the definition: see ``FEW``."""
+    problem, high = call.problem, call.problem.band[1]
+    if high is None:
+        return o
+    first, stop = max(0, -high), min(problem.query_length, FEW - 1 - high)
+    if stop <= first:
+        return o
+    grid = Grid(Axis(problem.query_length, stop - first, problem.query_length), Axis(problem.key_length, FEW, 2**16))
+    s, _ = tiles.scores(problem, call.ops, grid, first, 0)
+    v = call.ops.v[..., None, :FEW, :]
+    exact, _ = _reference.attend(jnp, s, v, call.ops.beta, not call.which.expm1)
+    return o.at[..., first:stop, :].set(exact)
 
 
 def fast_backward(call: Call, state: State, total: Totals, interpret: Any) -> Totals:
@@ -115,7 +131,7 @@ class Plan(NamedTuple):
     call: Call
     tile: Tile
     grid: Grid
-    q: Array  # in the dtype of the inputs, without the scale; finite
+    q: Array  # in the dtype of the inputs, or float32 where all rows see few keys; without the scale; finite
     k: Array
     lengths: Array | None  # (2 · batch,): of the queries, then of the keys
     mask: Array | None  # bytes, transposed
@@ -124,13 +140,15 @@ class Plan(NamedTuple):
     def of(cls, call: Call) -> Plan:
         """Tiles of a size that fits into the VMEM of every TPU."""
         problem, inputs, ops = call.problem, call.inputs, call.ops
-        most = 512 if problem.dtype == "bfloat16" and max(problem.head_dim, call.values.x.shape[-1]) <= 256 else 256
+        low, high = tiles._band(problem)
+        narrow = low is not None and high is not None and high - low < FEW
+        dtype = jnp.float32 if narrow or problem.key_length < FEW else inputs.query.dtype
+        most = 512 if dtype == jnp.bfloat16 and max(problem.head_dim, call.values.x.shape[-1]) <= 256 else 256
         axes = []
         for length in (problem.query_length, problem.key_length):
             block = min(most, LANES * math.ceil(length / LANES))
             axes.append(Axis(length, block, math.ceil(length / block)))
         grid = Grid(*axes)
-        low, high = tiles._band(problem)
         cap = problem.logits_soft_cap
         tile = Tile(
             block_q=grid.rows.block,
@@ -146,7 +164,9 @@ class Plan(NamedTuple):
             batch=problem.batch,
         )
         q, k = (
-            tiles.laid_out(_reference.finite(jnp, x), problem.key_value_heads, group, len(problem.batch) + 4)
+            tiles.laid_out(
+                _reference.finite(jnp, x.astype(dtype)), problem.key_value_heads, group, len(problem.batch) + 4
+            )
             for x, group in ((inputs.query, problem.group), (inputs.key, 1))
         )
         plan = cls(call, tile, grid, q, k, None, None)
