@@ -248,10 +248,14 @@ class Plan(NamedTuple):
 
         if self.mask is not None:
             operands = [*operands, (self.mask, "kq")]
+        arrays = ([self.lengths] if tile.lengths else []) + [x for x, _ in operands]
+        arrays = tiles.vary(arrays, arrays)
         shapes = []
         for heads, other, axes in results:
             lengths = {".": other, "q": rows.padded, "k": columns.padded}
-            shapes.append(jax.ShapeDtypeStruct((*heads, *(lengths[axis] for axis in axes)), jnp.float32))
+            shape = (*heads, *(lengths[axis] for axis in axes))
+            manual = jax.typeof(arrays[-1]).manual_axis_type
+            shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=manual))
         call = pl.pallas_call(
             functools.partial(kernel, tile),
             out_shape=shapes,
@@ -269,7 +273,7 @@ class Plan(NamedTuple):
             name=f"laser_{getattr(kernel, 'func', kernel).__name__}",
         )
         with jax.enable_x64(False):  # the kernels' integers are of 32 bits
-            done: list[Array] = call(*([self.lengths] if tile.lengths else []), *(x for x, _ in operands))
+            done: list[Array] = call(*arrays)
         return done
 
 
