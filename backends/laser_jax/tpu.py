@@ -56,6 +56,7 @@ def fast_forward(call: Call, interpret: Any) -> tuple[Array, Array]:
         [(plan.queries(plan.q), "q."), (plan.keys(plan.k), "k."), (x, ".k")],
         [(plan.heads, x.shape[-2], ".q"), (plan.heads, 1, ".q")],
         scratch=[(1, plan.tile.block_q), (1, plan.tile.block_q), (x.shape[-2], plan.tile.block_q)],
+        depth=call.problem.head_dim + x.shape[-2],
         interpret=interpret,
     )
     a, l = (jnp.matrix_transpose(t[..., : call.problem.query_length]) for t in (a, l))
@@ -101,6 +102,7 @@ def fast_backward(call: Call, state: State, total: Totals, interpret: Any) -> To
         operands,
         [(plan.heads, dim, ".q")],
         scratch=[(dim, tile.block_q)],
+        depth=2 * dim + width,
         interpret=interpret,
     )
     shared = other.x.shape[-3] == 1
@@ -111,6 +113,7 @@ def fast_backward(call: Call, state: State, total: Totals, interpret: Any) -> To
         operands,
         [(alone, dim, "k."), (alone if shared else plan.heads, width, "k.")],
         scratch=[(tile.block_k, dim), (tile.block_k, width)],
+        depth=2 * (dim + width),
         interpret=interpret,
     )
     dq = jnp.matrix_transpose(dq[..., : problem.query_length])
@@ -186,6 +189,19 @@ class Plan(NamedTuple):
         """The axes that tell query heads apart."""
         return (*tiles.leading(self.call.problem), self.call.problem.group)
 
+    @property
+    def pairs(self) -> int:
+        """Queries times keys in all tiles that causality and window leave."""
+        low, high = self.tile.low, self.tile.high
+        count = 0
+        for row in range(0, self.grid.rows.padded, self.tile.block_q):
+            first = 0 if low is None else max(row + low, 0) // self.tile.block_k
+            stop = self.grid.columns.number
+            if high is not None:
+                stop = min(max(row + self.tile.block_q - 1 + high, -1) // self.tile.block_k + 1, stop)
+            count += max(stop - first, 0)
+        return math.prod(self.heads) * count * self.tile.block_q * self.tile.block_k
+
     def queries(self, x: Array, value: float = 0) -> Array:
         """``x (..., rows, columns)`` with the queries in whole tiles; a single row for all of them stays."""
         return _whole(x, self.grid.rows, value)
@@ -211,6 +227,7 @@ class Plan(NamedTuple):
         operands: Sequence[tuple[Array, str]],
         results: Sequence[tuple[tuple[int, ...], int, str]],
         scratch: Sequence[tuple[int, int]],
+        depth: int,
         interpret: Any,
     ) -> list[Array]:
         """Run a kernel over the grid of an order; "q." names an array with query tiles along its rows, all its columns.
@@ -221,6 +238,7 @@ class Plan(NamedTuple):
             operands: Arrays and their axes.
             results: Leading axes, the length of the axis that is not cut into tiles, and the axes.
             scratch: Shapes, in float32.
+            depth: Multiplications for a query and a key, of all products together.
             interpret: Whether to interpret it: False, or what Pallas takes.
         """
         tile, rows, columns = self.tile, self.grid.rows, self.grid.columns
@@ -268,6 +286,11 @@ class Plan(NamedTuple):
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * depth * self.pairs,
+                transcendentals=self.pairs,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
             ),
             interpret=interpret,
             name=f"laser_{getattr(kernel, 'func', kernel).__name__}",
