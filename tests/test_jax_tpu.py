@@ -85,20 +85,11 @@ def test_agrees_with_the_definition(name):
 
 
 def test_the_conformance_suite():
-    """Some cases of each level; what is not run is told by --quick and --only."""
+    """One case of it, for time: what a query cannot see changes no bit, NaN and infinities included."""
     command = [sys.executable, "-m", "laser_conformance", "run", "--backend", tpu.INTERPRETED.name, "--arrays", "jax"]
-    command += [
-        "--load",
-        "laser_jax.tpu:INTERPRETED",
-        "--only",
-        "precision/range-3+grad",
-        "--only",
-        "isolation/causal-top",
-        "--dtype",
-        "bfloat16",
-    ]
+    command += ["--load", "laser_jax.tpu:INTERPRETED", "--only", "isolation/causal-top"]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run([*command, "--quick"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -159,11 +150,11 @@ def test_compiles_for(compiled, name):
     pairs = 4 * 10 * 512 * 512
     for kind, depth in (("forward", 2 * 128), ("backward", 7 * 128)):
         vmem, flops = compiled[name][kind]
-        assert len(vmem) == {"forward": 1, "backward": 2}[kind]
-        assert max(vmem) <= VMEM, kind
+        assert sorted(vmem) == (["forward"] if kind == "forward" else ["backward_keys", "backward_queries"])
+        assert max(vmem.values()) <= VMEM, vmem
         assert 2 * depth * pairs <= flops <= 1.1 * 2 * depth * pairs, kind
 
 
 def test_all_options_compile(compiled):
     for kind in ("forward", "backward"):
-        assert max(compiled["v4, all options"][kind][0]) <= VMEM
+        assert max(compiled["v4, all options"][kind][0].values()) <= VMEM

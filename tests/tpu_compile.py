@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from importlib.metadata import version
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -71,14 +72,16 @@ def compiled(name: str) -> dict[str, Any]:
     told = {}
     for function, arguments in ((forward, (inputs,)), (backward, (inputs, State(o, l, o, l)))):
         done = jax.jit(function).lower(*arguments).compile()
-        vmem = []
+        vmem = {}
         for line in done.as_text().splitlines():
             if '"tpu_custom_call"' in line:
                 used = re.search(r'"used_scoped_memory_configs":\[(.*?)\]', line).group(1)
-                vmem.append(sum(map(int, re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used))))
+                kernel = re.search(r"%laser_(\w+)", line).group(1)
+                vmem[kernel] = sum(map(int, re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', used)))
         told[function.__name__] = (vmem, done.cost_analysis()["flops"])
     return told
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compiled(name) for name in sys.argv[1:]}))
+    versions = {"jax": jax.__version__, "libtpu": version("libtpu")}
+    print(json.dumps({"versions": versions} | {name: compiled(name) for name in sys.argv[1:]}, indent=1))

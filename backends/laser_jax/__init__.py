@@ -113,5 +113,5 @@ TPU = Backend(
     requires=("jax",),
     why_not=_tpu_why_not,
     priority=lambda problem: 20,  # below jax-xla: the automatic choice is one of what has been measured
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

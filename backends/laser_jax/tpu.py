@@ -248,6 +248,7 @@ class Plan(NamedTuple):
         else:
             grid = (*leading, columns.number, group, rows.number)
         sequential = 1 if order == self.by_queries else 2
+        semantics: Any = ("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential
 
         def spec(shape: tuple[int, ...], axes: str) -> pl.BlockSpec:
             block = [
@@ -284,9 +285,7 @@ class Plan(NamedTuple):
                 out_specs=[spec(shape.shape, axes) for shape, (_, _, axes) in zip(shapes, results, strict=True)],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
             cost_estimate=pl.CostEstimate(
                 flops=2 * depth * self.pairs,
                 transcendentals=self.pairs,

@@ -124,7 +124,7 @@ def walk(
     ends = tile.ends(lengths, at)
     some, every = tile.shows(row, column, *ends)
     if every is False:
-        pl.when(some)(lambda: step(tile.seen(row, column, *ends, mask[...])))
+        pl.when(some)(lambda: step(tile.seen(row, column, *ends, None if mask is None else mask[...])))
         return
     pl.when(some & every)(lambda: step(None))
     pl.when(some & ~every)(lambda: step(tile.seen(row, column, *ends, None)))
