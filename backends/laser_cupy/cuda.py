@@ -12,13 +12,14 @@ from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
 from . import host
+from .build import THREADS, Build, source
 
 OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
 OPTIONS = ("-std=c++17",)
 
 
 @functools.cache
-def kernel(build: host.Build, name: str, device: int) -> Any:
+def kernel(build: Build, name: str, device: int) -> Any:
     """A kernel, compiled for a device; CuPy keeps the machine code on disk.
 
     Raises:
@@ -35,8 +36,8 @@ def kernel(build: host.Build, name: str, device: int) -> Any:
 
 
 @functools.cache
-def _module(build: host.Build, device: int) -> Any:
-    return cupy.RawModule(code=host.source(), options=(*OPTIONS, *build.definitions))
+def _module(build: Build, device: int) -> Any:
+    return cupy.RawModule(code=source(), options=(*OPTIONS, *build.definitions))
 
 
 class _Machine:
@@ -47,9 +48,9 @@ class _Machine:
     def __init__(self, device: int) -> None:
         self.device = device
 
-    def launch(self, build: host.Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
+    def launch(self, build: Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
         """Launch a kernel; CuPy raises where the launch fails."""
-        kernel(build, name, self.device)((grid,), (host.THREADS,), tuple(arguments), shared_mem=build.shared(name))
+        kernel(build, name, self.device)((grid,), (THREADS,), tuple(arguments), shared_mem=build.shared(name))
 
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)
