@@ -10,6 +10,9 @@
 // stands for a query that nothing flows through. Powers of two per head keep G and ds within float16.
 
 #define STAGE_BYTES (INNER * (sizeof(element) * (DP + PAD + XP + PAD) + 8))  // two tiles and two rows of floats
+#ifndef HELD
+#define HELD (!FLOAT32 && DP + XP <= 256)  // 64 queries stay in registers
+#endif
 #define HEADROOM 13  // the greatest G and the greatest possible ds are brought to 2^13 … 2^14
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
 #if FLOAT16
@@ -53,7 +56,7 @@ __device__ __forceinline__ float weight_of(float one, float o, float beta, bool 
   return one * inverse_exp(beta, o, n) * (expm1_form ? 1.f : inverse_of(beta));
 }
 
-// Per query: l in base 2, or what stands for it; r; the greatest |G|; a bound of |ds|; and G itself, where it needs no scale
+// Per query: l as scores are, or what stands for it; r; the greatest |G|; a bound of |ds|; and G itself, where it needs no scale
 // of the head. A warp for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) row_terms(
     PROBLEM, const element* q, const float* o, const element* d_out, const float* lse, const float* d_lse, const int* c,
@@ -102,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_terms(
       if (lane + n * 32 < EP) g[row * XP + form * EP + lane + n * 32] = narrow(live ? weight[form][n] : 0.f);
 #endif
   if (lane) return;
-  l[row] = nothing ? INF : broken ? NOT_A_NUMBER : lse[row] * LOG2E;
+  l[row] = nothing ? INF : broken ? NOT_A_NUMBER : lse[row] * UNIT;
   r[row] = live ? dl - sum : 0.f;
   sizes[row] = live ? size : 0.f;
   bounds[row] = live ? fminf(total + fabsf(dl), 1e38f) : 0.f;
@@ -181,6 +184,19 @@ __device__ __forceinline__ void multiply(float (&product)[INNER / 8][4], const e
   }
 }
 
+// the same, with a in registers
+template <int CELLS>
+__device__ __forceinline__ void multiply(float (&product)[INNER / 8][4], const Left (&a)[CELLS / 16], const element* b_tile) {
+#pragma unroll
+  for (int d = 0; d < CELLS / 16; d++)
+#pragma unroll
+    for (int j = 0; j < INNER / 16; j++) {
+      Right b;
+      load_b(b, b_tile + j * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
+      mma(product[2 * j], product[2 * j + 1], a[d], b);
+    }
+}
+
 // acc [16, CELLS] += a [16, INNER] · b, for b [INNER, CELLS]; a comes as the result of a product
 template <int CELLS>
 __device__ __forceinline__ void accumulate(float (&acc)[CELLS / 8][4], const float (&a)[INNER / 8][4], const element* b_tile) {
@@ -214,7 +230,7 @@ __device__ __forceinline__ Factors factors(const int* scales) {
 template <bool SLOPE, class AtPair>
 __device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool direct, float (&s)[INNER / 8][4],
                                       float (&gx)[INNER / 8][4], AtPair at_pair) {
-  const float factor = pr.scale * LOG2E;
+  const float factor = pr.scale * UNIT;
 #pragma unroll
   for (int n = 0; n < INNER / 8; n++)
 #pragma unroll
@@ -222,10 +238,10 @@ __device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool 
       float l, r, mark, bias, slope = 1.f, p = 0.f, ds = 0.f;
       if (direct) {
         at_pair(n, h, false, l, r, mark, bias);
-        p = exp2_fast(fmaf(s[n][h], factor, -l));
+        p = exp_fast(fmaf(s[n][h], factor, -l));
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
       } else if (at_pair(n, h, true, l, r, mark, bias) && l != INF) {
-        p = exp2_fast(score(pr, s[n][h], slope) + (bias + mark - l));
+        p = exp_fast(score(pr, s[n][h], slope) + bias - l + mark);
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
         if (SLOPE) ds *= slope;
       }
@@ -419,6 +435,9 @@ __device__ __forceinline__ void walk_over_keys(
     }
   };
   if (first < end) begin(first);
+#if HELD
+  Left own_q[DP / 16], own_g[XP / 16];
+#endif
   for (int j0 = first; j0 < end; j0 += INNER) {
     element* k_tile = (element*)stage(j0);
     const element* x_tile = k_tile + INNER * (DP + PAD);
@@ -431,8 +450,19 @@ __device__ __forceinline__ void walk_over_keys(
     __syncthreads();  // this tile is there, and nobody reads the one before
     if (STAGES > 1 && j0 + INNER < end) begin(j0 + INNER);
     float s[INNER / 8][4] = {}, gx[INNER / 8][4] = {};  // [16 queries, 32 keys]
+#if HELD
+    if (j0 == first) {
+#pragma unroll
+      for (int d = 0; d < DP / 16; d++) load_a(own_q[d], q_tile + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+      for (int d = 0; d < XP / 16; d++) load_a(own_g[d], g_tile + warp * 16 * (XP + PAD) + d * 16, XP + PAD);
+    }
+    multiply<DP>(s, own_q, k_tile);
+    multiply<XP>(gx, own_g, x_tile);
+#else
     multiply<DP>(s, q_tile + warp * 16 * (DP + PAD), k_tile);
     multiply<XP>(gx, g_tile + warp * 16 * (XP + PAD), x_tile);
+#endif
     const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + BLOCK, j0, j0 + INNER);
     weigh<SLOPE>(pr, f, direct, s, gx, [&](int n, int h, bool look, float& one_l, float& one_r, float& one_mark, float& bias) {
       const int column = n * 8 + t * 2 + h % 2;

@@ -3,10 +3,15 @@
 // Compiled for a dtype (FLOAT16, FLOAT32), for WIDTH and EP, the columns of q and k, a multiple of 16 bytes, and the value
 // dim rounded up to 16; for CAP, a soft cap; for the forms that the values take (EXP, EXPM1: see values.cu); and for the
 // tile sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS. Base 2 is used inside kernels only: scores carry log2(e),
-// what is stored is in natural logarithms.
+// those of float32 excepted; what is stored is in natural logarithms.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
+#if FLOAT32
+#define UNIT 1.f  // of scores: of base 2 they would be rounded once more
+#else
+#define UNIT LOG2E
+#endif
 #define LN2_HIGH 0.693359375f  // few bits, so that its products with integers are exact
 #define LN2_LOW -2.12194440054690583e-4f
 #define INF bits_as_float(0x7F800000u)
@@ -63,6 +68,9 @@ struct Problem {
         key_lengths, mask, mask_b, mask_h, mask_i, mask_j, bias, bias_wide, bias_b, bias_h, bias_i, bias_j       \
   }
 
+struct alignas(8) Two { float x[2]; };
+__device__ __forceinline__ void store_two(float* to, float first, float second) { *(Two*)to = {first, second}; }
+
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int greatest(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < INF; }
@@ -93,7 +101,7 @@ __device__ __forceinline__ float beta_of(const Problem& p, int h, int e) {
 }
 __device__ __forceinline__ float inverse_of(float beta) { return beta == 0.f ? 1.f : 1.f / beta; }
 
-// Whether a query sees a key, and the bias of their score in base 2: what −infinity hides is not seen.
+// Whether a query sees a key, and the bias of their score: what −infinity hides is not seen.
 __device__ __forceinline__ bool visible(const Problem& p, const Head& at, int i, int j, float& bias) {
   bias = 0.f;
   if (!(i < at.q_end && j < at.k_end && j - i >= p.low && j - i <= p.high)) return false;
@@ -102,7 +110,7 @@ __device__ __forceinline__ bool visible(const Problem& p, const Head& at, int i,
   const u8* from = at.bias + i * p.bias_i + j * p.bias_j;
   bias = p.bias_wide ? *(const float*)from : widen(*(const element*)from);
   if (bias == -INF) return false;
-  bias *= LOG2E;
+  bias *= UNIT;
   return true;
 }
 
@@ -111,17 +119,19 @@ __device__ __forceinline__ bool all_visible(const Problem& p, const Head& at, in
   return !at.mask && !at.bias && i1 <= at.q_end && j1 <= at.k_end && j0 - (i1 - 1) >= p.low && j1 - 1 - i0 <= p.high;
 }
 
-// the score in base 2 from a product of q and k; `slope` is the derivative of the cap
+// the score from a product of q and k; `slope` is the derivative of the cap
 __device__ __forceinline__ float score(const Problem& p, float product, float& slope) {
 #if CAP
   const float t = tanhf(product * p.scale / p.cap);
   slope = 1.f - t * t;
-  return p.cap * t * LOG2E;
+  return p.cap * t * UNIT;
 #else
   slope = 1.f;
-  return product * (p.scale * LOG2E);
+  return product * (p.scale * UNIT);
 #endif
 }
+
+__device__ __forceinline__ float exp_fast(float score) { return exp2_fast(score * (LOG2E / UNIT)); }
 
 // x * 2^n, exactly where the result is normal
 __device__ __forceinline__ float scaled(float x, int n) {
@@ -158,17 +168,16 @@ __device__ __forceinline__ float split_exp(float y, float rest, int& n) {
 
 // log(t * 2^c): the same bits for every c with the same t * 2^c; t >= 0, NaN stays NaN
 __device__ __forceinline__ float split_log(float t, int c) {
-  if (!(t > 0.f)) return t == 0.f ? -INF : NOT_A_NUMBER;
-  const u32 bits = float_as_bits(t);
-  int n = (int)(bits >> 23) - 127;
-  float x = bits_as_float((bits & 0x7FFFFFu) | 0x3F800000u);
-  if (x > 1.41421356f) { x *= 0.5f; n++; }
-  const float whole = (float)(n + c);
+  const u32 bits = float_as_bits(t), over = ((bits & 0x7FFFFFu) > 0x3504F3u) ? 1u : 0u;  // the mantissa is above 2^1/2
+  const float x = bits_as_float((bits & 0x7FFFFFu) | (127u - over) << 23);
+  const float whole = (float)((int)(bits >> 23) - 127 + (int)over + c);
 #if FLOAT32
-  return fmaf(whole, LN2_HIGH, fmaf(whole, LN2_LOW, logf(x)));
+  const float log_x = logf(x);
 #else
-  return fmaf(whole, LN2_HIGH, fmaf(whole, LN2_LOW, log2_fast(x) * LN2));
+  const float log_x = log2_fast(x) * LN2;
 #endif
+  const float result = fmaf(whole, LN2_HIGH, fmaf(whole, LN2_LOW, log_x));
+  return t > 0.f ? result : t == 0.f ? -INF : NOT_A_NUMBER;
 }
 
 __device__ __forceinline__ float row_sum(float x) {  // over the four lanes that hold a row

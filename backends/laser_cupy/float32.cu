@@ -4,11 +4,10 @@ typedef float element;
 struct Left { float x[2][16]; };   // rows g and g + 8
 struct Right { float x[4][16]; };  // columns 2t, 2t + 1, 2t + 8 and 2t + 9
 struct alignas(16) Four { float x[4]; };
-struct alignas(8) Two { float x[2]; };
 
 __device__ __forceinline__ float widen(float x) { return x; }
 #define narrow(x) (x)
-__device__ __forceinline__ void store_pair(float* to, float first, float second) { *(Two*)to = {first, second}; }
+#define store_pair store_two
 
 // d0, d1 += a · b, the columns of b in two halves
 __device__ __forceinline__ void mma(float (&d0)[4], float (&d1)[4], const Left& a, const Right& b) {
@@ -45,9 +44,7 @@ __device__ __forceinline__ void load_b_transposed(Right& f, const float* tile, i
   for (int k = 0; k < 16; k++)
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      const Two two = *(const Two*)(tile + k * ld + t * 2 + n * 8);
-      f.x[2 * n][k] = two.x[0];
-      f.x[2 * n + 1][k] = two.x[1];
+      for (int h = 0; h < 2; h++) f.x[2 * n + h][k] = tile[k * ld + t * 2 + n * 8 + h];
     }
 }
 __device__ __forceinline__ void left_of(Left& f, const float (&c0)[4], const float (&c1)[4]) {

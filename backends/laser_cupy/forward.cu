@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     // do not depend on its neighbours.
     const bool partial = !all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS);
     const bool direct = !partial && ordered;
-    const float factor = direct ? pr.scale * LOG2E : 1.f;
+    const float factor = direct ? pr.scale * UNIT : 1.f;
     Left p[STRIPS][KEYS / 16];
     bool few[STRIPS][2], any_few = false;
 #pragma unroll
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const float next = ahead[h] > m[w][h] + SLACK ? ahead[h] : m[w][h];
-          const float shrink = m[w][h] == next ? 1.f : exp2_fast(m[w][h] - next);
+          const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
           m[w][h] = next;
           l[w][h] *= shrink;
           total[w][2 * h] *= shrink;
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
       for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          s[w][j][r] = exp2_fast(fmaf(s[w][j][r], factor, minus_m[r / 2]));
+          s[w][j][r] = exp_fast(fmaf(s[w][j][r], factor, minus_m[r / 2]));
           l[w][r / 2] += s[w][j][r];
         }
 #pragma unroll
@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         // a weight of 2^SLACK may be one key, and a row whose m has just moved has one of 1
-        few[w][h] = partial || total[w][2 * h] < 4.f * (1 << P_SHIFT) * (SLACK > 0.f ? fmaxf(1.f, exp2_fast(ahead[h] - m[w][h])) : 1.f);
+        few[w][h] = partial || total[w][2 * h] < 4.f * (1 << P_SHIFT) * (SLACK > 0.f ? fmaxf(1.f, exp_fast(ahead[h] - m[w][h])) : 1.f);
         any_few |= few[w][h];
       }
 #endif
@@ -184,46 +184,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #endif
   }
 
-  const bool paired = pr.value_dim % 2 == 0;
   const int* own_c = c + (i64)at.key * CP;
-  const float inverse_of_beta = inverse_of(pr.beta);
+  const i64 row = (i64)at.query * pr.query_length + own;
+  bool there[STRIPS][2], empty[STRIPS][2];
+  float over_total[STRIPS][2];
 #pragma unroll
   for (int w = 0; w < STRIPS; w++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float sum = row_sum(l[w][h]);
-      const int i = own + w * 16 + h * 8;
-      if (i >= pr.query_length) continue;
-      const i64 row = (i64)at.query * pr.query_length + i;
-      const bool empty = sum == 0.f;
-      if (t == 0) lse[row] = empty ? -INF : (m[w][h] - P_SHIFT) * LN2 + logf(sum);
-      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][2 * h]) : NOT_A_NUMBER;
+      there[w][h] = own + w * 16 + h * 8 < pr.query_length;
+      empty[w][h] = sum == 0.f;
+      over_total[w][h] = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][2 * h]) : NOT_A_NUMBER;
+      if (t == 0 && there[w][h]) lse[row + w * 16 + h * 8] = empty[w][h] ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
+    }
+  const float inverse_of_beta = inverse_of(pr.beta);
+  out += row * pr.value_dim;
+  residual += row * pr.value_dim;
 #pragma unroll
-      for (int e = 0; e < EP / 8; e++) {
-        const int channel = e * 8 + t * 2;
-        if (channel >= pr.value_dim) continue;
+  for (int e = 0; e < EP / 8; e++) {
+    const int channel = e * 8 + t * 2;
+    float beta[2] = {pr.beta, pr.beta}, inverse[2] = {inverse_of_beta, inverse_of_beta};
+    if (EXP && EXPM1)
+      for (int r = 0; r < 2; r++) {
+        if (channel + r < pr.value_dim) beta[r] = beta_of(pr, at.h, channel + r);
+        inverse[r] = inverse_of(beta[r]);
+      }
+#pragma unroll
+    for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
         float o[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          float beta = pr.beta, inverse = inverse_of_beta;
-          if (EXP && EXPM1 && channel + r < pr.value_dim) {
-            beta = beta_of(pr, at.h, channel + r);
-            inverse = inverse_of(beta);
-          }
-          const float one = acc[w][e][2 * h + r] * over_total, other = acc[w][XP / 8 - EP / 8 + e][2 * h + r] * over_total;
-          o[r] = empty ? 0.f : output_of(one, other, own_c, channel + r, beta, inverse);
+          const float one = acc[w][e][2 * h + r] * over_total[w][h];
+          const float other = acc[w][XP / 8 - EP / 8 + e][2 * h + r] * over_total[w][h];
+          o[r] = empty[w][h] ? 0.f : output_of(one, other, own_c, channel + r, beta[r], inverse[r]);
         }
-        element* to = out + row * pr.value_dim + channel;
-        float* wide = residual + row * pr.value_dim + channel;
-        if (paired) {
-          store_pair(to, o[0], o[1]);
-          wide[0] = o[0];
-          wide[1] = o[1];
-        } else {
-#pragma unroll
+        const int to = (w * 16 + h * 8) * pr.value_dim + channel;
+        if (there[w][h] && pr.value_dim % 2 == 0 && channel < pr.value_dim) {
+          store_pair(out + to, o[0], o[1]);
+          store_two(residual + to, o[0], o[1]);
+        } else if (there[w][h]) {
           for (int r = 0; r < 2; r++)
-            if (channel + r < pr.value_dim) { to[r] = narrow(o[r]); wide[r] = o[r]; }
+            if (channel + r < pr.value_dim) { out[to + r] = narrow(o[r]); residual[to + r] = o[r]; }
         }
       }
-    }
+  }
 }
