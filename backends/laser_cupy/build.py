@@ -9,10 +9,11 @@ from pathlib import Path
 from laser_core import Problem
 
 THREADS = 128
+WARPS = THREADS // 32
 BLOCK = 64  # rows of a tile that a block of the backward pass owns
 SHARED = 99 << 10  # bytes that every device from sm_80 on lends to a block
 LARGEST_DIM = 256
-SOURCES = ("float32", "common", "values", "forward", "forward_exact", "backward", "backward_exact", "bias")
+SOURCES = ("float32", "common", "values", "forward", "forward_exact", "backward", "backward_exact", "bias", "decode")
 KERNELS = (
     "value_range",
     "value_decide",
@@ -30,6 +31,8 @@ KERNELS = (
     "backward_keys_exact",
     "backward_beta",
     "backward_bias",
+    "decode",
+    "decode_merge",
 )
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PAD = 8
@@ -153,14 +156,15 @@ class Build:
             "backward_values": self.bytes * BLOCK * (d + x) + walked,
             "backward_queries": self.bytes * BLOCK * (d + x) + walked,
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
+            "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
             "backward_queries_exact": 4 * (self.padded + THREADS),
             "backward_keys_exact": 4 * (self.padded + 2 * THREADS),
         }.get(kernel, 0)
 
     @property
     def largest(self) -> int:
-        """The most shared memory that a kernel takes."""
-        return max(map(self.shared, KERNELS))
+        """The most shared memory that a kernel takes that every problem needs."""
+        return max(self.shared(kernel) for kernel in KERNELS if kernel != "decode")
 
 
 @functools.cache

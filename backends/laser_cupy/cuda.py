@@ -11,7 +11,7 @@ import cupy
 from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
-from . import host
+from . import decode, host
 from .build import THREADS, Build, source
 
 OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
@@ -40,6 +40,11 @@ def _module(build: Build, device: int) -> Any:
     return cupy.RawModule(code=source(), options=(*OPTIONS, *build.definitions))
 
 
+@functools.cache
+def _processors(device: int) -> int:
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
 class _Machine:
     """CuPy's current device and stream."""
 
@@ -47,6 +52,10 @@ class _Machine:
 
     def __init__(self, device: int) -> None:
         self.device = device
+
+    @property
+    def processors(self) -> int:
+        return _processors(self.device)
 
     def launch(self, build: Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
         """Launch a kernel; CuPy raises where the launch fails."""
@@ -59,8 +68,9 @@ class _Machine:
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, on the device of the query."""
     device = inputs.query.device.id
+    run = decode.forward if decode.fits(problem) else host.forward
     with cupy.cuda.Device(device):
-        return host.forward(_Machine(device), problem, inputs)
+        return run(_Machine(device), problem, inputs)
 
 
 def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:

@@ -22,7 +22,7 @@ import numpy as np
 from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array
 
-from . import CUDA, host
+from . import CUDA, decode, host
 from .build import KERNELS, THREADS, Build, source
 
 _LAUNCHER = """
@@ -72,6 +72,7 @@ class _Machine:
     """g++ and NumPy."""
 
     xp: Any = np
+    processors = 1
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         held = [np.uint64(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in arguments]
@@ -87,7 +88,8 @@ class _Machine:
 
 
 def _forward(problem: Problem, inputs: Inputs) -> Forward:
-    return host.forward(_Machine(), problem, inputs)
+    run = decode.forward if decode.fits(problem) else host.forward
+    return run(_Machine(), problem, inputs)
 
 
 def _backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:

@@ -204,6 +204,10 @@ inline float __shfl_xor_sync(u32, float x, int mask) {
 }
 
 inline float log2_fast(float x) { return log2f(x); }
+inline void __syncwarp() {
+  static char tag;
+  emulator::together<int, int>(0, &tag, [](emulator::Warp&) {});
+}
 inline bool warp_any(bool x) {
   static char tag;
   return emulator::together<int, int>(x, &tag, [](emulator::Warp& w) {

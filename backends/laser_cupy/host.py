@@ -25,6 +25,7 @@ class Machine(Protocol):
     """What runs the kernels."""
 
     xp: Any
+    processors: int  # multiprocessors of the device
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         """Run ``grid`` blocks of a kernel; arguments are arrays and NumPy scalars."""
