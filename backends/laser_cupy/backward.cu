@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_terms(
   any = warp_max(any);
   const float dl = d_lse ? d_lse[row] : 0.f;
   const bool nothing = lse[row] == -INF || (any == 0.f && dl == 0.f);
-  const bool broken = odd > 0.f || !finite(lse[row]) || !finite(dl);
+  const bool broken = odd > 0.f || !(lse[row] < INF) || !finite(dl);
   const bool live = !nothing && !broken;
 #if FLOAT16
   size = warp_max(size);
@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_terms(
   r[row] = live ? dl - sum : 0.f;
   sizes[row] = live ? size : 0.f;
   bounds[row] = live ? fminf(total + fabsf(dl), 1e38f) : 0.f;
-  if (!nothing && broken) atomicOr(flags + kv, ODD);
+  if (broken) atomicOr(flags + kv, ODD);  // a query that sees nothing may hold NaN
 }
 
 // the exponent that brings x to 2^HEADROOM … 2^(HEADROOM + 1)
@@ -360,7 +360,7 @@ __device__ __forceinline__ void backward_of_keys(
         float sum = 0.f;
         if (EXP) {
           const int own_c = c[(i64)kv * CP + e];
-          const float part = scaled(dv_acc[n][2 * h + w], g_scale - P_SHIFT) * (finite(y) ? inverse_exp(-beta, one, -own_c) : 0.f);
+          const float part = scaled(dv_acc[n][2 * h + w], g_scale - P_SHIFT) * (finite(y) ? fminf(inverse_exp(-beta, one, -own_c), 3e38f) : 0.f);
           sum = part * beta;
           if (dbetas && beta != 0.f && finite(y)) dbeta += part * (one - own_c * LN2 / beta);
         }

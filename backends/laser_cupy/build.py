@@ -97,7 +97,7 @@ class Build:
             cap=problem.logits_soft_cap is not None,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, strips=2)
+            return build
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -130,6 +130,11 @@ class Build:
         return self.padded + self.wide > 256
 
     @property
+    def held_queries(self) -> bool:
+        """Whether the queries of the forward pass stay in registers."""
+        return self.narrow and self.strips == 1 and self.keys == 64 and self.padded <= 128
+
+    @property
     def queries(self) -> int:
         """Queries of a block of the forward pass."""
         return 64 * self.strips
@@ -149,7 +154,7 @@ class Build:
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
         return {
             "value_range": 8 * THREADS,
-            "forward": self.bytes * (self.queries * d + self.keys * (d + x)),
+            "forward": self.bytes * (2 * self.keys * (d + x) + (0 if self.held_queries else self.queries * d)),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "row_scales": 4 * THREADS,
             "backward_keys": self.bytes * BLOCK * (d + x) + walked,

@@ -242,8 +242,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_merge(
         top = next;
       }
     }
-    float o = EXP ? (top + logf(terms) + special) * inverse_of(p.beta) : terms;
-    if (sum != sum || special != special) o = NOT_A_NUMBER;
+    float o = EXP ? (special == 0.f ? top + logf(terms) : special) * inverse_of(p.beta) : terms;
+    if (sum != sum) o = NOT_A_NUMBER;
     if (empty) o = 0.f;
     out[row * p.value_dim + e] = narrow(o);
     residual[row * p.value_dim + e] = o;

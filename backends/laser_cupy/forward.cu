@@ -1,10 +1,12 @@
 // Forward: flash attention over (q, k, X), and o from the row's result at the end (values.cu has the forms of X).
 //
 // A block of 4 warps owns QUERIES queries, a warp 16 * STRIPS of them, and walks over tiles of KEYS keys. acc, m and l stay
-// in float32 registers. K of the next tile is on its way while this one's weights are made, X while its scores are. m may be
-// up to SLACK bits behind the greatest score of its row: what it is subtracted from cancels, and acc is scaled rarely.
+// in float32 registers. While the weights of a tile are made, the scores of the next one are, and K of the one after it and
+// X of the next one are on their way. m may be up to SLACK bits behind the greatest score of its row: what it is subtracted
+// from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
+#define HELD_Q (!FLOAT32 && STRIPS == 1 && KEYS == 64 && DP <= 128)  // q stays in registers
 
 // acc [16 * STRIPS, XP] += p [16 * STRIPS, KEYS] · x [KEYS, XP]
 __device__ __forceinline__ void add_product(float (&acc)[STRIPS][XP / 8][4], const Left (&p)[STRIPS][KEYS / 16],
@@ -42,9 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     element* out, float* residual, float* lse) {
   const Problem pr = THE_PROBLEM;
   SHARED_MEMORY(raw);
-  element* q_tile = (element*)raw;                  // [QUERIES, DP]
-  element* k_tile = q_tile + QUERIES * (DP + PAD);  // [KEYS, DP]
-  element* x_tile = k_tile + KEYS * (DP + PAD);     // [KEYS, XP]
+  element* k_tiles = (element*)raw;                      // two of [KEYS, DP]
+  element* x_tiles = k_tiles + 2 * KEYS * (DP + PAD);    // two of [KEYS, XP]
   const int blocks = (pr.query_length + QUERIES - 1) / QUERIES;
   const Head at = head_of(pr, blockIdx.x / blocks);
   if (flags[at.key] & OUTSIDE) return;
@@ -64,72 +65,120 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
-  const bool ordered = !CAP && pr.scale >= 0.f;  // scores are products times one factor, in their order
+  const bool ordered = !CAP && pr.scale > 0.f;  // scores are products times one factor, in their order
+  auto k_tile = [&](int tile) { return k_tiles + (tile - first) % 2 * KEYS * (DP + PAD); };
+  auto x_tile = [&](int tile) { return x_tiles + (tile - first) % 2 * KEYS * (XP + PAD); };
+  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile(tile), k, tile * KEYS, at.k_end); };
+  auto begin_x = [&](int tile) { if (tile < end) tile_begin<KEYS, XP, XP>(x_tile(tile), x, tile * KEYS, at.k_end); };
+
+  // q where the second tile of k will be, or beside the others
+  element* q_tile = HELD_Q ? k_tile(first + 1) : x_tiles + 2 * KEYS * (XP + PAD);  // [QUERIES, DP]
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
-  if (first < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, first * KEYS, at.k_end);
+  begin_k(first);
   copy_wait();
   __syncthreads();
+#if HELD_Q
+  Left held[DP / 16];
+#pragma unroll
+  for (int d = 0; d < DP / 16; d++) load_a(held[d], q_tile + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
+#endif
+
+  // s += a part of q · kᵀ: the columns d * 16 … d * 16 + 15
+  auto add_scores = [&](float (&s)[STRIPS][KEYS / 8][4], const element* tile, int d) {
+    Left a[STRIPS];
+#pragma unroll
+    for (int w = 0; w < STRIPS; w++) {
+#if HELD_Q
+      a[w] = held[d];
+#else
+      load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
+#endif
+    }
+#pragma unroll
+    for (int j = 0; j < KEYS / 16; j++) {
+      Right b;
+      load_b(b, tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+      for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
+    }
+  };
+  float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+  if (first < end) {
+#pragma unroll
+    for (int d = 0; d < DP / 16; d++) add_scores(s, k_tile(first), d);
+  }
+  __syncthreads();  // nobody reads q any more
+  begin_k(first + 1);
+  begin_x(first);
+  copy_wait();
+  __syncthreads();
+
+  Left p[STRIPS][KEYS / 16];
+  bool few[STRIPS][2], any_few = false;
   for (int tile = first; tile < end; tile++) {
     const int j0 = tile * KEYS;
-    tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
-    float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
-#pragma unroll
-    for (int d = 0; d < DP / 16; d++) {
-      Left a[STRIPS];
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
-#pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) {
-        Right b;
-        load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
-#pragma unroll
-        for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
-      }
-    }
-    copy_wait();
-    __syncthreads();  // x is there, and nobody reads k any more
-    if (tile + 1 < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, j0 + KEYS, at.k_end);
+    begin_k(tile + 2);
+    begin_x(tile + 1);
 
     // A product of q and k that is not finite makes NaN of a row that sees it, and nothing of one that does not. Where
     // few keys carry a row, the rounding of X does not average out; each row decides that for itself, so that its bits
     // do not depend on its neighbours.
-    const bool partial = !all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS);
-    const bool direct = !partial && ordered;
+    const bool whole = all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS);
+    const bool direct = ordered && !at.mask && !at.bias;
     const float factor = direct ? pr.scale * UNIT : 1.f;
-    Left p[STRIPS][KEYS / 16];
-    bool few[STRIPS][2], any_few = false;
 #pragma unroll
     for (int w = 0; w < STRIPS; w++) {
-      if (direct) {
+      if (whole && direct) {
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
           for (int r = 0; r < 4; r++) l[w][r / 2] = fmaf(s[w][j][r], 0.f, l[w][r / 2]);
+      } else if (direct) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int i = own + w * 16 + h * 8, from = i + pr.low - j0, to = i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1;
+#pragma unroll
+          for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              const int column = j * 8 + t * 2 + r;
+              float& one = s[w][j][2 * h + r];
+              const bool seen = column >= from && column <= to;
+              l[w][h] = seen ? fmaf(one, 0.f, l[w][h]) : l[w][h];
+              one = seen ? one : -INF;
+            }
+        }
       } else {
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
           for (int r = 0; r < 4; r++) {
-            float slope, bias = 0.f;
-            const bool seen = !partial || visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
+            float slope, bias;
+            const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
             l[w][r / 2] = seen ? fmaf(s[w][j][r], 0.f, fmaf(bias, 0.f, l[w][r / 2])) : l[w][r / 2];
             s[w][j][r] = seen ? score(pr, s[w][j][r], slope) + bias : -INF;
           }
       }
-      float minus_m[2], ahead[2];
-      bool grows = false;
+    }
+    float minus_m[STRIPS][2], ahead[STRIPS][2];
+    bool grows = false;
+#pragma unroll
+    for (int w = 0; w < STRIPS; w++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         float top = -INF;
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++) top = fmaxf(top, fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-        ahead[h] = row_max(top * factor);
-        grows |= ahead[h] > m[w][h] + SLACK;
+        top = row_max(top);
+        ahead[w][h] = top == -INF ? -INF : top * factor;
+        grows |= ahead[w][h] > m[w][h] + SLACK;
       }
-      if (warp_any(grows)) {
+    if (warp_any(grows)) {
+#pragma unroll
+      for (int w = 0; w < STRIPS; w++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const float next = ahead[h] > m[w][h] + SLACK ? ahead[h] : m[w][h];
+          const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
           const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
           m[w][h] = next;
           l[w][h] *= shrink;
@@ -140,33 +189,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
             acc[w][e][2 * h + 1] *= shrink;
           }
         }
-      }
+    }
 #pragma unroll
-      for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (m[w][h] == -INF ? 0.f : m[w][h]);
+    for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
+      for (int h = 0; h < 2; h++) minus_m[w][h] = P_SHIFT - (m[w][h] == -INF ? 0.f : m[w][h]);
+
+    // The weights of this tile, step by step with the scores of the next one: exponentials and products overlap. Beyond the
+    // last tile the scores are of no use, but of numbers that are there.
+    float next_s[STRIPS][KEYS / 8][4] = {};
+    constexpr int STEPS = DP / 16 > KEYS / 16 ? DP / 16 : KEYS / 16;
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-          s[w][j][r] = exp_fast(fmaf(s[w][j][r], factor, minus_m[r / 2]));
-          l[w][r / 2] += s[w][j][r];
+    for (int step = 0; step < STEPS; step++) {
+      if (step < DP / 16) add_scores(next_s, k_tile(tile + 1), step);
+#pragma unroll
+      for (int j = step * (KEYS / 16) / STEPS; j < (step + 1) * (KEYS / 16) / STEPS; j++)
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++) {
+#pragma unroll
+          for (int r = 0; r < 8; r++) {
+            float& one = s[w][2 * j + r / 4][r % 4];
+            one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
+            l[w][r % 4 / 2] += one;
+          }
+          left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
         }
-#pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
+    }
 #if !FLOAT32
+    any_few = false;
+#pragma unroll
+    for (int w = 0; w < STRIPS; w++) {
       const u32 one = pack(1.f, 1.f);
 #pragma unroll
       for (int j = 0; j < KEYS / 16; j++) mma(total[w], p[w][j].x, one, one);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        // a weight of 2^SLACK may be one key, and a row whose m has just moved has one of 1
-        few[w][h] = partial || total[w][2 * h] < 4.f * (1 << P_SHIFT) * (SLACK > 0.f ? fmaxf(1.f, exp_fast(ahead[h] - m[w][h])) : 1.f);
+      for (int h = 0; h < 2; h++) {  // few keys are seen, or one of this tile is more than a quarter of all so far
+        few[w][h] = !whole || total[w][2 * h] < 4.f * (1 << P_SHIFT) * exp_fast(ahead[w][h] - m[w][h]);
         any_few |= few[w][h];
       }
-#endif
     }
-    add_product(acc, p, x_tile);
+#endif
+    add_product(acc, p, x_tile(tile));
     copy_wait();
-    const bool again = __syncthreads_or(any_few);  // k is there, and nobody reads x any more
+    const bool again = __syncthreads_or(any_few);  // k and x of the next tiles are there, and nobody reads those of this one
 #if !FLOAT32
     if (again) {
 #pragma unroll
@@ -175,14 +240,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         for (int j = 0; j < KEYS / 16; j++)
 #pragma unroll
           for (int r = 0; r < 4; r++) p[w][j].x[r] = few[w][r % 2] ? shifted(p[w][j].x[r], -REST_SHIFT) : 0;
-      tile_begin<KEYS, XP, XP>(x_tile, rest, j0, at.k_end);
+      tile_begin<KEYS, XP, XP>(x_tile(tile), rest, j0, at.k_end);
       copy_wait();
-      __syncthreads();
-      add_product(acc, p, x_tile);
-      __syncthreads();
+      __syncthreads();  // rest is there
+      add_product(acc, p, x_tile(tile));
+      __syncthreads();  // nobody reads rest any more
     }
 #endif
+#pragma unroll
+    for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+      for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) s[w][j][r] = next_s[w][j][r];
   }
+  copy_wait();
 
   const int* own_c = c + (i64)at.key * CP;
   const i64 row = (i64)at.query * pr.query_length + own;
