@@ -13,6 +13,7 @@
 #ifndef HELD
 #define HELD (!FLOAT32 && DP + XP <= 256)  // 64 queries stay in registers
 #endif
+#define HELD_KEYS (HELD && INNER == 16 && !SPLIT)  // and 64 keys
 #define HEADROOM 13  // the greatest G and the greatest possible ds are brought to 2^13 … 2^14
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
 #if FLOAT16
@@ -31,15 +32,6 @@ template <int ROWS, int CELLS> __device__ __forceinline__ void tile_clean(elemen
     element* at = tile + n / CELLS * (CELLS + PAD) + n % CELLS;
     if (!finite(widen(*at))) *at = narrow(0.f);
   }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int n = 16; n; n /= 2) x += __shfl_xor_sync(FULL_WARP, x, n);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-  for (int n = 16; n; n /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, n));
-  return x;
 }
 
 // exp(-beta*o) * 2^n
@@ -274,6 +266,14 @@ __device__ __forceinline__ void backward_of_keys(
   float mark[2];
   for (int h = 0; h < 2; h++) mark[h] = j0 + own + h * 8 < pr.key_length ? marks[keys + j0 + own + h * 8] : 0.f;
 
+#if HELD_KEYS
+  __syncthreads();
+  Left own_k[DP / 16], own_x[XP / 16];
+#pragma unroll
+  for (int d = 0; d < DP / 16; d++) load_a(own_k[d], k_tile + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+  for (int d = 0; d < XP / 16; d++) load_a(own_x[d], x_tile + warp * 16 * (XP + PAD) + d * 16, XP + PAD);
+#endif
   float dk_acc[DP / 8][4] = {}, dv_acc[XP / 8][4] = {};
   for (int member = 0; member < pr.group; member++) {
     const Head at = head_of(pr, kv * pr.group + member);
@@ -305,8 +305,13 @@ __device__ __forceinline__ void backward_of_keys(
       __syncthreads();  // this tile is there, and nobody reads the one before
       if (STAGES > 1 && i0 + INNER < end) begin(i0 + INNER);
       float s[INNER / 8][4] = {}, gx[INNER / 8][4] = {};  // [16 keys, 32 queries]
+#if HELD_KEYS
+      multiply<DP>(s, own_k, q_tile);
+      multiply<XP>(gx, own_x, g_tile);
+#else
       multiply<DP>(s, k_tile + warp * 16 * (DP + PAD), q_tile);
       if (DK) multiply<XP>(gx, x_tile + warp * 16 * (XP + PAD), g_tile);
+#endif
       const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + INNER, j0, j0 + BLOCK);
       weigh<true>(pr, f, direct, s, gx, [&](int n, int h, bool look, float& one_l, float& one_r, float& one_mark, float& bias) {
         const int column = n * 8 + t * 2 + h % 2;

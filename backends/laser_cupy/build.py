@@ -13,27 +13,30 @@ WARPS = THREADS // 32
 BLOCK = 64  # rows of a tile that a block of the backward pass owns
 SHARED = 99 << 10  # bytes that every device from sm_80 on lends to a block
 LARGEST_DIM = 256
-SOURCES = ("float32", "common", "values", "forward", "forward_exact", "backward", "backward_exact", "bias", "decode")
-KERNELS = (
-    "value_range",
-    "value_decide",
-    "value_exp",
-    "forward",
-    "forward_exact",
-    "row_terms",
-    "row_scales",
-    "row_weights",
-    "key_marks",
-    "backward_keys",
-    "backward_values",
-    "backward_queries",
-    "backward_queries_exact",
-    "backward_keys_exact",
-    "backward_beta",
-    "backward_bias",
-    "decode",
-    "decode_merge",
-)
+_EXACT = ("values", "forward_exact")
+PARTS = {  # what is compiled together, when it is needed: files, which may hold kernels of another part too, and kernels
+    "forward": (
+        (*_EXACT, "forward"),
+        ("value_range", "value_decide", "value_exp", "forward", "forward_exact"),
+    ),
+    "backward": (
+        (*_EXACT, "backward", "backward_exact"),
+        (
+            "row_terms",
+            "row_scales",
+            "row_weights",
+            "key_marks",
+            "backward_keys",
+            "backward_values",
+            "backward_queries",
+            "backward_queries_exact",
+            "backward_keys_exact",
+        ),
+    ),
+    "bias": ((*_EXACT, "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
+    "decode": (("decode",), ("decode", "decode_merge")),
+}
+KERNELS = {kernel: part for part, (_, kernels) in PARTS.items() for kernel in kernels}
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PAD = 8
 
@@ -173,8 +176,9 @@ class Build:
 
 
 @functools.cache
-def source(*, hardware: str = "hardware.cu") -> str:
-    """The source of all kernels, in one piece."""
+def source(*parts: str, hardware: str = "hardware.cu") -> str:
+    """The source of some parts, or of all kernels, in one piece."""
+    files = dict.fromkeys(file for part in parts or PARTS for file in PARTS[part][0])
+    names = (hardware, *(f"{name}.cu" for name in ("float32", "common", *files)))
     folder = Path(__file__).parent
-    names = (hardware, *(f"{name}.cu" for name in SOURCES))
     return "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in names)

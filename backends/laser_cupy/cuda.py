@@ -12,7 +12,7 @@ from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
 from . import decode, host
-from .build import THREADS, Build, source
+from .build import KERNELS, THREADS, Build, source
 
 OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
 OPTIONS = ("-std=c++17",)
@@ -29,15 +29,15 @@ def kernel(build: Build, name: str, device: int) -> Any:
         capability = int(place.compute_capability)
         if capability < OLDEST:
             raise Unsupported(f"device: got compute capability {capability}; allowed: {OLDEST} or later")
-        function = _module(build, device).get_function(name)
+        function = _module(build, KERNELS[name], device).get_function(name)
         if build.shared(name) > 48 << 10:
             function.max_dynamic_shared_size_bytes = build.shared(name)
     return function
 
 
 @functools.cache
-def _module(build: Build, device: int) -> Any:
-    return cupy.RawModule(code=source(), options=(*OPTIONS, *build.definitions))
+def _module(build: Build, part: str, device: int) -> Any:
+    return cupy.RawModule(code=source(part), options=(*OPTIONS, *build.definitions))
 
 
 @functools.cache
