@@ -17,7 +17,7 @@ from typing import Any
 import laser_cupy
 import numpy as np
 import pytest
-from laser_cupy import build, decode, dlpack, emulated, host
+from laser_cupy import build, decode, dlpack, emulated
 from laser_cupy.build import Build
 
 import laser_core
@@ -201,9 +201,7 @@ def test_the_emulator_notices_a_missing_barrier(
         ("odd", {"beta": 2.0}),
     ],
 )
-def test_decode(
-    dtype: str, value: str, options: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode(dtype: str, value: str, options: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in several runs, against the definition in float64."""
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
     monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))

@@ -35,7 +35,9 @@ def why_not(problem: Problem) -> str | None:
             return f"{name} = {size} (supported: up to {LARGEST_DIM})"
     build = Build.of(problem)
     if build.wide > LARGEST_DIM:
-        return f"value dim E = {problem.value_dim} with |beta| < 1 or beta an array (supported: up to {LARGEST_DIM // 2})"
+        return (
+            f"value dim E = {problem.value_dim} with |beta| < 1 or beta an array (supported: up to {LARGEST_DIM // 2})"
+        )
     if build.largest > SHARED:
         dims = f"head dim D = {problem.head_dim} and value dim E = {problem.value_dim} of {problem.dtype}"
         return f"{dims} need {build.largest} bytes of shared memory (supported: up to {SHARED})"

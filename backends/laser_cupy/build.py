@@ -145,7 +145,7 @@ class Build:
     @property
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
-        values = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
+        values: dict[str, int] = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
         values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1, "CAP": self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
         values |= {"INNER": self.inner, "STAGES": self.stages}

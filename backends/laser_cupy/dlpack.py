@@ -8,12 +8,11 @@ the dtype is renamed in the capsule, to integers of 16 bits and back.
 from __future__ import annotations
 
 import ctypes
+import numbers
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Unpack
-
-import array_api_compat
 
 import laser_core
 from laser_core import Gradients
@@ -60,11 +59,10 @@ def laser_attention(
         ValueError: An array that is not on a CUDA device or that wants a gradient, or as in ``laser_core``.
         Unsupported: No backend asked for can run this; says why.
     """
-    exchange = _Exchange(query=query, key=key, value=value, attn_mask=attn_mask, bias=bias, **_arrays(options))
+    arrays, rest = _split(query, key, value, attn_mask, bias, options)
+    exchange = _Exchange(arrays)
     with exchange.stream():
-        return exchange.given_back(
-            laser_core.laser_attention(**exchange.taken(), **_rest(options), backend=backend)  # type: ignore[arg-type]
-        )
+        return exchange.given_back(laser_core.laser_attention(**exchange.taken(), **rest, backend=backend))
 
 
 def laser_attention_vjp(
@@ -90,49 +88,49 @@ def laser_attention_vjp(
         ValueError: As :func:`laser_attention`; ``pullback`` too.
         Unsupported: As :func:`laser_attention`.
     """
-    exchange = _Exchange(query=query, key=key, value=value, attn_mask=attn_mask, bias=bias, **_arrays(options))
+    arrays, rest = _split(query, key, value, attn_mask, bias, options)
+    exchange = _Exchange(arrays)
     with exchange.stream():
-        out, pull = laser_core.laser_attention_vjp(**exchange.taken(), **_rest(options), backend=backend)
+        out, pull = laser_core.laser_attention_vjp(**exchange.taken(), **rest, backend=backend)
         out = exchange.given_back(out)
 
     def pullback(d_out: Any, d_lse: Any = None) -> Gradients:
-        cotangents = _Exchange(query=query, d_out=d_out, d_lse=d_lse)
+        cotangents = _Exchange({"d_out": d_out, "d_lse": d_lse}, like=exchange)
         with cotangents.stream():
-            given = cotangents.taken()
-            gradients = pull(given["d_out"], given["d_lse"])
-            return Gradients(*exchange.given_back(tuple(gradients)))
+            return Gradients(*exchange.given_back(tuple(pull(**cotangents.taken()))))
 
     return out, pullback
 
 
-_ARRAY_OPTIONS = ("beta", "query_seq_lengths", "key_value_seq_lengths")
-
-
-def _arrays(options: Any) -> dict[str, Any]:
-    """The options that are arrays."""
-    return {n: x for n, x in options.items() if n in _ARRAY_OPTIONS and not isinstance(x, int | float)}
-
-
-def _rest(options: Any) -> dict[str, Any]:
-    return {n: x for n, x in options.items() if n not in _arrays(options)}
+def _split(
+    query: Any, key: Any, value: Any, attn_mask: Any, bias: Any, options: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that are arrays or None, and the others."""
+    arrays = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "bias": bias}
+    rest = dict(options)
+    for name in ("beta", "query_seq_lengths", "key_value_seq_lengths"):
+        if name in rest and not isinstance(rest[name], numbers.Real):
+            arrays[name] = rest.pop(name)
+    return arrays, rest
 
 
 class _Exchange:
-    """The arrays of a call, all of the kind of the first."""
+    """Arrays of one kind, on one device: that of another exchange, or else that of the first."""
 
-    def __init__(self, **arrays: Any) -> None:
-        first, one = next(iter(arrays.items()))
-        if not hasattr(one, "__dlpack__"):
-            raise TypeError(f"{first}: got {type(one).__name__}; allowed: an array that speaks DLPack")
+    def __init__(self, arrays: dict[str, Any], like: _Exchange | None = None) -> None:
         self.arrays = arrays
-        self.namespace = namespace(one)
-        self.kind = framework(self.namespace)
         for name, x in arrays.items():
             if x is None:
                 continue
-            kind = framework(namespace(x)) if array_api_compat.is_array_api_obj(x) else type(x).__name__
-            if kind != self.kind:
-                raise TypeError(f"{name}: got an array of {kind}; allowed: the kind of {first}, {self.kind}")
+            if not hasattr(x, "__dlpack__"):
+                raise TypeError(f"{name}: got {type(x).__name__}; allowed: an array that speaks DLPack")
+            if like is None:
+                like = self
+                self.namespace = namespace(x)
+                self.kind = framework(self.namespace)
+            kind = framework(namespace(x))
+            if kind != like.kind:
+                raise TypeError(f"{name}: got an array of {kind}; allowed: the kind of the others, {like.kind}")
             if getattr(x, "requires_grad", False):
                 raise ValueError(
                     f"{name}: got a tensor that requires a gradient, which cannot be recorded here; allowed: "
@@ -140,43 +138,31 @@ class _Exchange:
                 )
             if x.__dlpack_device__()[0] not in _CUDA:
                 raise ValueError(f"{name}: got an array that is not on a CUDA device; allowed: one that is")
-        self.device = int(one.__dlpack_device__()[1])
+            self.device = int(x.__dlpack_device__()[1])
 
-    def stream(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def stream(self) -> Iterator[None]:
         """The device and stream of the caller, made CuPy's."""
         import cupy
 
-        if self.kind != "torch":
-            return _on(cupy.cuda.Device(self.device), nullcontext())
-        current = sys.modules["torch"].cuda.current_stream(self.device).cuda_stream
-        return _on(cupy.cuda.Device(self.device), cupy.cuda.ExternalStream(current, self.device))
+        torch = sys.modules.get("torch")
+        with cupy.cuda.Device(self.device), ExitStack() as stack:
+            if torch is not None and any(isinstance(x, torch.Tensor) for x in self.arrays.values()):
+                current = torch.cuda.current_stream(self.device).cuda_stream
+                stack.enter_context(cupy.cuda.ExternalStream(current, self.device))
+            yield
 
     def taken(self) -> dict[str, Any]:
         """The arrays as CuPy's, on the same memory."""
         import cupy
 
-        return {n: None if x is None else take(x, cupy) for n, x in self.arrays.items() if n != "query" or "d_out" not in self.arrays}
+        return {name: None if x is None else take(x, cupy) for name, x in self.arrays.items()}
 
     def given_back(self, x: Any) -> Any:
         """CuPy arrays as arrays of the caller's kind, on the same memory."""
         if isinstance(x, tuple):
             return tuple(map(self.given_back, x))
         return x if x is None or self.kind == "cupy" else self.namespace.from_dlpack(Renamed(x))
-
-
-class _on:  # noqa: N801
-    """Two contexts, one inside the other."""
-
-    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
-        self.contexts = contexts
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
 
 
 def take(x: Any, xp: Any) -> Array:

@@ -25,7 +25,10 @@ class Machine(Protocol):
     """What runs the kernels."""
 
     xp: Any
-    processors: int  # multiprocessors of the device
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         """Run ``grid`` blocks of a kernel; arguments are arrays and NumPy scalars."""
