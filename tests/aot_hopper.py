@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16}
+DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i16": gl.int16}
 
 
 def _descriptor(dtype: str, rows: int, width: int) -> str:
@@ -26,26 +26,15 @@ def _descriptor(dtype: str, rows: int, width: int) -> str:
 
 
 def compiled(form: dict[str, Any]) -> Any:
-    """The compiled kernel of a form: dtype, width, causal, residual, reference, factor."""
+    """The compiled kernel of a form: dtype, width, causal, keeps."""
     dtype, width, causal = form["dtype"], form["width"], form["causal"]
     cut = hopper.tiles(width, causal)
-    constants = hopper.constants(
-        cut,
-        causal,
-        dtype == "fp16",
-        form.get("residual", False),
-        form.get("reference", False),
-        form.get("factor", False),
-    )
-    types = {
-        "lse_ptr": "*fp32",
-        "residual_ptr": "*fp32",
-        "c_ptr": "*i32",
-        "factor_ptr": "*fp32",
-        "scale2": "fp32",
-        "counter_ptr": "*i32",
-    }
-    types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc")}
+    keeps = form["keeps"]
+    constants = hopper.constants(cut, causal, dtype == "fp16", keeps)
+    types = {"lse_ptr": "*fp32", "c_ptr": "*i32", "counter_ptr": "*i32", "scale2": "fp32", "o_scale": "fp32"}
+    types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc", "rest_desc")}
+    if keeps:
+        types["rest_desc"] = _descriptor("i16", hopper.ROWS, width)
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
     types |= dict.fromkeys(constants, "constexpr")
     names = hopper_forward.forward_kernel.arg_names

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 FORMS = [
-    {"dtype": "bf16", "width": 128, "causal": True},
-    {"dtype": "bf16", "width": 64, "causal": False},
-    {"dtype": "fp16", "width": 64, "causal": True, "residual": True, "reference": True, "factor": True},
+    {"dtype": "bf16", "width": 128, "causal": True, "keeps": True},
+    {"dtype": "bf16", "width": 64, "causal": False, "keeps": True},
+    {"dtype": "fp16", "width": 64, "causal": True, "keeps": False},
 ]
 SHARED = 227 << 10  # bytes that a block may have on sm_90
 SPILLS = 8  # instructions: a few words kept across the whole kernel cost nothing, a loop that spills has many more

@@ -69,16 +69,16 @@ def main(name: str) -> None:
         return kernel
 
     JITFunction.run = run
-    from laser_torch import fused
+    from laser_torch import call, fused, fused_backward
 
     from laser_core._problem import describe
 
-    fused.is_large = lambda device: name in LARGE
-    fused._copies_tiles = lambda x: name in LARGE
+    call.is_large = lambda device: name in LARGE
+    call.copies_tiles = lambda device: name in LARGE
     x = torch.zeros((1, 2, 256, 128), dtype=torch.bfloat16)
     problem, inputs = describe(x, x, x, is_causal=True)
     forward = fused.forward(problem, inputs)
-    fused.backward(problem, inputs, forward, x, forward.lse)
+    fused_backward.backward(problem, inputs, forward, x, forward.lse)
 
 
 if __name__ == "__main__":

@@ -58,5 +58,5 @@ CUDA = Backend(
     requires=("cupy",),
     why_not=why_not,
     priority=lambda problem: 30,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

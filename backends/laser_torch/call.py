@@ -1,0 +1,285 @@
+"""A call as the Triton kernels take it, and the value pass, which forward and backward begin with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from laser_core import Inputs, Problem
+
+from . import triton_values
+from .launch import ALIGNMENT, Launch, Tiles, fits, strides_of
+from .tiles import is_large
+
+INTERPRETED = not isinstance(triton_values.value_pass, triton.runtime.JITFunction)
+_FAR = 2**30  # a band edge that is beyond every position
+_LOG2E = math.log2(math.e)
+_VALUE_PROGRAMS = 1024  # of the value pass: several for each processor of any card
+
+
+class _Limits(NamedTuple):
+    """Of the fast range, in bits; ``triton_values.decide`` says what they mean."""
+
+    range: float
+    sum: float
+    easy: tuple[float, float]
+    top: int
+    shift: int  # p is scaled up by so many bits
+
+
+# What is lost of a p below the least (sub)normal number, times ΣX, stays below the rounding of a sum of least X.
+_LIMITS = {
+    torch.float16: _Limits(28, 29, (-14, 15), 15, 15),
+    torch.bfloat16: _Limits(99.5, 117, (-49, 49), 0, 0),
+    torch.float32: _Limits(99.5, 108, (-49, 49), 0, 0),
+}
+
+_Layout = tuple[tuple[int, ...], bool]  # strides, and whether the array begins where compiled kernels like it
+
+
+class Plan:
+    """All of a call but its data, and the launches that were prepared for it."""
+
+    def __init__(  # noqa: D107
+        self, problem: Problem, device: torch.device, dtype: torch.dtype, layouts: dict[str, _Layout], tf32: bool
+    ) -> None:
+        self.problem, self.device, self.dtype, self._layouts = problem, device, dtype, layouts
+        self.batch = math.prod(problem.batch)
+        self.limits = _LIMITS[dtype]
+        self.precision = "tf32" if tf32 else "ieee"
+        self._prepared: dict[Any, Any] = {}
+
+    def prepared(self, make: Callable[..., Any], *args: Any) -> Any:
+        """What ``make(plan, *args)`` returns, made once."""
+        key = (make, *args)
+        try:
+            return self._prepared[key]
+        except KeyError:
+            found = self._prepared[key] = make(self, *args)
+            return found
+
+    def strides(self, *names: str) -> list[int]:
+        """Of arrays by name, without that of adjacent columns; zeros for those that are not there."""
+        found: list[int] = []
+        for name in names:
+            count = 4 if name in ("mask", "bias") else 3
+            found += self._layouts[name][0][:count] if name in self._layouts else [0] * count
+        return found
+
+    def fits(self, name: str) -> bool:
+        """Whether the hardware can copy tiles of an array."""
+        p = self.problem
+        rows = (p.query_heads, p.query_length) if name == "q" else (p.key_value_heads, p.key_length)
+        return fits((self.batch, *rows, p.head_dim), *self._layouts[name], self.dtype.itemsize)
+
+    def geometry(self) -> list[Any]:
+        """heads, group, query_length, key_length, low, high, scale, cap."""
+        p = self.problem
+        low, high = p.band
+        return [
+            p.query_heads,
+            p.group,
+            p.query_length,
+            p.key_length,
+            -_FAR if low is None else max(-_FAR, min(low, _FAR)),
+            _FAR if high is None else max(-_FAR, min(high, _FAR)),
+            p.scale,
+            p.logits_soft_cap or 0.0,
+        ]
+
+    def options(self) -> dict[str, Any]:
+        """What is compiled in."""
+        p = self.problem
+        low, high = p.band
+        return {
+            "D": p.head_dim,
+            "E": p.value_dim,
+            "DP": padded(p.head_dim),
+            "BAND_LOW": low is not None and low > 1 - p.query_length,
+            "BAND_HIGH": high is not None and high < p.key_length - 1,
+            "MASK": p.mask_shape is not None,
+            "BIAS": p.bias_shape is not None,
+            "CAP": p.logits_soft_cap is not None,
+            "QUERY_LENGTHS": p.query_lengths,
+            "KEY_LENGTHS": p.key_value_lengths,
+            "LINEAR": p.beta == 0,
+            "PRECISION": self.precision,
+        }
+
+    @property
+    def y_scale(self) -> float:
+        """βv·log2e = v · y_scale."""
+        return (self.problem.beta or 0.0) * _LOG2E
+
+    @property
+    def o_scale(self) -> float:
+        """O = log2(…) · o_scale."""
+        return math.log(2) / self.problem.beta if self.problem.beta else 1.0
+
+    @property
+    def inverse_beta(self) -> float:
+        """1/β, and 1 at β = 0."""
+        return 1 / self.problem.beta if self.problem.beta else 1.0
+
+    def tile_of(self) -> tuple[torch.dtype, int, int, bool]:
+        """What tile sizes depend on."""
+        return self.dtype, padded(self.problem.head_dim), padded(self.problem.value_dim), is_large(self.device)
+
+
+class Call(NamedTuple):
+    """The arrays of a call with one batch axis and adjacent columns, and the plan for it."""
+
+    plan: Plan
+    q: Tensor  # (B, Hq, Lq, D)
+    k: Tensor  # (B, Hkv, Lk, D)
+    v: Tensor  # (B, Hkv, Lk, E)
+    mask: Tensor | None  # bytes, (B, Hq, Lq, Lk), most likely with strides of 0
+    bias: Tensor | None
+    query_lengths: Tensor | None  # int32
+    key_lengths: Tensor | None
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds so many columns."""
+    return int(max(16, triton.next_power_of_2(width)))
+
+
+def prepare(problem: Problem, inputs: Inputs) -> Call:
+    """The arguments as the kernels take them; copies only what has no adjacent columns."""
+    q, k, v = (matrix(x) for x in inputs[:3])
+    mask, bias = (_broadcast(problem, x) for x in (inputs.attn_mask, inputs.bias))
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    layouts = tuple((n, layout(x)) for n, x in zip("qkv", (q, k, v), strict=True))
+    if mask is not None:
+        layouts += (("mask", layout(mask)),)
+    if bias is not None:
+        layouts += (("bias", layout(bias)),)
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return Call(
+        _plan(problem, q.device, q.dtype, layouts, tf32),
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        _lengths(problem, inputs.query_seq_lengths, problem.query_length),
+        _lengths(problem, inputs.key_value_seq_lengths, problem.key_length),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    problem: Problem, device: torch.device, dtype: torch.dtype, layouts: tuple[tuple[str, _Layout], ...], tf32: bool
+) -> Plan:
+    return Plan(problem, device, dtype, dict(layouts), tf32)
+
+
+def layout(x: Tensor) -> _Layout:
+    """What a prepared launch depends on of an array, beside its shape."""
+    return x.stride(), x.data_ptr() % ALIGNMENT == 0
+
+
+def matrix(x: Tensor) -> Tensor:
+    """An array with one batch axis and adjacent columns, copied only if it has none."""
+    if x.ndim != 4:
+        x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()  # Triton's interpreter takes the bits of a bfloat16 for an integer
+    near = x.stride(-2) < 2**22  # offsets within a tile are 32-bit
+    return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
+def _broadcast(problem: Problem, x: Tensor | None) -> Tensor | None:
+    """A mask or bias as ``(B, Hq, Lq, Lk)`` without a copy of what broadcasts along heads, queries or keys."""
+    if x is None:
+        return None
+    x = x.reshape((1,) * (len(problem.score_shape) - x.ndim) + tuple(x.shape))
+    if any(n != 1 for n in x.shape[:-3]):
+        x = x.expand(*problem.batch, *x.shape[-3:])
+    x = x.reshape(-1, *x.shape[-3:])
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    return x.expand(math.prod(problem.batch), *problem.score_shape[-3:])
+
+
+def _lengths(problem: Problem, lengths: Tensor | None, limit: int) -> Tensor | None:
+    if lengths is None:
+        return None
+    if lengths.dtype == torch.uint64:
+        lengths = lengths.view(torch.int64)
+        lengths = torch.where(lengths < 0, limit, lengths)
+    return lengths.to(torch.int64).clamp(0, limit).to(torch.int32).expand(problem.batch).contiguous().view(-1)
+
+
+class Values(NamedTuple):
+    """What the value pass makes of the values."""
+
+    x: Tensor  # (B, Hkv, Lk, E)
+    c: Tensor  # (B·Hkv, EP), int32
+    flags: Tensor  # (B·Hkv,), int32
+    counter: Tensor  # an int32 that is 0, for whom it may serve
+
+
+def value_pass(call: Call, keys: bool) -> Values:
+    """X, c, and which heads need what; ``keys``: a head whose keys are not all finite is flagged too."""
+    plan, v = call.plan, call.v
+    heads, width = v.shape[0] * v.shape[1], padded(v.shape[3])
+    launch, blocks = plan.prepared(_value_launch, keys)
+    x = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
+    c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
+    flags = torch.empty((heads,), dtype=torch.int32, device=v.device)
+    counters = torch.zeros((heads + 1,), dtype=torch.int32, device=v.device)
+    launch(call.k, v, x, partial, c, flags, counters, call.key_lengths)
+    return Values(x, c, flags, counters)
+
+
+def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
+    """The launch of the value pass, and into how many blocks it cuts the keys of a head."""
+    p, limits = plan.problem, plan.limits
+    heads, width = plan.batch * p.key_value_heads, padded(p.value_dim)
+    block = 4096 // max(width, padded(p.head_dim) if keys else 0)
+    span = triton.cdiv(triton.cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
+    blocks = triton.cdiv(p.key_length, span)
+    launch = Launch(
+        triton_values.value_pass, heads * blocks,
+        (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
+        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=16,
+        LENGTHS=p.key_value_lengths, LINEAR=p.beta == 0, KEYS=keys,
+        RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
+        num_warps=8,
+    )  # fmt: skip
+    return launch, blocks
+
+
+def workers(heads: int, work: int) -> int:
+    """Programs per head of a kernel that mostly has nothing to do."""
+    return int(max(1, min(work, triton.cdiv(1024, heads))))
+
+
+def copies_tiles(device: torch.device) -> bool:
+    """Whether the hardware of a device copies tiles by itself: NVIDIA's, from Hopper on."""
+    if INTERPRETED or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def describe(plan: Plan, x: Tensor, rows: int) -> TensorDescriptor | None:
+    """Tiles of so many rows of an array (B, H, L, D), zero beyond the end of a head; None where there can be none."""
+    tiles = plan.prepared(_tiles, x.shape, layout(x), rows)
+    return None if tiles is None else tiles.of(x)
+
+
+def _tiles(plan: Plan, shape: torch.Size, lies: _Layout, rows: int) -> Tiles | None:
+    if not copies_tiles(plan.device) or not fits(shape, *lies, plan.dtype.itemsize):
+        return None
+    block = [1, 1, rows, padded(shape[-1])]
+    return Tiles(lambda x: TensorDescriptor(x, list(x.shape), strides_of(x), block))
