@@ -14,7 +14,7 @@ BLOCK = 64  # rows of a tile that a block of the backward pass owns
 SHARED = 99 << 10  # bytes that every device from sm_80 on lends to a block
 LARGEST_DIM = 256
 _EXACT = ("values", "forward_exact")
-PARTS = {  # what is compiled together, when it is needed: files, which may hold kernels of another part too, and kernels
+PARTS = {  # what is compiled together, when it is needed: files, which may hold kernels of others too, and kernels
     "forward": (
         (*_EXACT, "forward"),
         ("value_range", "value_decide", "value_exp", "forward", "forward_exact"),
@@ -39,6 +39,7 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
 KERNELS = {kernel: part for part, (_, kernels) in PARTS.items() for kernel in kernels}
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PAD = 8
+_LEAST = 32  # columns: narrower matrices are padded rather than compiled for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Build:
 
     Attributes:
         dtype: Of the matrices: float16, bfloat16 or float32.
-        columns: Of q and k: D rounded up to 16 bytes.
-        value_dim: E rounded up to 16.
+        columns: Of q and k: D rounded up to 16 bytes, and no less than 32.
+        value_dim: E rounded up to 16, and no less than 32.
         exp, expm1: The forms of the values; ``values.cu`` has them.
         cap: A soft cap of the scores.
         strips: Of the forward pass: a warp owns 16 queries times this.
@@ -93,8 +94,8 @@ class Build:
         unit = 8 if narrow else 4
         build = cls(
             problem.dtype,
-            -(-problem.head_dim // unit) * unit,
-            -(-problem.value_dim // 16) * 16,
+            max(_LEAST, -(-problem.head_dim // unit) * unit),
+            max(_LEAST, -(-problem.value_dim // 16) * 16),
             exp=beta is None or beta != 0,
             expm1=beta is None or abs(beta) < 1,
             cap=problem.logits_soft_cap is not None,
