@@ -1,9 +1,11 @@
 """LASER attention in CUDA C++ through CuPy: the record of its backend. Importing this needs neither CuPy nor a driver.
 
 The kernels are the ``.cu`` files beside this one, compiled at run time: ``hardware`` (what they ask of a GPU),
-``common``, ``values`` (the value pass), ``forward`` and ``backward``, and both again as ``…_exact``, for heads outside
-the fast range. ``host`` launches them, on CuPy arrays through ``cuda``, and on NumPy arrays through ``emulated``: the
-same source on a CPU.
+``float32`` (products of it), ``common``, ``values`` (the value pass), ``forward`` and ``backward``, and both again as
+``…_exact``, for heads outside the fast range; ``bias`` (gradients of what is broadcast) and ``decode`` (few queries
+against a long cache). ``host`` and ``decode`` launch them as ``build`` has compiled them, on CuPy arrays through
+``cuda``, and on NumPy arrays through ``emulated``: the same source on a CPU. :func:`laser_attention` and
+:func:`laser_attention_vjp` take torch tensors, JAX arrays and all else on a CUDA device that speaks DLPack.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_o
 from laser_core._array import Array
 
 from .build import LARGEST_DIM, SHARED, Build
+from .dlpack import laser_attention, laser_attention_vjp
+
+__all__ = ["CUDA", "laser_attention", "laser_attention_vjp", "why_not"]
 
 LONGEST = 2**30 - 2**10  # positions are 32-bit integers, and so is their sum with the edge of a band
 

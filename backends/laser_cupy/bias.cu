@@ -70,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
       if (flags[at.key] & OUTSIDE) {
         for (int j0 = part * chunk; j0 < j_end; j0 += INNER) {
           float ds[INNER / 8][4] = {};
+#pragma unroll 1
           for (int n = 0; n < INNER / 2; n++) {
             const int i = i0 + own + n % 4 / 2 * 8, j = j0 + n / 4 * 8 + t * 2 + n % 2;
             if (i >= at.q_end || j >= at.k_end) continue;
@@ -78,8 +79,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
             for (int d = 0; d < WIDTH; d++) product = fmaf(widen(q[row * WIDTH + d]), widen(k[key * WIDTH + d]), product);
             const float log_p = log_weight(pr, at, product, marks[key], l[row], i, j, slope);
             if (log_p == -INF) continue;
-            ds[n / 4][n % 4] = score_gradient(pr, at.h, log_p, d_lse ? d_lse[row] : 0.f, v + key * pr.value_dim,
-                                              o + row * pr.value_dim, d_out + row * pr.value_dim);
+            const float one = score_gradient(pr, at.h, log_p, d_lse ? d_lse[row] : 0.f, v + key * pr.value_dim,
+                                             o + row * pr.value_dim, d_out + row * pr.value_dim);
+#pragma unroll
+            for (int w = 0; w < INNER / 2; w++) ds[w / 4][w % 4] = w == n ? one : ds[w / 4][w % 4];
           }
           use(j0, ds, nullptr);
         }

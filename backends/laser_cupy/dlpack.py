@@ -1,8 +1,8 @@
 """LASER attention for whatever is on a CUDA device and speaks DLPack: torch tensors, JAX arrays, CuPy arrays, ….
 
-Nothing is copied on the way in or out, and everything runs on the caller's stream: torch's current one for tensors, CuPy's
-for all others, in the order that DLPack asks of producer and consumer. DLPack has a bfloat16, and CuPy's exchange does not:
-the dtype is renamed in the capsule, to integers of 16 bits and back.
+Nothing is copied on the way in or out, and everything runs on the caller's stream: torch's current one for tensors,
+CuPy's for all others, in the order that DLPack asks of producer and consumer. DLPack has a bfloat16, CuPy's exchange does
+not: the dtype is renamed in the capsule, to integers of 16 bits and back.
 """
 
 from __future__ import annotations
@@ -182,14 +182,17 @@ class Renamed:
     """An array whose bfloat16 is called an unsigned integer, or the bfloat16 of NumPy and CuPy by its name."""
 
     def __init__(self, x: Any) -> None:
+        """Wrap an array."""
         self.narrow = getattr(x.dtype, "name", "") == "bfloat16" and hasattr(x, "view") and hasattr(x, "strides")
         self.x = x
         self.bfloat = False
 
     def __dlpack_device__(self) -> Any:
+        """Where the array is."""
         return self.x.__dlpack_device__()
 
     def __dlpack__(self, **arguments: Any) -> Any:
+        """The array's capsule, with another name for the dtype."""
         if self.narrow:
             capsule = self.x.view("uint16").__dlpack__(**arguments)
             _code(capsule).value = _BFLOAT
