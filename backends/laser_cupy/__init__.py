@@ -1,11 +1,12 @@
 """LASER attention in CUDA C++ through CuPy: the record of its backend. Importing this needs neither CuPy nor a driver.
 
 The kernels are the ``.cu`` files beside this one, compiled at run time: ``hardware`` (what they ask of a GPU),
-``float32`` (products of it), ``common``, ``values`` (the value pass), ``forward`` and ``backward``, and both again as
-``…_exact``, for heads outside the fast range; ``bias`` (gradients of what is broadcast) and ``decode`` (few queries
-against a long cache). ``host`` and ``decode`` launch them as ``build`` has compiled them, on CuPy arrays through
-``cuda``, and on NumPy arrays through ``emulated``: the same source on a CPU. :func:`laser_attention` and
-:func:`laser_attention_vjp` take torch tensors, JAX arrays and all else on a CUDA device that speaks DLPack.
+``float32`` (products of it), ``common``, ``values`` (the value pass), ``forward``, ``rows`` and ``backward``, both
+passes again as ``…_exact``, for heads outside the fast range; ``bias`` (gradients of what is broadcast) and
+``decode`` (few queries against a long cache). ``host`` and ``decode`` launch them as ``build`` has compiled them, on
+CuPy arrays through ``cuda``, and on NumPy arrays through ``emulated``: the same source on a CPU.
+:func:`laser_attention` and :func:`laser_attention_vjp` take torch tensors, JAX arrays and all else on a CUDA device
+that speaks DLPack.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
         ("value_range", "value_decide", "value_exp", "forward", "forward_exact"),
     ),
     "backward": (
-        (*_EXACT, "backward", "backward_exact"),
+        (*_EXACT, "rows", "backward", "backward_exact"),
         (
             "row_terms",
             "row_scales",
@@ -33,7 +33,7 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
             "backward_keys_exact",
         ),
     ),
-    "bias": ((*_EXACT, "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
+    "bias": ((*_EXACT, "rows", "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
     "decode": (("decode",), ("decode", "decode_merge")),
 }
 KERNELS = {kernel: part for part, (_, kernels) in PARTS.items() for kernel in kernels}

@@ -246,6 +246,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_merge(
     if (sum != sum) o = NOT_A_NUMBER;
     if (empty) o = 0.f;
     out[row * p.value_dim + e] = narrow(o);
-    residual[row * p.value_dim + e] = o;
+    if (residual) residual[row * p.value_dim + e] = o;
   }
 }

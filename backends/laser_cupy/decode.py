@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
 from laser_core import Forward, Inputs, Problem
 
 from .build import SHARED, WARPS, Build
-from .host import Machine, call
+from .host import NOTHING, Machine, call
 
 ROWS = 16  # queries of all heads of a group
 SHORTEST = 256  # keys of a run, if there are more
@@ -54,7 +55,8 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     w = x.empty(rows, count, problem.value_dim, dtype=xp.float32)
     l = x.empty(rows, count, dtype=xp.float32)
     x.run("decode", -(-heads * count // WARPS), x.q, x.k, x.v, w, l, *map(np.int32, (heads, count, run)))
-    out, residual = (x.empty(*problem.out_shape, dtype=t) for t in (x.q.dtype, xp.float32))
+    out = x.empty(*problem.out_shape)
+    residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if problem.gradient else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
     x.run("decode_merge", rows, w, l, out, residual, lse, np.int32(count))
-    return Forward(out, lse, residual)
+    return Forward(out, lse, residual if problem.gradient else None)

@@ -1,7 +1,7 @@
 """LASER attention for whatever is on a CUDA device and speaks DLPack: torch tensors, JAX arrays, CuPy arrays, ….
 
 Nothing is copied on the way in or out, and everything runs on the caller's stream: torch's current one for tensors,
-CuPy's for all others, in the order that DLPack asks of producer and consumer. CuPy's exchange knows no bfloat16, so that
+CuPy's for all others, in the order that DLPack asks of producer and consumer. CuPy's exchange knows no bfloat16: that
 dtype is renamed in the capsule, to integers of 16 bits and back.
 """
 

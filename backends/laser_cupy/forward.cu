@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     }
   const float inverse_of_beta = inverse_of(pr.beta);
   out += row * pr.value_dim;
-  residual += row * pr.value_dim;
+  if (residual) residual += row * pr.value_dim;
 #pragma unroll
   for (int e = 0; e < EP / 8; e++) {
     const int channel = e * 8 + t * 2;
@@ -296,10 +296,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         const int to = (w * 16 + h * 8) * pr.value_dim + channel;
         if (there[w][h] && pr.value_dim % 2 == 0 && channel < pr.value_dim) {
           store_pair(out + to, o[0], o[1]);
-          store_two(residual + to, o[0], o[1]);
+          if (residual) store_two(residual + to, o[0], o[1]);
         } else if (there[w][h]) {
           for (int r = 0; r < 2; r++)
-            if (channel + r < pr.value_dim) { out[to + r] = narrow(o[r]); residual[to + r] = o[r]; }
+            if (channel + r < pr.value_dim) {
+              out[to + r] = narrow(o[r]);
+              if (residual) residual[to + r] = o[r];
+            }
         }
       }
   }

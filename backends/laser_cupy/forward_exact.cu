@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
         else if (!empty) o = (top + logf(sum) - log_l) / beta;
         if ((flag & OUTSIDE) || !finite(o)) {
           out[to * p.value_dim + e] = narrow(o);
-          residual[to * p.value_dim + e] = o;
+          if (residual) residual[to * p.value_dim + e] = o;
         }
       }
     }

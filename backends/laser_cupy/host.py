@@ -37,7 +37,7 @@ class Machine(Protocol):
         """Whether the memory of ``x`` begins at a multiple of 16 bytes."""
 
 
-_NOTHING = np.uint64(0)  # a null pointer
+NOTHING = np.uint64(0)  # a null pointer
 
 
 class Call(NamedTuple):
@@ -77,7 +77,7 @@ def call(machine: Machine, problem: Problem, inputs: Inputs) -> Call:
     q, k = (matrix(machine, x, build.columns) for x in (inputs.query, inputs.key))
     v = matrix(machine, inputs.value, problem.value_dim)
     low, high = problem.band
-    betas: Any = _NOTHING
+    betas: Any = NOTHING
     if inputs.beta is not None:
         betas = xp.zeros((problem.query_heads, build.value_dim), dtype=xp.float32)
         betas[:, : problem.value_dim] = inputs.beta
@@ -126,7 +126,7 @@ def matrix(machine: Machine, x: Array, columns: int) -> Array:
 
 def _lengths(machine: Machine, problem: Problem, lengths: Array | None, limit: int) -> Any:
     if lengths is None:
-        return _NOTHING
+        return NOTHING
     xp = machine.xp
     wide = lengths if lengths.dtype == xp.uint64 else lengths.astype(xp.int64)
     clipped = xp.clip(wide, 0, limit).astype(xp.int32)
@@ -136,7 +136,7 @@ def _lengths(machine: Machine, problem: Problem, lengths: Array | None, limit: i
 def _scores_like(machine: Machine, problem: Problem, x: Array | None) -> tuple[Any, tuple[np.int64, ...]]:
     """A mask or bias ``(B or 1, Hq or 1, Lq or 1, Lk or 1)``, and its strides in bytes; 0 where it is broadcast."""
     if x is None:
-        return _NOTHING, (np.int64(0),) * 4
+        return NOTHING, (np.int64(0),) * 4
     xp = machine.xp
     x = x.reshape((1,) * (len(problem.score_shape) - x.ndim) + tuple(x.shape))
     if any(n != 1 for n in x.shape[:-3]):
@@ -184,22 +184,22 @@ def values(x: Call) -> Values:
 def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     """The output, its float32 form where that is another, and the log-sum-exp."""
     xp = machine.xp
-    narrow = problem.dtype != "float32"
+    keep = problem.dtype != "float32" and problem.gradient
     if 0 in problem.score_shape:
         out = xp.zeros(problem.out_shape, dtype=inputs.query.dtype)
         lse = xp.full(problem.lse_shape, -math.inf, dtype=xp.float32)
-        return Forward(out, lse, xp.zeros(problem.out_shape, dtype=xp.float32) if narrow else None)
+        return Forward(out, lse, xp.zeros(problem.out_shape, dtype=xp.float32) if keep else None)
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     v = values(x)
     out = x.empty(*problem.out_shape)
-    residual = x.empty(*problem.out_shape, dtype=xp.float32) if narrow else out
+    residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
     blocks = -(-problem.query_length // x.build.queries)
     x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse)
     workers = min(WORKERS, problem.query_length)
     x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
-    return Forward(out, lse, residual if narrow else None)
+    return Forward(out, lse, residual if keep else None)
 
 
 class Rows(NamedTuple):
@@ -221,7 +221,7 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     do = matrix(x.machine, d_out, problem.value_dim)
     o = matrix(x.machine, forward.out if forward.residual is None else forward.residual, problem.value_dim)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
-    dl: Any = _NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
+    dl: Any = NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
     l, r, sizes, bounds = (x.empty(queries, dtype=xp.float32) for _ in range(4))
     g, marks = x.empty(queries, build.wide), x.empty(keys, dtype=xp.float32)
@@ -253,7 +253,7 @@ def backward(
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
     workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
-    dbetas: Any = [_NOTHING, _NOTHING]
+    dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
         shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
