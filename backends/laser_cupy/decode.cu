@@ -217,34 +217,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
 extern "C" __global__ void __launch_bounds__(THREADS) decode_merge(
     PROBLEM, const float* w, const float* l, element* out, float* residual, float* lse, int splits) {
   const Problem p = THE_PROBLEM;
+  SHARED_MEMORY(raw);
+  float *room = (float*)raw, *shares = room + THREADS;  // shares: log of the part that each of THREADS runs has in the row
+  const int tid = threadIdx.x;
   const i64 row = blockIdx.x;
   l += row * splits;
   w += row * splits * p.value_dim;
   float m = -INF, sum = 0.f;
-  for (int n = 0; n < splits; n++) m = fmaxf(m, l[n]);
+  for (int n = tid; n < splits; n += THREADS) m = fmaxf(m, l[n]);
+  m = block_max(m, room);
   const float reference = m == -INF ? 0.f : m;
-  for (int n = 0; n < splits; n++) sum += expf(l[n] - reference);
+  for (int n = tid; n < splits; n += THREADS) sum += expf(l[n] - reference);
+  sum = block_sum(sum, room);
   const bool empty = sum == 0.f;
   const float log_l = reference + logf(sum);
-  if (threadIdx.x == 0) lse[row] = empty ? -INF : log_l;
-  for (int e = threadIdx.x; e < p.value_dim; e += THREADS) {
+  if (tid == 0) lse[row] = empty ? -INF : log_l;
+  for (int e0 = 0; e0 < p.value_dim; e0 += THREADS) {
+    const int e = e0 + tid;
     float top = -INF, terms = 0.f, special = 0.f;  // special: infinity or NaN where a run is
-    for (int n = 0; n < splits; n++) {
-      if (l[n] == -INF) continue;
-      const float one = w[(i64)n * p.value_dim + e];
-      if (!EXP) {
-        terms = fmaf(expf(l[n] - log_l), one, terms);
-      } else if (one == INF || one != one) {
-        special += one;
-      } else if (one > -INF) {
-        const float term = l[n] - log_l + one, next = fmaxf(top, term);
-        terms = terms * expf(top - next) + expf(term - next);
-        top = next;
+    for (int n0 = 0; n0 < splits; n0 += THREADS) {
+      __syncthreads();
+      if (n0 + tid < splits) shares[tid] = l[n0 + tid] - log_l;
+      __syncthreads();
+      const int count = e < p.value_dim ? least(THREADS, splits - n0) : 0;
+      const float* from = w + (i64)n0 * p.value_dim + e;
+#pragma unroll 8
+      for (int n = 0; n < count; n++) {
+        const float one = from[(i64)n * p.value_dim], share = shares[n];
+        if (!EXP) {
+          terms = share > -INF ? fmaf(expf(share), one, terms) : terms;
+        } else {
+          const bool counts = share > -INF && finite(one);
+          const float term = counts ? share + one : -INF, next = fmaxf(top, term), about = next == -INF ? 0.f : next;
+          terms = terms * expf(top - about) + expf(term - about);
+          special += share > -INF && !(one < INF) ? one : 0.f;
+          top = next;
+        }
       }
     }
     float o = EXP ? (special == 0.f ? top + logf(terms) : special) * inverse_of(p.beta) : terms;
     if (sum != sum) o = NOT_A_NUMBER;
     if (empty) o = 0.f;
+    if (e >= p.value_dim) continue;
     out[row * p.value_dim + e] = narrow(o);
     if (residual) residual[row * p.value_dim + e] = o;
   }
