@@ -10,11 +10,12 @@ from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import triton_backward, triton_exact
+from . import engines, triton_backward, triton_exact
 from .call import Call, Plan, Values, describe, layout, matrix, padded, prepare, value_pass, workers
+from .engines import Choice
 from .fused import joined
 from .launch import Launch, on
-from .tiles import ROWS, backward_tiles, value_block
+from .tiles import ROWS, Tile, backward_tiles, value_block
 
 
 class Cotangents(NamedTuple):
@@ -38,13 +39,35 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     call = prepare(problem, inputs)
     with on(inputs.query.device):
         values = value_pass(call, keys=True)
-        side = _prepare_rows(call, values, forward, d_out, d_lse)
+        side = prepare_rows(call, values, forward, d_out, d_lse)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
-        dq, dk, dv = _portable_backward(call, values, side)  # dv is where X was
+        dq, dk, dv = run(call, values, side, call.plan.prepared(_choice))  # dv may be where X was
         if problem.beta != 0:
             _exact_backward(call, values, side, dq, dk, dv)
     dq, dk, dv = (a.view(x.shape).to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
     return Gradients(dq, dk, dv, dbias)
+
+
+def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of the heads inside the fast range, by an engine that serves the call."""
+    return _portable_backward(call, values, side, choice.tile)
+
+
+def how(problem: Problem) -> str:
+    """Which engine would run the backward pass on the current device, and why."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    choice = engines.choose("backward", problem, device, lambda engine: why_not(engine, problem, device))
+    return f"backward: {choice.engine} ({choice.why})"
+
+
+def _choice(plan: Plan) -> Choice:
+    """The engine for a call."""
+    return engines.choose("backward", plan.problem, plan.device, lambda e: why_not(e, plan.problem, plan.device))
+
+
+def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
+    """Why an engine does not serve a problem on a device; None if it does."""
+    return None
 
 
 def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -59,7 +82,8 @@ def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     return out.contiguous(), rest.contiguous()
 
 
-def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Cotangents:
+def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Cotangents:
+    """G, and what the kernels want to know of each row."""
     plan = call.plan
     p = plan.problem
     do = matrix(d_out)
@@ -94,28 +118,34 @@ def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     )  # fmt: skip
 
 
-def _portable_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:
+def _portable_backward(
+    call: Call, values: Values, side: Cotangents, cut: tuple[Any, ...] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of the heads inside the fast range, contiguous.
 
     dv takes the place of X, which the kernel that makes it reads no other rows of; so dq comes first.
     """
     plan = call.plan
     dq = torch.empty(call.q.shape, dtype=plan.dtype, device=plan.device)
-    for_keys, for_queries = backward_tiles(*plan.tile_of())
+    for_keys, for_queries = backward_tiles(*plan.tile_of()) if cut is None else (Tile(*part) for part in cut)
     common = (side.r, side.l2, values.flags, call.mask, call.bias, call.query_lengths, call.key_lengths)
     k, x = (describe(plan, a, for_queries.block_k) if for_queries.tma else None for a in (call.k, values.x))
     tma = k is not None and x is not None
-    plan.prepared(_queries_launch, tma)(call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq)
+    plan.prepared(_queries_launch, for_queries, tma)(
+        call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq
+    )
     dk = torch.empty(call.k.shape, dtype=plan.dtype, device=plan.device)
     dv = values.x
     q, g = (describe(plan, a, for_keys.block_q) if for_keys.tma else None for a in (call.q, side.g))
     tma = q is not None and g is not None
-    plan.prepared(_keys_launch, tma)(q if tma else call.q, call.k, values.x, g if tma else side.g, *common, dk, dv)
+    plan.prepared(_keys_launch, for_keys, tma)(
+        q if tma else call.q, call.k, values.x, g if tma else side.g, *common, dk, dv
+    )
     return dq, dk, dv
 
 
-def _keys_launch(plan: Plan, tma: bool) -> Launch:
-    p, (tile, _) = plan.problem, backward_tiles(*plan.tile_of())
+def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
+    p = plan.problem
     return Launch(
         triton_backward.backward_keys, plan.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
@@ -124,8 +154,8 @@ def _keys_launch(plan: Plan, tma: bool) -> Launch:
     )  # fmt: skip
 
 
-def _queries_launch(plan: Plan, tma: bool) -> Launch:
-    p, (_, tile) = plan.problem, backward_tiles(*plan.tile_of())
+def _queries_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
+    p = plan.problem
     return Launch(
         triton_backward.backward_queries, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
