@@ -15,7 +15,7 @@ from .host import NOTHING, Machine, call
 
 ROWS = 16  # queries of all heads of a group
 SHORTEST = 256  # keys of a run, if there are more
-RESIDENT = 12  # warps that share a multiprocessor
+RESIDENT = 8  # warps that share a multiprocessor
 
 
 def fits(problem: Problem) -> bool:
