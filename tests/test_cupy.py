@@ -267,7 +267,7 @@ BUILDS = (
     (80, "80", Build("bfloat16", 128, 128)),
     (80, "80", Build("float32", 64, 64, expm1=True, cap=True, keys=32, inner=16)),
     (90, "90a", Build("float16", 64, 64)),
-    (100, "100", Build("bfloat16", 128, 128)),
+    (100, "100", Build("bfloat16", 64, 64)),
 )
 REGISTERS = 255
 STACK = 96  # bytes: at 128, 128 forward is held to a third of the registers, and backward_keys has two accumulators
