@@ -1,0 +1,447 @@
+"""Backward kernel for Hopper (sm_90a), in Gluon: five matrix products per tile, and the same bits every time.
+
+    p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dk = scale·dsᵀ·Q    dq = scale·ds·K
+
+A program owns 128 keys, 64 for each of its two warpgroups, whose dk and dv stay in registers, and walks over the queries
+in tiles of 64. What a tile adds to dq goes through shared memory to a warp of its own, the adder, which has the tensor
+memory accelerator add it to a float32 array.
+
+The order of these additions is fixed: a query tile takes the parts of its key tiles from the last that it sees down to
+the first, and counts them (``turns``). So a key tile waits for none but later ones of the same head. Work is drawn from
+a counter, later key tiles of a head before earlier ones, and a program finishes what it has drawn before it draws
+again: of the key tiles drawn and not finished, the one that was drawn first waits for nobody, whatever the number of
+programs that run at a time. Hence there is no deadlock. That order also pipelines: with a causal mask, key tile j begins
+at its diagonal, where key tile j + 1 will have been a step before.
+
+Device code only: nothing of the host is imported here.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, valid-type, operator, untyped-decorator, no-redef"
+# ruff: noqa: RUF005
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_forward import _follow, _place
+
+ROWS = gl.constexpr(64)  # keys of a warpgroup, and queries of a tile
+KEYS = gl.constexpr(128)  # of a program
+
+
+@builtin
+def _add_to_global(descriptor, coordinates, source, _semantic=None):
+    """Add a tile in shared memory to one in global memory: the copy engine's reduction, for which Gluon has no name."""
+    at = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, source.handle
+    )
+
+
+@gluon.jit
+def _written():
+    """Wait until what this warp had the copy engine write is there for others: ``tma.store_wait`` waits for less."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _acquire(pointer):
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [pointer.to(gl.int64)], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def _first_queries(first_key, offset, CAUSAL: gl.constexpr):
+    """The first tile of queries of which one sees a key from ``first_key`` on."""
+    if CAUSAL:
+        first = gl.maximum(first_key - offset, 0) // ROWS
+    else:
+        first = 0
+    return first
+
+
+@gluon.jit
+def _last_keys(q_tile, k_tiles, offset, CAUSAL: gl.constexpr):
+    """The last tile of keys that a query of the tile sees."""
+    last = k_tiles - 1
+    if CAUSAL:
+        last = gl.minimum(last, (q_tile * ROWS + ROWS - 1 + offset) // KEYS)
+    return last
+
+
+@gluon.jit
+def _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
+    """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over."""
+    index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    _, kv = _place(index, heads, True, head_span, k_tiles)
+    while gl.load(flags_ptr + kv, mask=index < tiles, other=0) % 2 == 1:
+        index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        _, kv = _place(index, heads, True, head_span, k_tiles)
+    slot = turn % 2
+    mbarrier.wait(taken.index(slot), ((turn // 2) & 1) ^ 1)
+    place_s.index(slot).store(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(drawn.index(slot))
+    return index
+
+
+@gluon.jit
+def _producer(
+    q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, counter_ptr, flags_ptr,
+    offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_full, g_full, k_full, k_free, x_full, x_free, _ds_full, done, _dq_free, drawn, taken = bars
+    loads = 0
+    served = 0
+    turn = 0
+    index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+    while index < tiles:
+        k_tile, kv = _place(index, heads, True, head_span, k_tiles)
+        batch = kv // heads_k
+        head = kv % heads_k
+        first = _first_queries(k_tile * KEYS, offset, CAUSAL)
+        if first < q_tiles:
+            mbarrier.wait(k_free, (served & 1) ^ 1)
+            mbarrier.expect(k_full, 2 * k_desc.block_type.nbytes)
+            for w in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    k_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], k_full, k_s.index(w)
+                )
+            for member in range(group):
+                own = head * group + member
+                for i in range(first, q_tiles):
+                    stage = loads % STAGES
+                    mbarrier.wait(done.index(stage), ((loads // STAGES) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q_desc, [batch, own, i * ROWS, 0], q_full.index(stage), q_s.index(stage)
+                    )
+                    tma.async_copy_global_to_shared(
+                        rows_desc, [0, batch * heads_k * group + own, i * ROWS], q_full.index(stage),
+                        rows_s.index(stage),
+                    )  # fmt: skip
+                    if (member == 0) & (i == first):
+                        mbarrier.wait(x_free, (served & 1) ^ 1)
+                        mbarrier.expect(x_full, 2 * x_desc.block_type.nbytes)
+                        for w in gl.static_range(2):
+                            tma.async_copy_global_to_shared(
+                                x_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], x_full, x_s.index(w)
+                            )
+                    mbarrier.expect(g_full.index(stage), g_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        g_desc, [batch, own, i * ROWS, 0], g_full.index(stage), g_s.index(stage)
+                    )
+                    loads += 1
+            served += 1
+        turn += 1
+        index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+
+
+@gluon.jit
+def _adder(
+    dq_desc, dq_s, place_s, bars, turns_ptr,
+    offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile."""
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _ds_full, done, dq_free, drawn, taken = bars
+    HALF: gl.constexpr = dq_desc.block_type.shape[2]
+    it = 0
+    turn = 0
+    index = _follow(turn, place_s, drawn, taken, True)
+    while index < tiles:
+        k_tile, kv = _place(index, heads, True, head_span, k_tiles)
+        first = _first_queries(k_tile * KEYS, offset, CAUSAL)
+        for member in range(group):
+            head = kv * group + member
+            for i in range(first, q_tiles):
+                part = it % PARTS
+                mine = _last_keys(i, k_tiles, offset, CAUSAL) - k_tile
+                counter = turns_ptr + head * q_tiles + i
+                mbarrier.wait(done.index(it % STAGES), (it // STAGES) & 1)
+                if mine == 0:  # nothing is there yet
+                    for w in gl.static_range(2):
+                        tma.async_copy_shared_to_global(
+                            dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w)
+                        )
+                else:
+                    seen = _acquire(counter)
+                    while seen != mine:
+                        seen = _acquire(counter)
+                    for w in gl.static_range(2):
+                        _add_to_global(dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w))
+                _written()
+                gl.thread_barrier()
+                gl.atomic_add(counter, 1, sem="release", scope="gpu")
+                mbarrier.arrive(dq_free.index(part))
+                it += 1
+        turn += 1
+        index = _follow(turn, place_s, drawn, taken, True)
+
+
+@gluon.jit
+def _flat(tile):
+    """A tile as a matrix."""
+    rows: gl.constexpr = tile.shape[2]
+    width: gl.constexpr = tile.shape[3]
+    return tile._reinterpret(tile.dtype, [rows, width], gl.NVMMASharedLayout(tile.layout.swizzle_byte_width, 16, 2))
+
+
+@gluon.jit
+def _half(tile, WHICH: gl.constexpr):
+    """Half of the columns of a tile: it lies in shared memory as panels of as many columns as are swizzled."""
+    rows: gl.constexpr = tile.shape[2]
+    width: gl.constexpr = tile.shape[3]
+    layout: gl.constexpr = gl.NVMMASharedLayout(tile.layout.swizzle_byte_width, 16, 2)
+    return tile._reinterpret(tile.dtype, [2, rows, width // 2], layout).index(WHICH)
+
+
+@gluon.jit
+def _scores(k, q_s, q_full, it, wanted, STAGES: gl.constexpr, zero):
+    """Start the product of the keys with the it-th tile of queries; if it is not wanted, with whatever is there."""
+    stage = it % STAGES
+    mbarrier.wait(q_full.index(stage), (it // STAGES) & 1, pred=wanted)
+    return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _step(
+    s, dk, dv, k, x, q_s, g_s, rows_s, k_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
+    inverse_beta, WHICH: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """The ``it``-th tile of queries, whose scores are there; and the scores of the next."""
+    q_full, g_full, _k_full, _k_free, _x_full, _x_free, ds_full, done, dq_free, _drawn, _taken = bars
+    UNSHIFT: gl.constexpr = 2.0**-SHIFT
+    s_layout: gl.constexpr = s.type.layout
+    row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    half: gl.constexpr = dq_s.shape[3]
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
+    zero = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+    stage = it % STAGES
+    phase = (it // STAGES) & 1
+    q = _flat(q_s.index(stage))
+    g = _flat(g_s.index(stage))
+    rows = rows_s.index(stage)._reinterpret(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    mbarrier.wait(g_full.index(stage), phase)
+    dp = warpgroup_mma(x, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+    l2 = rows.index(1).load(row_layout)
+    p = gl.exp2(s * scale2 - gl.expand_dims(l2 - SHIFT, 0))
+    if MASKED:
+        key = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+        seen = gl.expand_dims(key, 1) < len_k
+        if CAUSAL:
+            query = first_query + gl.arange(0, ROWS, layout=row_layout)
+            limit = gl.minimum(query + offset, len_k - 1)
+            seen = gl.expand_dims(key, 1) <= gl.expand_dims(limit, 0)
+        p = gl.where(seen, p, 0.0)
+    dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
+    r = rows.index(0).load(row_layout)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    ds = p * (dp * (inverse_beta * UNSHIFT) + gl.expand_dims(r * UNSHIFT, 0))
+    rounded = ds.to(q_s.dtype)
+    mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1, pred=it > 0)  # the other has read the last
+    ds_s.index(WHICH).store(rounded)
+    fence_async_shared()
+    dk = warpgroup_mma(gl.convert_layout(rounded, operand), q, dk, is_async=True)
+    mbarrier.arrive(ds_full)
+
+    mbarrier.wait(ds_full, it & 1)
+    empty = gl.zeros([ROWS, half], gl.float32, dq_layout)
+    dq = warpgroup_mma(
+        ds_s.index(0).permute((1, 0)), _half(k_s.index(0), WHICH), empty, use_acc=False, is_async=True
+    )
+    dq = warpgroup_mma(ds_s.index(1).permute((1, 0)), _half(k_s.index(1), WHICH), dq, is_async=True)
+    s = _scores(k, q_s, q_full, it + 1, it + 1 < last, STAGES, zero)
+    dq, dk, dv = warpgroup_mma_wait(1, deps=(dq, dk, dv))
+    part = it % PARTS
+    mbarrier.wait(dq_free.index(part), ((it // PARTS) & 1) ^ 1)
+    out_s = dq_s.index(part * 2 + WHICH)
+    out_s._reinterpret(gl.float32, [ROWS, half], gl.NVMMASharedLayout(128, 32, 2)).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(done.index(stage))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    return s, dk, dv
+
+
+@gluon.jit
+def _store(pointer, tile, first, len_k, head):
+    layout: gl.constexpr = tile.type.layout
+    width: gl.constexpr = tile.shape[1]
+    row = gl.expand_dims(gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, width, layout=gl.SliceLayout(0, layout)), 0)
+    at = pointer + (head.to(gl.int64) * len_k + first) * width
+    there = (row < len_k - first) & (column < width)
+    gl.store(at + (row * width + column), tile.to(pointer.dtype.element_ty), mask=there)
+
+
+@gluon.jit
+def _consumer(
+    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
+    len_k, offset, scale, scale2, inverse_beta, heads, group, q_tiles, k_tiles, tiles, head_span,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+):  # fmt: skip
+    q_full, _g_full, k_full, k_free, x_full, x_free, _ds_full, _done, _dq_free, drawn, taken = bars
+    D: gl.constexpr = k_s.shape[4]
+    UNSHIFT: gl.constexpr = 2.0**-SHIFT
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    k = _flat(k_s.index(WHICH))
+    x = _flat(x_s.index(WHICH))
+    it = 0
+    served = 0
+    turn = 0
+    index = _follow(turn, place_s, drawn, taken, True)
+    while index < tiles:
+        k_tile, kv = _place(index, heads, True, head_span, k_tiles)
+        first_key = k_tile * KEYS + WHICH * ROWS
+        first = _first_queries(k_tile * KEYS, offset, CAUSAL)
+        # from which tile on no query is without one of these keys
+        full = first
+        if CAUSAL:
+            full = gl.maximum(first, gl.cdiv(gl.maximum(first_key + ROWS - 1 - offset, 0), ROWS))
+        full = gl.minimum(gl.where(first_key + ROWS > len_k, q_tiles, full), q_tiles)
+        dk = gl.zeros([ROWS, D], gl.float32, layout)
+        dv = gl.zeros([ROWS, D], gl.float32, layout)
+        if first < q_tiles:
+            mbarrier.wait(k_full, served & 1)
+            zero = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+            s = warpgroup_mma_wait(0, deps=(_scores(k, q_s, q_full, it, True, STAGES, zero),))
+            mbarrier.wait(x_full, served & 1)
+            last = it + group * (q_tiles - first)
+            for _ in range(group):
+                for i in range(first, full):
+                    s, dk, dv = _step(
+                        s, dk, dv, k, x, q_s, g_s, rows_s, k_s, ds_s, dq_s, bars, it, last, first_key, i * ROWS, len_k,
+                        offset, scale2, inverse_beta, WHICH, CAUSAL, True, SHIFT, STAGES, PARTS,
+                    )  # fmt: skip
+                    it += 1
+                for _ in range(full, q_tiles):
+                    s, dk, dv = _step(
+                        s, dk, dv, k, x, q_s, g_s, rows_s, k_s, ds_s, dq_s, bars, it, last, first_key, 0, len_k,
+                        offset, scale2, inverse_beta, WHICH, CAUSAL, False, SHIFT, STAGES, PARTS,
+                    )  # fmt: skip
+                    it += 1
+            mbarrier.arrive(k_free)
+            dv *= x.load(layout).to(gl.float32) * UNSHIFT
+            gl.thread_barrier()
+            mbarrier.arrive(x_free)
+            served += 1
+        _store(dv_ptr, dv, first_key, len_k, kv)
+        _store(dk_ptr, dk * scale, first_key, len_k, kv)
+        turn += 1
+        index = _follow(turn, place_s, drawn, taken, True)
+
+
+# the sizes are not specialised for: one kernel per form of problem, whatever its sizes
+@gluon.jit(
+    do_not_specialize=[
+        "len_k", "offset", "heads_k", "heads", "group", "q_tiles", "k_tiles", "tiles", "head_span",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
+    len_k, offset, scale, scale2, inverse_beta, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dk, dv, and dq unscaled in float32, of the heads that are not flagged; arguments as ``hopper.backward`` has."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    g_s = gl.allocate_shared_memory(dtype, [STAGES] + g_desc.block_type.shape, g_desc.layout)
+    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
+    x_s = gl.allocate_shared_memory(dtype, [2] + x_desc.block_type.shape, x_desc.layout)
+    ds_s = gl.allocate_shared_memory(dtype, [2, ROWS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
+    dq_s = gl.allocate_shared_memory(gl.float32, [2 * PARTS] + dq_desc.block_type.shape, dq_desc.layout)
+    place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    dq_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
+    drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(done.index(i), count=2)
+        mbarrier.init(g_full.index(i), count=1)
+    for i in gl.static_range(PARTS):
+        mbarrier.init(dq_free.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(drawn.index(i), count=1)
+        mbarrier.init(taken.index(i), count=3)
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(k_free, count=2)
+    mbarrier.init(x_full, count=1)
+    mbarrier.init(x_free, count=2)
+    mbarrier.init(ds_full, count=2)
+    bars = (q_full, g_full, k_full, k_free, x_full, x_free, ds_full, done, dq_free, drawn, taken)
+    # the arguments are written out: in a variable, the compile-time ones would become run-time ones
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
+                len_k, offset, scale, scale2, inverse_beta, heads, group, q_tiles, k_tiles, tiles, head_span,
+                0, CAUSAL, STAGES, PARTS, SHIFT,
+            )),
+            (_consumer, (
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
+                len_k, offset, scale, scale2, inverse_beta, heads, group, q_tiles, k_tiles, tiles, head_span,
+                1, CAUSAL, STAGES, PARTS, SHIFT,
+            )),
+            (_producer, (
+                q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
+                counter_ptr, flags_ptr,
+                offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+                CAUSAL, STAGES,
+            )),
+            (_adder, (
+                dq_desc, dq_s, place_s, bars, turns_ptr,
+                offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+                CAUSAL, STAGES, PARTS,
+            )),
+        ],
+        [4, 1, 1],
+        [REGISTERS, 24, 24],
+    )
+    # fmt: on
+
+
+@gluon.jit(do_not_specialize=["len_q", "padded_length", "offset", "group"])
+def round_kernel(
+    sums_ptr, dq_ptr, flags_ptr, len_q, padded_length, offset, scale, group,
+    D: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: tiles of queries, heads."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    first = gl.program_id(0) * ROWS
+    head = gl.program_id(1).to(gl.int64)
+    if gl.load(flags_ptr + gl.program_id(1) // group) % 2 == 0:
+        row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+        column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
+        there = (row < len_q - first) & (column < D)
+        sees = there
+        if CAUSAL:
+            sees = there & (first + ROWS - 1 + offset >= 0)
+        sums = gl.load(sums_ptr + (head * padded_length + first) * D + (row * D + column), mask=sees, other=0.0)
+        at = dq_ptr + (head * len_q + first) * D + (row * D + column)
+        gl.store(at, (sums * scale).to(dq_ptr.dtype.element_ty), mask=there)
