@@ -208,65 +208,89 @@ def _half(tile, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _scores(k, q_s, q_full, it, wanted, STAGES: gl.constexpr, zero):
-    """Start the product of the keys with the it-th tile of queries; if it is not wanted, with whatever is there."""
+def _zero():
+    """0, of which the compiler does not know: what rests on it is worked out where it stands, not ahead of a loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _row(rows_s, stage, WHICH: gl.constexpr, layout: gl.constexpr):
+    """Row 0 or 1 of what came with a tile of queries, in every row of a tile."""
+    rows = rows_s.index(stage)._reinterpret(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.expand_dims(rows.index(WHICH).load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def _scores(k_s, q_s, rows_s, q_full, it, wanted, to_row, WHICH: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """Start the product of the keys with the it-th tile of queries, less l; if it is not wanted, of whatever is there."""
     stage = it % STAGES
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1, pred=wanted)
-    return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
+    start = gl.zeros([ROWS, ROWS], gl.float32, layout) + _row(rows_s, stage, 1, layout) * to_row
+    k = _flat(k_s.index(WHICH + _zero()))
+    return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), start, is_async=True)
 
 
 @gluon.jit
 def _step(
-    s, dk, dv, k, x, q_s, g_s, rows_s, k_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
-    inverse_beta, WHICH: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr,
+    s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
+    to_row, beta, unit, WHICH: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The ``it``-th tile of queries, whose scores are there; and the scores of the next."""
     q_full, g_full, _k_full, _k_free, _x_full, _x_free, ds_full, done, dq_free, _drawn, _taken = bars
-    UNSHIFT: gl.constexpr = 2.0**-SHIFT
     s_layout: gl.constexpr = s.type.layout
-    row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     half: gl.constexpr = dq_s.shape[3]
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
-    zero = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
     stage = it % STAGES
-    phase = (it // STAGES) & 1
     q = _flat(q_s.index(stage))
     g = _flat(g_s.index(stage))
-    rows = rows_s.index(stage)._reinterpret(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
-    mbarrier.wait(g_full.index(stage), phase)
-    dp = warpgroup_mma(x, g.permute((1, 0)), zero, use_acc=False, is_async=True)
-    l2 = rows.index(1).load(row_layout)
-    p = gl.exp2(s * scale2 - gl.expand_dims(l2 - SHIFT, 0))
+    start = gl.zeros([ROWS, ROWS], gl.float32, s_layout) + _row(rows_s, stage, 0, s_layout) * beta
+    mbarrier.wait(g_full.index(stage), (it // STAGES) & 1)
+    x = _flat(x_s.index(WHICH + _zero()))
+    dp = warpgroup_mma(x, g.permute((1, 0)), start, is_async=True)
+    if SHIFT == 0:
+        p = gl.exp2(s * scale2)
+    else:
+        p = gl.exp2(s * scale2 + SHIFT)
     if MASKED:
         key = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
         seen = gl.expand_dims(key, 1) < len_k
         if CAUSAL:
-            query = first_query + gl.arange(0, ROWS, layout=row_layout)
+            query = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(0, s_layout))
             limit = gl.minimum(query + offset, len_k - 1)
             seen = gl.expand_dims(key, 1) <= gl.expand_dims(limit, 0)
         p = gl.where(seen, p, 0.0)
-    dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
-    r = rows.index(0).load(row_layout)
-    dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = p * (dp * (inverse_beta * UNSHIFT) + gl.expand_dims(r * UNSHIFT, 0))
+    if EARLY:
+        dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+    else:
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = p * dp
+    if SHIFT != 0:
+        ds *= unit
     rounded = ds.to(q_s.dtype)
-    mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1, pred=it > 0)  # the other has read the last
+    if not EARLY:
+        dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
+    # the other has read the last
+    mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1, pred=it > 0)
     ds_s.index(WHICH).store(rounded)
     fence_async_shared()
     dk = warpgroup_mma(gl.convert_layout(rounded, operand), q, dk, is_async=True)
     mbarrier.arrive(ds_full)
 
+    dv = warpgroup_mma_wait(1, deps=(dv,))  # its weights need registers no longer
     mbarrier.wait(ds_full, it & 1)
     empty = gl.zeros([ROWS, half], gl.float32, dq_layout)
-    dq = warpgroup_mma(
-        ds_s.index(0).permute((1, 0)), _half(k_s.index(0), WHICH), empty, use_acc=False, is_async=True
-    )
-    dq = warpgroup_mma(ds_s.index(1).permute((1, 0)), _half(k_s.index(1), WHICH), dq, is_async=True)
-    s = _scores(k, q_s, q_full, it + 1, it + 1 < last, STAGES, zero)
-    dq, dk, dv = warpgroup_mma_wait(1, deps=(dq, dk, dv))
+    base = _zero()
+    k = _half(k_s.index(base), WHICH)
+    dq = warpgroup_mma(ds_s.index(base).permute((1, 0)), k, empty, use_acc=False, is_async=True)
+    k = _half(k_s.index(base + 1), WHICH)
+    dq = warpgroup_mma(ds_s.index(base + 1).permute((1, 0)), k, dq, is_async=True)
+    dk = warpgroup_mma_wait(2, deps=(dk,))
+    s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
+    dq = warpgroup_mma_wait(1, deps=(dq,))
     part = it % PARTS
     mbarrier.wait(dq_free.index(part), ((it // PARTS) & 1) ^ 1)
     out_s = dq_s.index(part * 2 + WHICH)
@@ -291,15 +315,14 @@ def _store(pointer, tile, first, len_k, head):
 @gluon.jit
 def _consumer(
     q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
-    len_k, offset, scale, scale2, inverse_beta, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     q_full, _g_full, k_full, k_free, x_full, x_free, _ds_full, _done, _dq_free, drawn, taken = bars
     D: gl.constexpr = k_s.shape[4]
     UNSHIFT: gl.constexpr = 2.0**-SHIFT
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    k = _flat(k_s.index(WHICH))
     x = _flat(x_s.index(WHICH))
     it = 0
     served = 0
@@ -318,21 +341,21 @@ def _consumer(
         dv = gl.zeros([ROWS, D], gl.float32, layout)
         if first < q_tiles:
             mbarrier.wait(k_full, served & 1)
-            zero = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
-            s = warpgroup_mma_wait(0, deps=(_scores(k, q_s, q_full, it, True, STAGES, zero),))
+            s = _scores(k_s, q_s, rows_s, q_full, it, True, to_row, WHICH, STAGES, s_layout)
+            s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.wait(x_full, served & 1)
             last = it + group * (q_tiles - first)
             for _ in range(group):
                 for i in range(first, full):
                     s, dk, dv = _step(
-                        s, dk, dv, k, x, q_s, g_s, rows_s, k_s, ds_s, dq_s, bars, it, last, first_key, i * ROWS, len_k,
-                        offset, scale2, inverse_beta, WHICH, CAUSAL, True, SHIFT, STAGES, PARTS,
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, i * ROWS, len_k,
+                        offset, scale2, to_row, beta, unit, WHICH, CAUSAL, True, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
                 for _ in range(full, q_tiles):
                     s, dk, dv = _step(
-                        s, dk, dv, k, x, q_s, g_s, rows_s, k_s, ds_s, dq_s, bars, it, last, first_key, 0, len_k,
-                        offset, scale2, inverse_beta, WHICH, CAUSAL, False, SHIFT, STAGES, PARTS,
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0, len_k,
+                        offset, scale2, to_row, beta, unit, WHICH, CAUSAL, False, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
             mbarrier.arrive(k_free)
@@ -354,8 +377,8 @@ def _consumer(
 )  # fmt: skip
 def backward_kernel(
     q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
-    len_k, offset, scale, scale2, inverse_beta, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv, and dq unscaled in float32, of the heads that are not flagged; arguments as ``hopper.backward`` has."""
@@ -400,13 +423,13 @@ def backward_kernel(
         [
             (_consumer, (
                 q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
-                len_k, offset, scale, scale2, inverse_beta, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, CAUSAL, STAGES, PARTS, SHIFT,
+                len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                0, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_consumer, (
                 q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
-                len_k, offset, scale, scale2, inverse_beta, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, CAUSAL, STAGES, PARTS, SHIFT,
+                len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                1, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_producer, (
                 q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
