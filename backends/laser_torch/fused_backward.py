@@ -10,8 +10,8 @@ from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import triton_backward, triton_exact
-from .call import Call, Values, describe, describe_rows, matrix, padded, prepare, tile_of, value_pass, workers
+from . import hopper, triton_backward, triton_exact
+from .call import INTERPRETED, Call, Values, describe, describe_rows, matrix, padded, prepare, tile_of, value_pass, workers
 from .tiles import ROWS, Tile, backward_tiles, value_block
 
 
@@ -22,8 +22,17 @@ class Cotangents(NamedTuple):
     do: Tensor  # (B, Hq, Lq, E)
     dl: Tensor | None  # (B, Hq, Lq)
     g: Tensor  # (B·Hq, Lq, E)
-    r: Tensor  # (B·Hq, Lq up to a multiple of ROWS)
-    l2: Tensor
+    rows: Tensor  # (2, B·Hq, Lq up to a multiple of ROWS): r and l in base 2
+
+    @property
+    def r(self) -> Tensor:
+        """The part of ds that a row has in common."""
+        return self.rows[0]
+
+    @property
+    def l2(self) -> Tensor:
+        """The log-sum-exp in base 2, +∞ where nothing flows through a row."""
+        return self.rows[1]
 
     def strides(self) -> list[int]:
         """Of do and dl."""
@@ -39,7 +48,8 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     with torch.cuda.device_of(inputs.query):  # type: ignore[no-untyped-call]
         values = value_pass(call)
         side = _prepare_rows(call, values, forward, d_out, d_lse)
-        dq, dk, dv = _portable_backward(call, values, side)
+        run = _hopper_backward if _hopper_serves(call, side) else _portable_backward
+        dq, dk, dv = run(call, values, side)
         if problem.beta != 0:
             _launch_exact(call, values, side, dq, dk, dv)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
@@ -58,8 +68,9 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
     dl = None if d_lse is None else d_lse.reshape(call.batch, *d_lse.shape[-2:])
     o = (forward.out if forward.residual is None else forward.residual).contiguous()
     g = torch.empty((heads, p.query_length, p.value_dim), dtype=call.q.dtype, device=device)
-    r, l2 = torch.empty((2, heads, triton.cdiv(p.query_length, ROWS) * ROWS), dtype=torch.float32, device=device)
-    side = Cotangents(o, do, dl, g, r, l2)
+    rows = torch.empty((2, heads, triton.cdiv(p.query_length, ROWS) * ROWS), dtype=torch.float32, device=device)
+    side = Cotangents(o, do, dl, g, rows)
+    r, l2 = rows
     block = value_block(width)
     triton_backward.prepare_rows[(heads * (r.shape[1] // block),)](
         o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
@@ -67,6 +78,22 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=8,
     )  # fmt: skip
     return side
+
+
+def _hopper_serves(call: Call, side: Cotangents) -> bool:
+    if INTERPRETED or hopper.why_not(call.problem) or hopper.missing(call.q.device):
+        return False
+    return hopper.fits(call.q) and hopper.fits(call.k)
+
+
+def _hopper_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:
+    p = call.problem
+    rows, columns = (p.query_length, p.value_dim), (p.key_length, p.value_dim)
+    return hopper.backward(
+        call.q, call.k, values.x.view(call.batch, p.key_value_heads, *columns),
+        side.g.view(call.batch, p.query_heads, *rows), side.rows, values.flags, p.beta or 1.0, p.scale,
+        hopper.causal_offset(p),
+    )  # fmt: skip
 
 
 def _portable_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:

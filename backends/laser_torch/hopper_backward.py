@@ -255,13 +255,11 @@ def _step(
     else:
         p = gl.exp2(s * scale2 + SHIFT)
     if MASKED:
-        key = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
-        seen = gl.expand_dims(key, 1) < len_k
+        key = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout)), 1)
+        p = gl.where(key < len_k - first_key, p, 0.0)
         if CAUSAL:
-            query = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(0, s_layout))
-            limit = gl.minimum(query + offset, len_k - 1)
-            seen = gl.expand_dims(key, 1) <= gl.expand_dims(limit, 0)
-        p = gl.where(seen, p, 0.0)
+            query = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, s_layout)), 0)
+            p = gl.where(query - key >= first_key - first_query - offset, p, 0.0)
     if EARLY:
         dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=(dp,))
