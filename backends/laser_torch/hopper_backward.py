@@ -181,10 +181,11 @@ def _adder(
                         seen = _acquire(counter)
                     for w in gl.static_range(2):
                         _add_to_global(dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w))
+                tma.store_wait(0)
+                mbarrier.arrive(dq_free.index(part))
                 _written()
                 gl.thread_barrier()
                 gl.atomic_add(counter, 1, sem="release", scope="gpu")
-                mbarrier.arrive(dq_free.index(part))
                 it += 1
         turn += 1
         index = _follow(turn, place_s, drawn, taken, True)
@@ -205,6 +206,18 @@ def _half(tile, WHICH: gl.constexpr):
     width: gl.constexpr = tile.shape[3]
     layout: gl.constexpr = gl.NVMMASharedLayout(tile.layout.swizzle_byte_width, 16, 2)
     return tile._reinterpret(tile.dtype, [2, rows, width // 2], layout).index(WHICH)
+
+
+@gluon.jit
+def _clean(tile):
+    """Zero what is not finite: where a pair is hidden, ds is 0, and 0·NaN would be NaN."""
+    D: gl.constexpr = tile.shape[3]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    matrix = _flat(tile)
+    a = matrix.load(layout)
+    matrix.store(gl.where(gl.abs(a.to(gl.float32)) < float("inf"), a, 0.0).to(tile.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -233,7 +246,7 @@ def _scores(k_s, q_s, rows_s, q_full, it, wanted, to_row, WHICH: gl.constexpr, S
 @gluon.jit
 def _step(
     s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
-    to_row, beta, unit, WHICH: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr,
+    to_row, beta, unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The ``it``-th tile of queries, whose scores are there; and the scores of the next."""
@@ -246,6 +259,9 @@ def _step(
     q = _flat(q_s.index(stage))
     g = _flat(g_s.index(stage))
 
+    if careful & (it + 1 < last):
+        mbarrier.wait(q_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1)
+        _clean(q_s.index((it + 1) % STAGES))
     start = gl.zeros([ROWS, ROWS], gl.float32, s_layout) + _row(rows_s, stage, 0, s_layout) * beta
     mbarrier.wait(g_full.index(stage), (it // STAGES) & 1)
     x = _flat(x_s.index(WHICH + _zero()))
@@ -312,7 +328,7 @@ def _store(pointer, tile, first, len_k, head):
 
 @gluon.jit
 def _consumer(
-    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
+    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
     WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -338,7 +354,17 @@ def _consumer(
         dk = gl.zeros([ROWS, D], gl.float32, layout)
         dv = gl.zeros([ROWS, D], gl.float32, layout)
         if first < q_tiles:
+            flags = gl.load(flags_ptr + kv)
+            # a row is not finite, or one that sees no key, of which nobody knows, may be among those of a tile
+            careful = flags >= 4
+            if CAUSAL:
+                careful = careful | (first * ROWS + offset < 0)
             mbarrier.wait(k_full, served & 1)
+            if (flags & 2) != 0:  # a key or value is not finite
+                _clean(k_s.index(WHICH))
+            if careful:
+                mbarrier.wait(q_full.index(it % STAGES), (it // STAGES) & 1)
+                _clean(q_s.index(it % STAGES))
             s = _scores(k_s, q_s, rows_s, q_full, it, True, to_row, WHICH, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.wait(x_full, served & 1)
@@ -347,13 +373,13 @@ def _consumer(
                 for i in range(first, full):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, i * ROWS, len_k,
-                        offset, scale2, to_row, beta, unit, WHICH, CAUSAL, True, SHIFT, STAGES, PARTS, EARLY,
+                        offset, scale2, to_row, beta, unit, careful, WHICH, CAUSAL, True, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
                 for _ in range(full, q_tiles):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0, len_k,
-                        offset, scale2, to_row, beta, unit, WHICH, CAUSAL, False, SHIFT, STAGES, PARTS, EARLY,
+                        offset, scale2, to_row, beta, unit, careful, WHICH, CAUSAL, False, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
             mbarrier.arrive(k_free)
@@ -420,12 +446,12 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
                 0, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
                 1, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
             )),
