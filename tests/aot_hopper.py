@@ -1,4 +1,4 @@
-"""Compile a form of the Hopper forward kernel for sm_90a and print, as JSON, what came out. Run by test_hopper_aot."""
+"""Compile a form of a Hopper kernel for sm_90a and print, as JSON, what came out. Run by test_hopper_aot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from laser_torch import hopper, hopper_forward
+from laser_torch import hopper, hopper_backward, hopper_forward, hopper_gradient
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -25,8 +25,35 @@ def _descriptor(dtype: str, rows: int, width: int) -> str:
     return f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])!r}>"
 
 
-def compiled(form: dict[str, Any]) -> Any:
-    """The compiled kernel of a form: dtype, width, causal, residual, reference, factor."""
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def backward(form: dict[str, Any]) -> Any:
+    """The compiled backward kernel of a form: dtype, width, causal."""
+    dtype, width = form["dtype"], form["width"]
+
+    def tile(block: list[int], swizzle: int, dtype: str = dtype) -> str:
+        layout = hopper_gradient.tile_layout(block, 4 if dtype == "fp32" else 2, swizzle)
+        return f"tensordesc<{dtype}{block},{layout!r}>"
+
+    matrix = [1, 1, hopper.ROWS, width]
+    types = dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("flags_ptr", "counter_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("scale", "scale2", "to_row", "beta", "unit"), "fp32")
+    types |= {name: tile(matrix, 128) for name in ("q_desc", "g_desc", "x_desc")}
+    types["k_desc"] = tile(matrix, width)
+    types["rows_desc"] = tile([2, 1, hopper.ROWS], 0, "fp32")
+    types["dq_desc"] = tile([1, hopper.ROWS, width // 2], 128, "fp32")
+    constants = hopper_gradient.constants(hopper_gradient.tiles(width), form["causal"], dtype == "fp16")
+    return _compile(hopper_backward.backward_kernel, types, constants)
+
+
+def forward(form: dict[str, Any]) -> Any:
+    """The compiled forward kernel of a form: dtype, width, causal, residual, reference, factor."""
     dtype, width, causal = form["dtype"], form["width"], form["causal"]
     cut = hopper.tiles(width, causal)
     constants = hopper.constants(
@@ -47,15 +74,7 @@ def compiled(form: dict[str, Any]) -> Any:
     }
     types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc")}
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
-    types |= dict.fromkeys(constants, "constexpr")
-    names = hopper_forward.forward_kernel.arg_names
-    source = GluonASTSource(
-        fn=hopper_forward.forward_kernel,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs=constants,
-        attrs={},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return _compile(hopper_forward.forward_kernel, types, constants)
 
 
 def report(kernel: Any) -> dict[str, Any]:
@@ -70,10 +89,12 @@ def report(kernel: Any) -> dict[str, Any]:
     assert registers
     assert threads
     counts = {
-        name: len(re.findall(rf"\b{name}", sass)) for name in ("HGMMA", "UTMALDG", "UTMASTG", "STL", "LDL", "WARPGROUP")
+        name: len(re.findall(rf"\b{name}", sass))
+        for name in ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "STL", "LDL", "WARPGROUP")
     }
     return {"registers": int(registers[1]), "threads": int(threads[1]), "shared": kernel.metadata.shared, **counts}
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(compiled(json.loads(sys.argv[1])))))
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(report(backward(asked) if asked.get("backward") else forward(asked))))

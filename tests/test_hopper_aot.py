@@ -1,4 +1,4 @@
-"""The Hopper kernel, compiled ahead of time: what the compiler made of it, held to what the hardware has."""
+"""The Hopper kernels, compiled ahead of time: what the compiler made of it, held to what the hardware has."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ FORMS = [
     {"dtype": "bf16", "width": 128, "causal": True},
     {"dtype": "bf16", "width": 64, "causal": False},
     {"dtype": "fp16", "width": 64, "causal": True, "residual": True, "reference": True, "factor": True},
+    {"backward": True, "dtype": "bf16", "width": 128, "causal": True},
+    {"backward": True, "dtype": "fp16", "width": 64, "causal": False},
 ]
 SHARED = 227 << 10  # bytes that a block may have on sm_90
 SPILLS = 8  # instructions: a few words kept across the whole kernel cost nothing, a loop that spills has many more
@@ -32,7 +34,7 @@ def _compile(tmp_path: Path, form: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f['dtype']}-{f['width']}-{f['causal']}")
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(str(v) for v in f.values()))
 def test_fits_the_hardware(form: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
     found = _compile(tmp_path, form)

@@ -10,8 +10,20 @@ from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import hopper, triton_backward, triton_exact
-from .call import INTERPRETED, Call, Values, describe, describe_rows, matrix, padded, prepare, tile_of, value_pass, workers
+from . import hopper, hopper_gradient, triton_backward, triton_exact
+from .call import (
+    INTERPRETED,
+    Call,
+    Values,
+    describe,
+    describe_rows,
+    matrix,
+    padded,
+    prepare,
+    tile_of,
+    value_pass,
+    workers,
+)
 from .tiles import ROWS, Tile, backward_tiles, value_block
 
 
@@ -48,7 +60,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     with torch.cuda.device_of(inputs.query):  # type: ignore[no-untyped-call]
         values = value_pass(call)
         side = _prepare_rows(call, values, forward, d_out, d_lse)
-        run = _hopper_backward if _hopper_serves(call, side) else _portable_backward
+        run = _hopper_backward if _hopper_serves(call) else _portable_backward
         dq, dk, dv = run(call, values, side)
         if problem.beta != 0:
             _launch_exact(call, values, side, dq, dk, dv)
@@ -80,7 +92,7 @@ def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d
     return side
 
 
-def _hopper_serves(call: Call, side: Cotangents) -> bool:
+def _hopper_serves(call: Call) -> bool:
     if INTERPRETED or hopper.why_not(call.problem) or hopper.missing(call.q.device):
         return False
     return hopper.fits(call.q) and hopper.fits(call.k)
@@ -89,7 +101,7 @@ def _hopper_serves(call: Call, side: Cotangents) -> bool:
 def _hopper_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:
     p = call.problem
     rows, columns = (p.query_length, p.value_dim), (p.key_length, p.value_dim)
-    return hopper.backward(
+    return hopper_gradient.backward(
         call.q, call.k, values.x.view(call.batch, p.key_value_heads, *columns),
         side.g.view(call.batch, p.query_heads, *rows), side.rows, values.flags, p.beta or 1.0, p.scale,
         hopper.causal_offset(p),

@@ -122,7 +122,8 @@ def constants(cut: Tiles, causal: bool, half: bool, residual: bool, reference: b
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many programs of such kernels run at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -169,7 +170,7 @@ def forward(
 
     q_tiles = -(-len_q // (cut.consumers * ROWS))
     count = q_tiles * batch * heads
-    programs = count if cut.schedule == "grid" else min(count, _processors(q.device))
+    programs = count if cut.schedule == "grid" else min(count, processors(q.device))
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if cut.schedule == "dynamic" else lse
     group = heads // k.shape[1]
     span = max(1, L2_BYTES // (4 * len_k * width)) * group
@@ -199,124 +200,3 @@ def forward(
         num_warps=4,
     )
     return out, lse, unrounded
-
-
-class BackwardTiles(NamedTuple):
-    """``stages`` tiles of 64 queries in flight, and ``parts`` of dq that wait to be added, no more than stages."""
-
-    stages: int
-    parts: int
-    early: bool  # whether dv's product starts before ds is worked out
-    registers: int
-
-
-def backward_tiles(width: int) -> BackwardTiles:
-    """How the backward kernel is cut for head dimension ``width``."""
-    return BackwardTiles(4, 2, True, 240) if width == 64 else BackwardTiles(2, 2, False, 240)
-
-
-def backward_constants(cut: BackwardTiles, causal: bool, half: bool) -> dict[str, Any]:
-    """The compile-time arguments of the backward kernel."""
-    return {
-        "CAUSAL": causal,
-        "STAGES": cut.stages,
-        "PARTS": cut.parts,
-        "SHIFT": 15 if half else 0,
-        "EARLY": cut.early,
-        "REGISTERS": cut.registers,
-    }
-
-
-def tile_layout(block: list[int], size: int, swizzle: int) -> Any:
-    """How a tile of elements of so many bytes lies in shared memory."""
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout(swizzle, 8 * size, len(block))
-
-
-def _tile(a: Tensor, block: list[int], swizzle: int = 128) -> Any:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    strides = [a.shape[-1] if n == 1 else s for n, s in zip(a.shape[:-1], a.stride(), strict=False)] + [1]
-    return TensorDescriptor(a, list(a.shape), strides, block, tile_layout(block, a.element_size(), swizzle))
-
-
-def backward(
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    g: Tensor,
-    rows: Tensor,
-    flags: Tensor,
-    beta: float,
-    scale: float,
-    causal_offset: int | None,
-    cut: BackwardTiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, of the heads that are not flagged: what those of the others hold is for another to write.
-
-    p = 2^(scale·log2e·<q_i, k_j> − l2)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
-
-    Args:
-        q: (B, Hq, Lq, D), float16 or bfloat16, of any strides that :func:`fits`.
-        k: (B, Hk, Lk, D), Hq a multiple of Hk.
-        x: (B, Hk, Lk, D), 2^(βv·log2e − c), finite.
-        g: (B, Hq, Lq, D), do·2^(c − βo·log2e), finite.
-        rows: (2, B·Hq, L), float32, L ≥ Lq a multiple of 64: r, and the log-sum-exp in base 2, +∞ from Lq on and
-            where nothing flows through a query.
-        flags: (B·Hk,), int32; odd: not this head.
-        beta: The inverse temperature, not 0.
-        scale: Of the scores, > 0.
-        causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        cut: The tiles; None: :func:`backward_tiles`.
-    """
-    from . import hopper_backward
-
-    batch, heads, len_q, width = q.shape
-    heads_k, len_k = k.shape[1:3]
-    cut = cut or backward_tiles(width)
-    q_tiles, k_tiles, group = -(-len_q // ROWS), -(-len_k // (2 * ROWS)), heads // heads_k
-    dq, dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, x))
-    sums = torch.empty((batch * heads, q_tiles * ROWS, width), dtype=torch.float32, device=q.device)
-    turns = torch.zeros(1 + batch * heads * q_tiles, dtype=torch.int32, device=q.device)
-    tile = [1, 1, ROWS, width]
-    count = batch * heads_k * k_tiles
-    span = max(1, L2_BYTES // (8 * q_tiles * ROWS * width * group))
-    half = q.dtype == torch.float16
-    unit = 1 / beta * 2.0**-15
-    scale_ds = scale if half else scale / beta
-    offset = causal_offset or 0
-    hopper_backward.backward_kernel[(min(count, _processors(q.device)),)](
-        _tile(q, tile),
-        _tile(g, tile),
-        _tile(rows, [2, 1, ROWS], 0),
-        _tile(k, tile, width),
-        _tile(x, tile),
-        _tile(sums, [1, ROWS, width // 2]),
-        dk,
-        dv,
-        flags,
-        turns,
-        turns[1:],
-        len_k,
-        offset,
-        scale_ds,
-        scale * math.log2(math.e),
-        -1 / (scale * math.log2(math.e)),
-        beta,
-        unit,
-        heads_k,
-        batch * heads_k,
-        group,
-        q_tiles,
-        k_tiles,
-        count,
-        min(span, batch * heads_k),
-        **backward_constants(cut, causal_offset is not None, half),
-        num_warps=4,
-    )
-    hopper_backward.round_kernel[(q_tiles, batch * heads)](
-        sums, dq, flags, len_q, q_tiles * ROWS, offset, scale_ds, group,
-        D=width, CAUSAL=causal_offset is not None, num_warps=4,
-    )  # fmt: skip
-    return dq, dk, dv

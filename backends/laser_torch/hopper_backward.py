@@ -2,16 +2,16 @@
 
     p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dk = scale·dsᵀ·Q    dq = scale·ds·K
 
-A program owns 128 keys, 64 for each of its two warpgroups, whose dk and dv stay in registers, and walks over the queries
-in tiles of 64. What a tile adds to dq goes through shared memory to a warp of its own, the adder, which has the tensor
-memory accelerator add it to a float32 array.
+A program owns 128 keys, 64 for each of its two warpgroups, whose dk and dv stay in registers, and walks over the
+queries in tiles of 64. What a tile adds to dq goes through shared memory to a warp of its own, the adder, which has the
+tensor memory accelerator add it to a float32 array.
 
 The order of these additions is fixed: a query tile takes the parts of its key tiles from the last that it sees down to
 the first, and counts them (``turns``). So a key tile waits for none but later ones of the same head. Work is drawn from
 a counter, later key tiles of a head before earlier ones, and a program finishes what it has drawn before it draws
 again: of the key tiles drawn and not finished, the one that was drawn first waits for nobody, whatever the number of
-programs that run at a time. Hence there is no deadlock. That order also pipelines: with a causal mask, key tile j begins
-at its diagonal, where key tile j + 1 will have been a step before.
+programs that run at a time. Hence there is no deadlock. That order also pipelines: with a causal mask, key tile j
+begins at its diagonal, where key tile j + 1 will have been a step before.
 
 Device code only: nothing of the host is imported here.
 """
@@ -41,9 +41,7 @@ KEYS = gl.constexpr(128)  # of a program
 def _add_to_global(descriptor, coordinates, source, _semantic=None):
     """Add a tile in shared memory to one in global memory: the copy engine's reduction, for which Gluon has no name."""
     at = _semantic._convert_to_ir_values(coordinates, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(
-        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, source.handle
-    )
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, source.handle)
 
 
 @gluon.jit
@@ -172,9 +170,7 @@ def _adder(
                 mbarrier.wait(done.index(it % STAGES), (it // STAGES) & 1)
                 if mine == 0:  # nothing is there yet
                     for w in gl.static_range(2):
-                        tma.async_copy_shared_to_global(
-                            dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w)
-                        )
+                        tma.async_copy_shared_to_global(dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w))
                 else:
                     seen = _acquire(counter)
                     while seen != mine:
@@ -234,8 +230,10 @@ def _row(rows_s, stage, WHICH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _scores(k_s, q_s, rows_s, q_full, it, wanted, to_row, WHICH: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
-    """Start the product of the keys with the it-th tile of queries, less l; if it is not wanted, of whatever is there."""
+def _scores(
+    k_s, q_s, rows_s, q_full, it, wanted, to_row, WHICH: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr
+):
+    """Start the product of the keys with the it-th tile of queries, less l; not wanted: of whatever is there."""
     stage = it % STAGES
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1, pred=wanted)
     start = gl.zeros([ROWS, ROWS], gl.float32, layout) + _row(rows_s, stage, 1, layout) * to_row
@@ -330,7 +328,8 @@ def _store(pointer, tile, first, len_k, head):
 def _consumer(
     q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr, EARLY: gl.constexpr,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     q_full, _g_full, k_full, k_free, x_full, x_free, _ds_full, _done, _dq_free, drawn, taken = bars
     D: gl.constexpr = k_s.shape[4]
@@ -402,7 +401,8 @@ def _consumer(
 def backward_kernel(
     q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr, EARLY: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv, and dq unscaled in float32, of the heads that are not flagged; arguments as ``hopper.backward`` has."""
