@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_forward import _follow, _place
+from .hopper_forward import _follow
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup, and queries of a tile
 KEYS = gl.constexpr(128)  # of a program
@@ -60,6 +60,19 @@ def _acquire(pointer):
 
 
 @gluon.jit
+def _place(index, heads, head_span, k_tiles, ASCENDING: gl.constexpr):
+    """(tile of keys, batch·head) of a piece of work: by turns of the heads whose arrays share the L2 cache."""
+    section = index // (head_span * k_tiles)
+    within = index - section * head_span * k_tiles
+    span = gl.minimum(head_span, heads - section * head_span)
+    k_tile = within // span
+    head = section * head_span + within % span
+    if not ASCENDING:
+        k_tile = k_tiles - 1 - k_tile
+    return k_tile, head
+
+
+@gluon.jit
 def _first_queries(first_key, offset, CAUSAL: gl.constexpr):
     """The first tile of queries of which one sees a key from ``first_key`` on."""
     if CAUSAL:
@@ -79,13 +92,15 @@ def _last_keys(q_tile, k_tiles, offset, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
+def _draw(
+    turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles, ASCENDING: gl.constexpr
+):
     """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over."""
     index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    _, kv = _place(index, heads, True, head_span, k_tiles)
+    _, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
     while gl.load(flags_ptr + kv, mask=index < tiles, other=0) % 2 == 1:
         index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        _, kv = _place(index, heads, True, head_span, k_tiles)
+        _, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
     slot = turn % 2
     mbarrier.wait(taken.index(slot), ((turn // 2) & 1) ^ 1)
     place_s.index(slot).store(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
@@ -97,15 +112,15 @@ def _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span,
 def _producer(
     q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, counter_ptr, flags_ptr,
     offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, g_full, k_full, k_free, x_full, x_free, _ds_full, done, _dq_free, drawn, taken = bars
     loads = 0
     served = 0
     turn = 0
-    index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+    index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles, ASCENDING)
     while index < tiles:
-        k_tile, kv = _place(index, heads, True, head_span, k_tiles)
+        k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
         batch = kv // heads_k
         head = kv % heads_k
         first = _first_queries(k_tile * KEYS, offset, CAUSAL)
@@ -143,14 +158,14 @@ def _producer(
                     loads += 1
             served += 1
         turn += 1
-        index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+        index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles, ASCENDING)
 
 
 @gluon.jit
 def _adder(
     dq_desc, dq_s, place_s, bars, turns_ptr,
     offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile."""
     _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _ds_full, done, dq_free, drawn, taken = bars
@@ -159,13 +174,16 @@ def _adder(
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
-        k_tile, kv = _place(index, heads, True, head_span, k_tiles)
+        k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
         first = _first_queries(k_tile * KEYS, offset, CAUSAL)
         for member in range(group):
             head = kv * group + member
             for i in range(first, q_tiles):
                 part = it % PARTS
-                mine = _last_keys(i, k_tiles, offset, CAUSAL) - k_tile
+                if ASCENDING:
+                    mine = k_tile
+                else:
+                    mine = _last_keys(i, k_tiles, offset, CAUSAL) - k_tile
                 counter = turns_ptr + head * q_tiles + i
                 mbarrier.wait(done.index(it % STAGES), (it // STAGES) & 1)
                 if mine == 0:  # nothing is there yet
@@ -269,7 +287,7 @@ def _step(
     else:
         p = gl.exp2(s * scale2 + SHIFT)
     if MASKED:
-        key = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout)), 1)
+        key = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout)) + _zero(), 1)
         p = gl.where(key < len_k - first_key, p, 0.0)
         if CAUSAL:
             query = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, s_layout)), 0)
@@ -328,7 +346,7 @@ def _store(pointer, tile, first, len_k, head):
 def _consumer(
     q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
     EARLY: gl.constexpr,
 ):  # fmt: skip
     q_full, _g_full, k_full, k_free, x_full, x_free, _ds_full, _done, _dq_free, drawn, taken = bars
@@ -342,7 +360,7 @@ def _consumer(
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
-        k_tile, kv = _place(index, heads, True, head_span, k_tiles)
+        k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
         first_key = k_tile * KEYS + WHICH * ROWS
         first = _first_queries(k_tile * KEYS, offset, CAUSAL)
         # from which tile on no query is without one of these keys
@@ -401,7 +419,7 @@ def _consumer(
 def backward_kernel(
     q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
+    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
     EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -448,23 +466,23 @@ def backward_kernel(
             (_consumer, (
                 q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
+                0, CAUSAL, ASCENDING, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_consumer, (
                 q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
+                1, CAUSAL, ASCENDING, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_producer, (
                 q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
                 counter_ptr, flags_ptr,
                 offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-                CAUSAL, STAGES,
+                CAUSAL, ASCENDING, STAGES,
             )),
             (_adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                CAUSAL, STAGES, PARTS,
+                CAUSAL, ASCENDING, STAGES, PARTS,
             )),
         ],
         [4, 1, 1],

@@ -18,6 +18,7 @@ class Tiles(NamedTuple):
     parts: int
     early: bool  # whether dv's product starts before ds is worked out
     registers: int
+    ascending: bool = True  # whether earlier key tiles are worked on first
 
 
 def tiles(width: int) -> Tiles:
@@ -29,6 +30,7 @@ def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
     """The compile-time arguments of the backward kernel."""
     return {
         "CAUSAL": causal,
+        "ASCENDING": cut.ascending,
         "STAGES": cut.stages,
         "PARTS": cut.parts,
         "SHIFT": 15 if half else 0,
