@@ -40,15 +40,17 @@ def backward(form: dict[str, Any]) -> Any:
         layout = hopper_gradient.tile_layout(block, 4 if dtype == "fp32" else 2, swizzle)
         return f"tensordesc<{dtype}{block},{layout!r}>"
 
-    matrix = [1, 1, hopper.ROWS, width]
+    cut = hopper_gradient.tiles(width)
+    queries, keys = [1, 1, cut.queries, width], [1, 1, hopper.ROWS, width]
+    halves = cut.queries == hopper.ROWS  # of columns, not of queries
     types = dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("flags_ptr", "counter_ptr", "turns_ptr"), "*i32")
     types |= dict.fromkeys(("scale", "scale2", "to_row", "beta", "unit"), "fp32")
-    types |= {name: tile(matrix, 128) for name in ("q_desc", "g_desc", "x_desc")}
-    types["k_desc"] = tile(matrix, width)
-    types["rows_desc"] = tile([2, 1, hopper.ROWS], 0, "fp32")
-    types["dq_desc"] = tile([1, hopper.ROWS, width // 2], 128, "fp32")
-    constants = hopper_gradient.constants(hopper_gradient.tiles(width), form["causal"], dtype == "fp16")
+    types |= {"q_desc": tile(queries, 128), "g_desc": tile(queries, 128), "x_desc": tile(keys, 128)}
+    types["k_desc"] = tile(keys, width if halves else 128)
+    types["rows_desc"] = tile([2, 1, cut.queries], 0, "fp32")
+    types["dq_desc"] = tile([1, hopper.ROWS, width // 2 if halves else width], 128, "fp32")
+    constants = hopper_gradient.constants(cut, form["causal"], dtype == "fp16")
     return _compile(hopper_backward.backward_kernel, types, constants)
 
 

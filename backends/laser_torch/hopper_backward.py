@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_forward import _follow
 
-ROWS = gl.constexpr(64)  # keys of a warpgroup, and queries of a tile
+ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
 
 
@@ -73,21 +73,21 @@ def _place(index, heads, head_span, k_tiles, ASCENDING: gl.constexpr):
 
 
 @gluon.jit
-def _first_queries(first_key, offset, CAUSAL: gl.constexpr):
+def _first_queries(first_key, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
     """The first tile of queries of which one sees a key from ``first_key`` on."""
     if CAUSAL:
-        first = gl.maximum(first_key - offset, 0) // ROWS
+        first = gl.maximum(first_key - offset, 0) // QUERIES
     else:
         first = 0
     return first
 
 
 @gluon.jit
-def _last_keys(q_tile, k_tiles, offset, CAUSAL: gl.constexpr):
+def _last_keys(q_tile, k_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
     """The last tile of keys that a query of the tile sees."""
     last = k_tiles - 1
     if CAUSAL:
-        last = gl.minimum(last, (q_tile * ROWS + ROWS - 1 + offset) // KEYS)
+        last = gl.minimum(last, (q_tile * QUERIES + QUERIES - 1 + offset) // KEYS)
     return last
 
 
@@ -115,6 +115,7 @@ def _producer(
     CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, g_full, k_full, k_free, x_full, x_free, _ds_full, done, _dq_free, drawn, taken = bars
+    QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     loads = 0
     served = 0
     turn = 0
@@ -123,7 +124,7 @@ def _producer(
         k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
         batch = kv // heads_k
         head = kv % heads_k
-        first = _first_queries(k_tile * KEYS, offset, CAUSAL)
+        first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         if first < q_tiles:
             mbarrier.wait(k_free, (served & 1) ^ 1)
             mbarrier.expect(k_full, 2 * k_desc.block_type.nbytes)
@@ -138,10 +139,10 @@ def _producer(
                     mbarrier.wait(done.index(stage), ((loads // STAGES) & 1) ^ 1)
                     mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(
-                        q_desc, [batch, own, i * ROWS, 0], q_full.index(stage), q_s.index(stage)
+                        q_desc, [batch, own, i * QUERIES, 0], q_full.index(stage), q_s.index(stage)
                     )
                     tma.async_copy_global_to_shared(
-                        rows_desc, [0, batch * heads_k * group + own, i * ROWS], q_full.index(stage),
+                        rows_desc, [0, batch * heads_k * group + own, i * QUERIES], q_full.index(stage),
                         rows_s.index(stage),
                     )  # fmt: skip
                     if (member == 0) & (i == first):
@@ -153,7 +154,7 @@ def _producer(
                             )
                     mbarrier.expect(g_full.index(stage), g_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(
-                        g_desc, [batch, own, i * ROWS, 0], g_full.index(stage), g_s.index(stage)
+                        g_desc, [batch, own, i * QUERIES, 0], g_full.index(stage), g_s.index(stage)
                     )
                     loads += 1
             served += 1
@@ -165,17 +166,19 @@ def _producer(
 def _adder(
     dq_desc, dq_s, place_s, bars, turns_ptr,
     offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    QUERIES: gl.constexpr, CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile."""
     _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _ds_full, done, dq_free, drawn, taken = bars
-    HALF: gl.constexpr = dq_desc.block_type.shape[2]
+    # the part of a warpgroup: half of the columns, or of the queries
+    down: gl.constexpr = QUERIES - ROWS
+    across: gl.constexpr = 0 if QUERIES > ROWS else dq_desc.block_type.shape[2]
     it = 0
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
         k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
-        first = _first_queries(k_tile * KEYS, offset, CAUSAL)
+        first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         for member in range(group):
             head = kv * group + member
             for i in range(first, q_tiles):
@@ -183,18 +186,20 @@ def _adder(
                 if ASCENDING:
                     mine = k_tile
                 else:
-                    mine = _last_keys(i, k_tiles, offset, CAUSAL) - k_tile
+                    mine = _last_keys(i, k_tiles, offset, CAUSAL, QUERIES) - k_tile
                 counter = turns_ptr + head * q_tiles + i
                 mbarrier.wait(done.index(it % STAGES), (it // STAGES) & 1)
                 if mine == 0:  # nothing is there yet
                     for w in gl.static_range(2):
-                        tma.async_copy_shared_to_global(dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w))
+                        tma.async_copy_shared_to_global(
+                            dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
+                        )
                 else:
                     seen = _acquire(counter)
                     while seen != mine:
                         seen = _acquire(counter)
                     for w in gl.static_range(2):
-                        _add_to_global(dq_desc, [head, i * ROWS, w * HALF], dq_s.index(part * 2 + w))
+                        _add_to_global(dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w))
                 tma.store_wait(0)
                 mbarrier.arrive(dq_free.index(part))
                 _written()
@@ -216,8 +221,8 @@ def _flat(tile):
 @gluon.jit
 def _half(tile, WHICH: gl.constexpr):
     """Half of the columns of a tile: it lies in shared memory as panels of as many columns as are swizzled."""
-    rows: gl.constexpr = tile.shape[2]
-    width: gl.constexpr = tile.shape[3]
+    rows: gl.constexpr = tile.shape[len(tile.shape) - 2]
+    width: gl.constexpr = tile.shape[len(tile.shape) - 1]
     layout: gl.constexpr = gl.NVMMASharedLayout(tile.layout.swizzle_byte_width, 16, 2)
     return tile._reinterpret(tile.dtype, [2, rows, width // 2], layout).index(WHICH)
 
@@ -243,7 +248,8 @@ def _zero():
 @gluon.jit
 def _row(rows_s, stage, WHICH: gl.constexpr, layout: gl.constexpr):
     """Row 0 or 1 of what came with a tile of queries, in every row of a tile."""
-    rows = rows_s.index(stage)._reinterpret(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    width: gl.constexpr = rows_s.shape[3]
+    rows = rows_s.index(stage)._reinterpret(gl.float32, [2, width], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return gl.expand_dims(rows.index(WHICH).load(gl.SliceLayout(0, layout)), 0)
 
 
@@ -254,7 +260,8 @@ def _scores(
     """Start the product of the keys with the it-th tile of queries, less l; not wanted: of whatever is there."""
     stage = it % STAGES
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1, pred=wanted)
-    start = gl.zeros([ROWS, ROWS], gl.float32, layout) + _row(rows_s, stage, 1, layout) * to_row
+    QUERIES: gl.constexpr = q_s.shape[3]
+    start = gl.zeros([ROWS, QUERIES], gl.float32, layout) + _row(rows_s, stage, 1, layout) * to_row
     k = _flat(k_s.index(WHICH + _zero()))
     return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), start, is_async=True)
 
@@ -269,8 +276,9 @@ def _step(
     q_full, g_full, _k_full, _k_free, _x_full, _x_free, ds_full, done, dq_free, _drawn, _taken = bars
     s_layout: gl.constexpr = s.type.layout
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    half: gl.constexpr = dq_s.shape[3]
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
+    QUERIES: gl.constexpr = q_s.shape[3]
+    columns: gl.constexpr = dq_s.shape[3]
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
     stage = it % STAGES
     q = _flat(q_s.index(stage))
     g = _flat(g_s.index(stage))
@@ -278,7 +286,7 @@ def _step(
     if careful & (it + 1 < last):
         mbarrier.wait(q_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1)
         _clean(q_s.index((it + 1) % STAGES))
-    start = gl.zeros([ROWS, ROWS], gl.float32, s_layout) + _row(rows_s, stage, 0, s_layout) * beta
+    start = gl.zeros([ROWS, QUERIES], gl.float32, s_layout) + _row(rows_s, stage, 0, s_layout) * beta
     mbarrier.wait(g_full.index(stage), (it // STAGES) & 1)
     x = _flat(x_s.index(WHICH + _zero()))
     dp = warpgroup_mma(x, g.permute((1, 0)), start, is_async=True)
@@ -290,7 +298,7 @@ def _step(
         key = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout)) + _zero(), 1)
         p = gl.where(key < len_k - first_key, p, 0.0)
         if CAUSAL:
-            query = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, s_layout)), 0)
+            query = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s_layout)), 0)
             p = gl.where(query - key >= first_key - first_query - offset, p, 0.0)
     if EARLY:
         dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
@@ -312,19 +320,23 @@ def _step(
 
     dv = warpgroup_mma_wait(1, deps=(dv,))  # its weights need registers no longer
     mbarrier.wait(ds_full, it & 1)
-    empty = gl.zeros([ROWS, half], gl.float32, dq_layout)
+    dq = gl.zeros([ROWS, columns], gl.float32, dq_layout)
     base = _zero()
-    k = _half(k_s.index(base), WHICH)
-    dq = warpgroup_mma(ds_s.index(base).permute((1, 0)), k, empty, use_acc=False, is_async=True)
-    k = _half(k_s.index(base + 1), WHICH)
-    dq = warpgroup_mma(ds_s.index(base + 1).permute((1, 0)), k, dq, is_async=True)
+    for w in gl.static_range(2):
+        if QUERIES > ROWS:
+            part_ds = _half(ds_s.index(base + w), WHICH)
+            part_k = _flat(k_s.index(base + w))
+        else:
+            part_ds = ds_s.index(base + w)._reinterpret(q_s.dtype, [ROWS, ROWS], ds_s.layout)
+            part_k = _half(k_s.index(base + w), WHICH)
+        dq = warpgroup_mma(part_ds.permute((1, 0)), part_k, dq, use_acc=w > 0, is_async=True)
     dk = warpgroup_mma_wait(2, deps=(dk,))
     s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     part = it % PARTS
     mbarrier.wait(dq_free.index(part), ((it // PARTS) & 1) ^ 1)
     out_s = dq_s.index(part * 2 + WHICH)
-    out_s._reinterpret(gl.float32, [ROWS, half], gl.NVMMASharedLayout(128, 32, 2)).store(dq)
+    out_s._reinterpret(gl.float32, [ROWS, columns], gl.NVMMASharedLayout(128, 32, 2)).store(dq)
     fence_async_shared()
     mbarrier.arrive(done.index(stage))
     s = warpgroup_mma_wait(0, deps=(s,))
@@ -346,13 +358,14 @@ def _store(pointer, tile, first, len_k, head):
 def _consumer(
     q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
-    EARLY: gl.constexpr,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     q_full, _g_full, k_full, k_free, x_full, x_free, _ds_full, _done, _dq_free, drawn, taken = bars
     D: gl.constexpr = k_s.shape[4]
     UNSHIFT: gl.constexpr = 2.0**-SHIFT
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    QUERIES: gl.constexpr = q_s.shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     x = _flat(x_s.index(WHICH))
     it = 0
@@ -362,11 +375,11 @@ def _consumer(
     while index < tiles:
         k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
         first_key = k_tile * KEYS + WHICH * ROWS
-        first = _first_queries(k_tile * KEYS, offset, CAUSAL)
+        first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         # from which tile on no query is without one of these keys
         full = first
         if CAUSAL:
-            full = gl.maximum(first, gl.cdiv(gl.maximum(first_key + ROWS - 1 - offset, 0), ROWS))
+            full = gl.maximum(first, gl.cdiv(gl.maximum(first_key + ROWS - 1 - offset, 0), QUERIES))
         full = gl.minimum(gl.where(first_key + ROWS > len_k, q_tiles, full), q_tiles)
         dk = gl.zeros([ROWS, D], gl.float32, layout)
         dv = gl.zeros([ROWS, D], gl.float32, layout)
@@ -375,7 +388,7 @@ def _consumer(
             # a row is not finite, or one that sees no key, of which nobody knows, may be among those of a tile
             careful = flags >= 4
             if CAUSAL:
-                careful = careful | (first * ROWS + offset < 0)
+                careful = careful | (first * QUERIES + offset < 0)
             mbarrier.wait(k_full, served & 1)
             if (flags & 2) != 0:  # a key or value is not finite
                 _clean(k_s.index(WHICH))
@@ -389,8 +402,9 @@ def _consumer(
             for _ in range(group):
                 for i in range(first, full):
                     s, dk, dv = _step(
-                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, i * ROWS, len_k,
-                        offset, scale2, to_row, beta, unit, careful, WHICH, CAUSAL, True, SHIFT, STAGES, PARTS, EARLY,
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, i * QUERIES,
+                        len_k, offset, scale2, to_row, beta, unit, careful,
+                        WHICH, CAUSAL, True, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
                 for _ in range(full, q_tiles):
@@ -419,18 +433,19 @@ def _consumer(
 def backward_kernel(
     q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, SHIFT: gl.constexpr,
-    EARLY: gl.constexpr,
+    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv, and dq unscaled in float32, of the heads that are not flagged; arguments as ``hopper.backward`` has."""
     dtype: gl.constexpr = q_desc.dtype
+    QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     q_s = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
     g_s = gl.allocate_shared_memory(dtype, [STAGES] + g_desc.block_type.shape, g_desc.layout)
     rows_s = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     x_s = gl.allocate_shared_memory(dtype, [2] + x_desc.block_type.shape, x_desc.layout)
-    ds_s = gl.allocate_shared_memory(dtype, [2, ROWS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
+    ds_s = gl.allocate_shared_memory(dtype, [2, ROWS, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
     dq_s = gl.allocate_shared_memory(gl.float32, [2 * PARTS] + dq_desc.block_type.shape, dq_desc.layout)
     place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -482,7 +497,7 @@ def backward_kernel(
             (_adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                CAUSAL, ASCENDING, STAGES, PARTS,
+                QUERIES, CAUSAL, ASCENDING, STAGES, PARTS,
             )),
         ],
         [4, 1, 1],
@@ -494,19 +509,19 @@ def backward_kernel(
 @gluon.jit(do_not_specialize=["len_q", "padded_length", "offset", "group"])
 def round_kernel(
     sums_ptr, dq_ptr, flags_ptr, len_q, padded_length, offset, scale, group,
-    D: gl.constexpr, CAUSAL: gl.constexpr,
+    QUERIES: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: tiles of queries, heads."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    first = gl.program_id(0) * ROWS
+    first = gl.program_id(0) * QUERIES
     head = gl.program_id(1).to(gl.int64)
     if gl.load(flags_ptr + gl.program_id(1) // group) % 2 == 0:
-        row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+        row = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout)), 1)
         column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
         there = (row < len_q - first) & (column < D)
         sees = there
         if CAUSAL:
-            sees = there & (first + ROWS - 1 + offset >= 0)
+            sees = there & (first + QUERIES - 1 + offset >= 0)
         sums = gl.load(sums_ptr + (head * padded_length + first) * D + (row * D + column), mask=sees, other=0.0)
         at = dq_ptr + (head * len_q + first) * D + (row * D + column)
         gl.store(at, (sums * scale).to(dq_ptr.dtype.element_ty), mask=there)

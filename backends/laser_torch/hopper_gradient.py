@@ -12,8 +12,9 @@ from .hopper import L2_BYTES, ROWS, processors
 
 
 class Tiles(NamedTuple):
-    """``stages`` tiles of 64 queries in flight, and ``parts`` of dq that wait to be added, no more than stages."""
+    """``stages`` tiles of 64 or 128 queries in flight, ``parts`` of dq that wait to be added, no more than stages."""
 
+    queries: int
     stages: int
     parts: int
     early: bool  # whether dv's product starts before ds is worked out
@@ -23,7 +24,7 @@ class Tiles(NamedTuple):
 
 def tiles(width: int) -> Tiles:
     """How the backward kernel is cut for head dimension ``width``."""
-    return Tiles(4, 2, True, 240) if width == 64 else Tiles(2, 2, False, 240)
+    return Tiles(64, 4, 2, True, 240) if width == 64 else Tiles(64, 2, 2, False, 240)
 
 
 def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
@@ -88,24 +89,25 @@ def backward(
     batch, heads, len_q, width = q.shape
     heads_k, len_k = k.shape[1:3]
     cut = cut or tiles(width)
-    q_tiles, k_tiles, group = -(-len_q // ROWS), -(-len_k // (2 * ROWS)), heads // heads_k
+    queries, half_width = cut.queries, cut.queries == ROWS
+    q_tiles, k_tiles, group = -(-len_q // queries), -(-len_k // (2 * ROWS)), heads // heads_k
     dq, dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, x))
-    sums = torch.empty((batch * heads, q_tiles * ROWS, width), dtype=torch.float32, device=q.device)
+    sums = torch.empty((batch * heads, q_tiles * queries, width), dtype=torch.float32, device=q.device)
     turns = torch.zeros(1 + batch * heads * q_tiles, dtype=torch.int32, device=q.device)
-    tile = [1, 1, ROWS, width]
+    of_queries, of_keys = [1, 1, queries, width], [1, 1, ROWS, width]
     count = batch * heads_k * k_tiles
-    span = max(1, L2_BYTES // (8 * q_tiles * ROWS * width * group))
+    span = max(1, L2_BYTES // (8 * q_tiles * queries * width * group))
     half = q.dtype == torch.float16
     unit = 1 / beta * 2.0**-15
     scale_ds = scale if half else scale / beta
     offset = causal_offset or 0
     kernels.backward_kernel[(min(count, processors(q.device)),)](
-        _tile(q, tile),
-        _tile(g, tile),
-        _tile(rows, [2, 1, ROWS], 0),
-        _tile(k, tile, width),
-        _tile(x, tile),
-        _tile(sums, [1, ROWS, width // 2]),
+        _tile(q, of_queries),
+        _tile(g, of_queries),
+        _tile(rows, [2, 1, queries], 0),
+        _tile(k, of_keys, width if half_width else 128),
+        _tile(x, of_keys),
+        _tile(sums, [1, ROWS, width // 2 if half_width else width]),
         dk,
         dv,
         flags,
@@ -129,7 +131,7 @@ def backward(
         num_warps=4,
     )
     kernels.round_kernel[(q_tiles, batch * heads)](
-        sums, dq, flags, len_q, q_tiles * ROWS, offset, scale_ds, group,
-        D=width, CAUSAL=causal_offset is not None, num_warps=4,
+        sums, dq, flags, len_q, q_tiles * queries, offset, scale_ds, group,
+        QUERIES=queries, D=width, CAUSAL=causal_offset is not None, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
