@@ -43,7 +43,7 @@ def backward(form: dict[str, Any]) -> Any:
     cut = hopper_gradient.tiles(width)
     queries, keys = [1, 1, cut.queries, width], [1, 1, hopper.ROWS, width]
     halves = cut.queries == hopper.ROWS  # of columns, not of queries
-    types = dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}")
+    types = dict.fromkeys(("x_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("flags_ptr", "counter_ptr", "turns_ptr"), "*i32")
     types |= dict.fromkeys(("scale", "scale2", "to_row", "beta", "unit"), "fp32")
     types |= {"q_desc": tile(queries, 128), "g_desc": tile(queries, 128), "x_desc": tile(keys, 128)}

@@ -35,6 +35,7 @@ from .hopper_forward import _follow
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
+ADDERS = gl.constexpr(2)
 
 
 @builtin
@@ -60,16 +61,12 @@ def _acquire(pointer):
 
 
 @gluon.jit
-def _place(index, heads, head_span, k_tiles, ASCENDING: gl.constexpr):
-    """(tile of keys, batch·head) of a piece of work: by turns of the heads whose arrays share the L2 cache."""
+def _place(index, heads, head_span, k_tiles):
+    """(tile of keys, batch·head) of a piece of work: later tiles first, in turn of heads that share the L2 cache."""
     section = index // (head_span * k_tiles)
     within = index - section * head_span * k_tiles
     span = gl.minimum(head_span, heads - section * head_span)
-    k_tile = within // span
-    head = section * head_span + within % span
-    if not ASCENDING:
-        k_tile = k_tiles - 1 - k_tile
-    return k_tile, head
+    return k_tiles - 1 - within // span, section * head_span + within % span
 
 
 @gluon.jit
@@ -92,15 +89,13 @@ def _last_keys(q_tile, k_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.conste
 
 
 @gluon.jit
-def _draw(
-    turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles, ASCENDING: gl.constexpr
-):
+def _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
     """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over."""
     index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    _, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
+    _, kv = _place(index, heads, head_span, k_tiles)
     while gl.load(flags_ptr + kv, mask=index < tiles, other=0) % 2 == 1:
         index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        _, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
+        _, kv = _place(index, heads, head_span, k_tiles)
     slot = turn % 2
     mbarrier.wait(taken.index(slot), ((turn // 2) & 1) ^ 1)
     place_s.index(slot).store(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
@@ -112,16 +107,16 @@ def _draw(
 def _producer(
     q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, counter_ptr, flags_ptr,
     offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    q_full, g_full, k_full, k_free, x_full, x_free, _ds_full, done, _dq_free, drawn, taken = bars
+    q_full, g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
     QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     loads = 0
     served = 0
     turn = 0
-    index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles, ASCENDING)
+    index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
     while index < tiles:
-        k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
+        k_tile, kv = _place(index, heads, head_span, k_tiles)
         batch = kv // heads_k
         head = kv % heads_k
         first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
@@ -159,17 +154,20 @@ def _producer(
                     loads += 1
             served += 1
         turn += 1
-        index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles, ASCENDING)
+        index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
 
 
 @gluon.jit
 def _adder(
     dq_desc, dq_s, place_s, bars, turns_ptr,
     offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-    QUERIES: gl.constexpr, CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile."""
-    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _ds_full, done, dq_free, drawn, taken = bars
+    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
+
+    One of several, that take tiles by turns: it takes a while until an addition is there for others to see.
+    """
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, drawn, taken = bars
     # the part of a warpgroup: half of the columns, or of the queries
     down: gl.constexpr = QUERIES - ROWS
     across: gl.constexpr = 0 if QUERIES > ROWS else dq_desc.block_type.shape[2]
@@ -177,34 +175,34 @@ def _adder(
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
-        k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
+        k_tile, kv = _place(index, heads, head_span, k_tiles)
         first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         for member in range(group):
             head = kv * group + member
             for i in range(first, q_tiles):
-                part = it % PARTS
-                if ASCENDING:
-                    mine = k_tile
-                else:
+                if it % ADDERS == WHICH:
+                    part = it % PARTS
                     mine = _last_keys(i, k_tiles, offset, CAUSAL, QUERIES) - k_tile
-                counter = turns_ptr + head * q_tiles + i
-                mbarrier.wait(done.index(it % STAGES), (it // STAGES) & 1)
-                if mine == 0:  # nothing is there yet
-                    for w in gl.static_range(2):
-                        tma.async_copy_shared_to_global(
-                            dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
-                        )
-                else:
-                    seen = _acquire(counter)
-                    while seen != mine:
+                    counter = turns_ptr + head * q_tiles + i
+                    mbarrier.wait(dq_full.index(part), (it // PARTS) & 1)
+                    if mine == 0:  # nothing is there yet
+                        for w in gl.static_range(2):
+                            tma.async_copy_shared_to_global(
+                                dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
+                            )
+                    else:
                         seen = _acquire(counter)
-                    for w in gl.static_range(2):
-                        _add_to_global(dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w))
-                tma.store_wait(0)
-                mbarrier.arrive(dq_free.index(part))
-                _written()
-                gl.thread_barrier()
-                gl.atomic_add(counter, 1, sem="release", scope="gpu")
+                        while seen != mine:
+                            seen = _acquire(counter)
+                        for w in gl.static_range(2):
+                            _add_to_global(
+                                dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
+                            )
+                    tma.store_wait(0)
+                    mbarrier.arrive(dq_free.index(part))
+                    _written()
+                    gl.thread_barrier()
+                    gl.atomic_add(counter, 1, sem="release", scope="gpu")
                 it += 1
         turn += 1
         index = _follow(turn, place_s, drawn, taken, True)
@@ -267,18 +265,50 @@ def _scores(
 
 
 @gluon.jit
+def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr, columns: gl.constexpr):
+    """Start the product of ds with the keys: half of the columns, or of the queries, of the it-th tile."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    dq = gl.zeros([ROWS, columns], gl.float32, layout)
+    base = _zero()
+    for w in gl.static_range(2):
+        ds = ds_s.index(it % 2 * 2 + w)
+        if QUERIES > ROWS:
+            part = _half(ds, WHICH)
+            k = _flat(k_s.index(base + w))
+        else:
+            part = ds._reinterpret(ds.dtype, [ROWS, ROWS], ds.layout)
+            k = _half(k_s.index(base + w), WHICH)
+        dq = warpgroup_mma(part.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr, PARTS: gl.constexpr):
+    """Give what the it-th tile adds to dq to the adder."""
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
+    part = it % PARTS
+    mbarrier.wait(dq_free.index(part), ((it // PARTS) & 1) ^ 1)
+    shape: gl.constexpr = dq.shape
+    dq_s.index(part * 2 + WHICH)._reinterpret(gl.float32, shape, gl.NVMMASharedLayout(128, 32, 2)).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(part))
+
+
+@gluon.jit
 def _step(
     s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
-    to_row, beta, unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, SHIFT: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
+    to_row, beta, unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    SHIFT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """The ``it``-th tile of queries, whose scores are there; and the scores of the next."""
-    q_full, g_full, _k_full, _k_free, _x_full, _x_free, ds_full, done, dq_free, _drawn, _taken = bars
+    """The ``it``-th tile of queries, whose scores are there; the scores of the next, and dq of the one before.
+
+    So none of the warpgroups waits for what the other does in the same tile.
+    """
+    q_full, g_full, _k_full, _k_free, _x_full, _x_free, done, _dq_full, _dq_free, _drawn, _taken = bars
     s_layout: gl.constexpr = s.type.layout
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     QUERIES: gl.constexpr = q_s.shape[3]
     columns: gl.constexpr = dq_s.shape[3]
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
     stage = it % STAGES
     q = _flat(q_s.index(stage))
     g = _flat(g_s.index(stage))
@@ -308,35 +338,23 @@ def _step(
     ds = p * dp
     if SHIFT != 0:
         ds *= unit
-    rounded = ds.to(q_s.dtype)
     if not EARLY:
         dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
-    # the other has read the last
-    mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1, pred=it > 0)
-    ds_s.index(WHICH).store(rounded)
-    fence_async_shared()
+    rounded = ds.to(q_s.dtype)
     dk = warpgroup_mma(gl.convert_layout(rounded, operand), q, dk, is_async=True)
-    mbarrier.arrive(ds_full)
-
+    # the other warpgroup has gone through the tile before: its part of ds is there, and none of the one before is read
+    mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1, pred=it > 0)
+    ds_s.index(it % 2 * 2 + WHICH).store(rounded)
     dv = warpgroup_mma_wait(1, deps=(dv,))  # its weights need registers no longer
-    mbarrier.wait(ds_full, it & 1)
-    dq = gl.zeros([ROWS, columns], gl.float32, dq_layout)
-    base = _zero()
-    for w in gl.static_range(2):
-        if QUERIES > ROWS:
-            part_ds = _half(ds_s.index(base + w), WHICH)
-            part_k = _flat(k_s.index(base + w))
-        else:
-            part_ds = ds_s.index(base + w)._reinterpret(q_s.dtype, [ROWS, ROWS], ds_s.layout)
-            part_k = _half(k_s.index(base + w), WHICH)
-        dq = warpgroup_mma(part_ds.permute((1, 0)), part_k, dq, use_acc=w > 0, is_async=True)
-    dk = warpgroup_mma_wait(2, deps=(dk,))
-    s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
-    dq = warpgroup_mma_wait(1, deps=(dq,))
-    part = it % PARTS
-    mbarrier.wait(dq_free.index(part), ((it // PARTS) & 1) ^ 1)
-    out_s = dq_s.index(part * 2 + WHICH)
-    out_s._reinterpret(gl.float32, [ROWS, columns], gl.NVMMASharedLayout(128, 32, 2)).store(dq)
+    if FIRST:
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
+    else:
+        dq = _queries(k_s, ds_s, it - 1, WHICH, QUERIES, columns)
+        dk = warpgroup_mma_wait(2, deps=(dk,))
+        s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        _hand_over(dq, dq_s, bars, it - 1, WHICH, PARTS)
     fence_async_shared()
     mbarrier.arrive(done.index(stage))
     s = warpgroup_mma_wait(0, deps=(s,))
@@ -344,36 +362,33 @@ def _step(
 
 
 @gluon.jit
-def _store(pointer, tile, first, len_k, head):
-    layout: gl.constexpr = tile.type.layout
-    width: gl.constexpr = tile.shape[1]
-    row = gl.expand_dims(gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout)), 1)
-    column = gl.expand_dims(gl.arange(0, width, layout=gl.SliceLayout(0, layout)), 0)
-    at = pointer + (head.to(gl.int64) * len_k + first) * width
-    there = (row < len_k - first) & (column < width)
-    gl.store(at + (row * width + column), tile.to(pointer.dtype.element_ty), mask=there)
+def _at(first, len_k, head, D: gl.constexpr, layout: gl.constexpr):
+    """Where the rows from ``first`` of a head lie in an array (B·Hk, Lk, D), and which there are."""
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
+    at = (head.to(gl.int64) * len_k + first) * D + (row * D + column)
+    return at, (row < len_k - first) & (column < D)
 
 
 @gluon.jit
 def _consumer(
-    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
+    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, dv_ptr, flags_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    q_full, _g_full, k_full, k_free, x_full, x_free, _ds_full, _done, _dq_free, drawn, taken = bars
+    q_full, _g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
     D: gl.constexpr = k_s.shape[4]
     UNSHIFT: gl.constexpr = 2.0**-SHIFT
     QUERIES: gl.constexpr = q_s.shape[3]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    x = _flat(x_s.index(WHICH))
     it = 0
     served = 0
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
-        k_tile, kv = _place(index, heads, head_span, k_tiles, ASCENDING)
+        k_tile, kv = _place(index, heads, head_span, k_tiles)
         first_key = k_tile * KEYS + WHICH * ROWS
         first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         # from which tile on no query is without one of these keys
@@ -399,27 +414,40 @@ def _consumer(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.wait(x_full, served & 1)
             last = it + group * (q_tiles - first)
+            s, dk, dv = _step(
+                s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first * QUERIES,
+                len_k, offset, scale2, to_row, beta, unit, careful,
+                WHICH, CAUSAL, True, True, SHIFT, STAGES, PARTS, EARLY,
+            )  # fmt: skip
+            it += 1
+            begin = first + 1
             for _ in range(group):
-                for i in range(first, full):
+                for i in range(begin, full):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, i * QUERIES,
                         len_k, offset, scale2, to_row, beta, unit, careful,
-                        WHICH, CAUSAL, True, SHIFT, STAGES, PARTS, EARLY,
+                        WHICH, CAUSAL, False, True, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
-                for _ in range(full, q_tiles):
+                for _ in range(gl.maximum(begin, full), q_tiles):
                     s, dk, dv = _step(
-                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0, len_k,
-                        offset, scale2, to_row, beta, unit, careful, WHICH, CAUSAL, False, SHIFT, STAGES, PARTS, EARLY,
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
+                        len_k, offset, scale2, to_row, beta, unit, careful,
+                        WHICH, CAUSAL, False, False, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
-            mbarrier.arrive(k_free)
-            dv *= x.load(layout).to(gl.float32) * UNSHIFT
-            gl.thread_barrier()
+                begin = first
             mbarrier.arrive(x_free)
+            mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
+            dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES, dq_s.shape[3]),))
+            mbarrier.arrive(k_free)
+            _hand_over(dq, dq_s, bars, it - 1, WHICH, PARTS)
             served += 1
-        _store(dv_ptr, dv, first_key, len_k, kv)
-        _store(dk_ptr, dk * scale, first_key, len_k, kv)
+        # x is read anew from global memory: a read of shared memory may come after the barrier that frees it
+        at, there = _at(first_key, len_k, kv, D, layout)
+        dv *= gl.load(x_ptr + at, mask=there, other=0.0).to(gl.float32) * UNSHIFT
+        gl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
+        gl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=there)
         turn += 1
         index = _follow(turn, place_s, drawn, taken, True)
 
@@ -431,9 +459,9 @@ def _consumer(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
+    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, x_ptr, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, ASCENDING: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -445,7 +473,7 @@ def backward_kernel(
     rows_s = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     x_s = gl.allocate_shared_memory(dtype, [2] + x_desc.block_type.shape, x_desc.layout)
-    ds_s = gl.allocate_shared_memory(dtype, [2, ROWS, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
+    ds_s = gl.allocate_shared_memory(dtype, [4, ROWS, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
     dq_s = gl.allocate_shared_memory(gl.float32, [2 * PARTS] + dq_desc.block_type.shape, dq_desc.layout)
     place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -455,7 +483,7 @@ def backward_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
     dq_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
     drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -464,44 +492,49 @@ def backward_kernel(
         mbarrier.init(done.index(i), count=2)
         mbarrier.init(g_full.index(i), count=1)
     for i in gl.static_range(PARTS):
+        mbarrier.init(dq_full.index(i), count=2)
         mbarrier.init(dq_free.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(drawn.index(i), count=1)
-        mbarrier.init(taken.index(i), count=3)
+        mbarrier.init(taken.index(i), count=2 + ADDERS)
     mbarrier.init(k_full, count=1)
     mbarrier.init(k_free, count=2)
     mbarrier.init(x_full, count=1)
     mbarrier.init(x_free, count=2)
-    mbarrier.init(ds_full, count=2)
-    bars = (q_full, g_full, k_full, k_free, x_full, x_free, ds_full, done, dq_free, drawn, taken)
+    bars = (q_full, g_full, k_full, k_free, x_full, x_free, done, dq_full, dq_free, drawn, taken)
     # the arguments are written out: in a variable, the compile-time ones would become run-time ones
     # fmt: off
     gl.warp_specialize(
         [
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, dv_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, CAUSAL, ASCENDING, STAGES, PARTS, SHIFT, EARLY,
+                0, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, dk_ptr, dv_ptr, flags_ptr,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, dv_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, CAUSAL, ASCENDING, STAGES, PARTS, SHIFT, EARLY,
+                1, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
             )),
             (_producer, (
                 q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
                 counter_ptr, flags_ptr,
                 offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-                CAUSAL, ASCENDING, STAGES,
+                CAUSAL, STAGES,
             )),
             (_adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                QUERIES, CAUSAL, ASCENDING, STAGES, PARTS,
+                0, QUERIES, CAUSAL, PARTS,
+            )),
+            (_adder, (
+                dq_desc, dq_s, place_s, bars, turns_ptr,
+                offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+                1, QUERIES, CAUSAL, PARTS,
             )),
         ],
-        [4, 1, 1],
-        [REGISTERS, 24, 24],
+        [4, 1, 1, 1],
+        [REGISTERS, 24, 24, 24],
     )
     # fmt: on
 

@@ -19,7 +19,6 @@ class Tiles(NamedTuple):
     parts: int
     early: bool  # whether dv's product starts before ds is worked out
     registers: int
-    ascending: bool = True  # whether earlier key tiles are worked on first
 
 
 def tiles(width: int) -> Tiles:
@@ -31,7 +30,6 @@ def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
     """The compile-time arguments of the backward kernel."""
     return {
         "CAUSAL": causal,
-        "ASCENDING": cut.ascending,
         "STAGES": cut.stages,
         "PARTS": cut.parts,
         "SHIFT": 15 if half else 0,
@@ -108,6 +106,7 @@ def backward(
         _tile(k, of_keys, width if half_width else 128),
         _tile(x, of_keys),
         _tile(sums, [1, ROWS, width // 2 if half_width else width]),
+        x,
         dk,
         dv,
         flags,
