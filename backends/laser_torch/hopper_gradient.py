@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
 
 def tiles(width: int) -> Tiles:
     """How the backward kernel is cut for head dimension ``width``."""
-    return Tiles(64, 4, 2, True, 240) if width == 64 else Tiles(64, 2, 2, False, 240)
+    return Tiles(128 if width == 64 else 64, 2, 2, False, 240)
 
 
 def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
