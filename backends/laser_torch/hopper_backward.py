@@ -6,12 +6,12 @@ A program owns 128 keys, 64 for each of its two warpgroups, whose dk and dv stay
 queries in tiles of 64. What a tile adds to dq goes through shared memory to a warp of its own, the adder, which has the
 tensor memory accelerator add it to a float32 array.
 
-The order of these additions is fixed: a query tile takes the parts of its key tiles from the last that it sees down to
-the first, and counts them (``turns``). So a key tile waits for none but later ones of the same head. Work is drawn from
-a counter, later key tiles of a head before earlier ones, and a program finishes what it has drawn before it draws
-again: of the key tiles drawn and not finished, the one that was drawn first waits for nobody, whatever the number of
-programs that run at a time. Hence there is no deadlock. That order also pipelines: with a causal mask, key tile j
-begins at its diagonal, where key tile j + 1 will have been a step before.
+The order of these additions is fixed: a query tile takes the parts of its key tiles from the first to the last, and
+counts them (``turns``). So a key tile waits for none but earlier ones of the same head. Work is drawn from a counter,
+earlier key tiles of a head before later ones, and a program finishes what it has drawn before it draws again: of the
+key tiles drawn and not finished, the one that was drawn first waits for nobody, whatever the number of programs that
+run at a time. Hence there is no deadlock. All walk over the queries from the last to the first, so that they follow one
+another at a distance of one step, and with a causal mask the shortest walks come last.
 
 Device code only: nothing of the host is imported here.
 """
@@ -62,11 +62,11 @@ def _acquire(pointer):
 
 @gluon.jit
 def _place(index, heads, head_span, k_tiles):
-    """(tile of keys, batch·head) of a piece of work: later tiles first, in turn of heads that share the L2 cache."""
+    """(tile of keys, batch·head) of a piece of work: in turn of the heads that share the L2 cache."""
     section = index // (head_span * k_tiles)
     within = index - section * head_span * k_tiles
     span = gl.minimum(head_span, heads - section * head_span)
-    return k_tiles - 1 - within // span, section * head_span + within % span
+    return within // span, section * head_span + within % span
 
 
 @gluon.jit
@@ -77,15 +77,6 @@ def _first_queries(first_key, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexp
     else:
         first = 0
     return first
-
-
-@gluon.jit
-def _last_keys(q_tile, k_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
-    """The last tile of keys that a query of the tile sees."""
-    last = k_tiles - 1
-    if CAUSAL:
-        last = gl.minimum(last, (q_tile * QUERIES + QUERIES - 1 + offset) // KEYS)
-    return last
 
 
 @gluon.jit
@@ -129,7 +120,8 @@ def _producer(
                 )
             for member in range(group):
                 own = head * group + member
-                for i in range(first, q_tiles):
+                for t in range(q_tiles - first):
+                    i = q_tiles - 1 - t
                     stage = loads % STAGES
                     mbarrier.wait(done.index(stage), ((loads // STAGES) & 1) ^ 1)
                     mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
@@ -140,7 +132,7 @@ def _producer(
                         rows_desc, [0, batch * heads_k * group + own, i * QUERIES], q_full.index(stage),
                         rows_s.index(stage),
                     )  # fmt: skip
-                    if (member == 0) & (i == first):
+                    if (member == 0) & (t == 0):
                         mbarrier.wait(x_free, (served & 1) ^ 1)
                         mbarrier.expect(x_full, 2 * x_desc.block_type.nbytes)
                         for w in gl.static_range(2):
@@ -179,20 +171,20 @@ def _adder(
         first = _first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         for member in range(group):
             head = kv * group + member
-            for i in range(first, q_tiles):
+            for t in range(q_tiles - first):
                 if it % ADDERS == WHICH:
+                    i = q_tiles - 1 - t
                     part = it % PARTS
-                    mine = _last_keys(i, k_tiles, offset, CAUSAL, QUERIES) - k_tile
                     counter = turns_ptr + head * q_tiles + i
                     mbarrier.wait(dq_full.index(part), (it // PARTS) & 1)
-                    if mine == 0:  # nothing is there yet
+                    if k_tile == 0:  # nothing is there yet
                         for w in gl.static_range(2):
                             tma.async_copy_shared_to_global(
                                 dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
                             )
                     else:
                         seen = _acquire(counter)
-                        while seen != mine:
+                        while seen != k_tile:
                             seen = _acquire(counter)
                         for w in gl.static_range(2):
                             _add_to_global(
@@ -415,28 +407,28 @@ def _consumer(
             mbarrier.wait(x_full, served & 1)
             last = it + group * (q_tiles - first)
             s, dk, dv = _step(
-                s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first * QUERIES,
+                s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, (q_tiles - 1) * QUERIES,
                 len_k, offset, scale2, to_row, beta, unit, careful,
                 WHICH, CAUSAL, True, True, SHIFT, STAGES, PARTS, EARLY,
             )  # fmt: skip
             it += 1
-            begin = first + 1
+            begin = 1
             for _ in range(group):
-                for i in range(begin, full):
-                    s, dk, dv = _step(
-                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, i * QUERIES,
-                        len_k, offset, scale2, to_row, beta, unit, careful,
-                        WHICH, CAUSAL, False, True, SHIFT, STAGES, PARTS, EARLY,
-                    )  # fmt: skip
-                    it += 1
-                for _ in range(gl.maximum(begin, full), q_tiles):
+                for _ in range(begin, q_tiles - full):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
                         len_k, offset, scale2, to_row, beta, unit, careful,
                         WHICH, CAUSAL, False, False, SHIFT, STAGES, PARTS, EARLY,
                     )  # fmt: skip
                     it += 1
-                begin = first
+                for t in range(gl.maximum(begin, q_tiles - full), q_tiles - first):
+                    s, dk, dv = _step(
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key,
+                        (q_tiles - 1 - t) * QUERIES, len_k, offset, scale2, to_row, beta, unit, careful,
+                        WHICH, CAUSAL, False, True, SHIFT, STAGES, PARTS, EARLY,
+                    )  # fmt: skip
+                    it += 1
+                begin = 0
             mbarrier.arrive(x_free)
             mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
             dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES, dq_s.shape[3]),))
