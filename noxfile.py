@@ -22,7 +22,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 FRAMEWORKS = {  # what a test session installs, and what must then be there
     "numpy": ("test,demo", "array_api_strict,chromium"),
     "torch": ("test,demo,torch,triton", "array_api_strict,torch"),
-    "jax": ("test,demo,jax", "array_api_strict,jax"),
+    "jax": ("test,demo,jax,flax", "array_api_strict,jax,flax"),
 }
 JUDGED = {  # what a conformance session installs, and what it judges: backend, arrays, device
     "numpy": ("conformance", (("reference", "numpy", ""), ("streaming", "numpy", ""))),
@@ -83,9 +83,9 @@ def generated(session: nox.Session) -> None:
 @nox.session(tags=["quick"])
 def docs(session: nox.Session) -> None:
     """The documentation with warnings as errors, and its examples executed."""
-    session.install(*CONSTRAINED, ".[docs,test,torch,jax]")
+    session.install(*CONSTRAINED, ".[docs,test,torch,jax,flax]")
     session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "docs", "docs/_build/html")
-    required = "array_api_strict,torch,jax"
+    required = "array_api_strict,torch,jax,flax"
     session.run("pytest", "-q", "tests/test_examples.py", env={"LASER_REQUIRE": required})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def provenance(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     where = f"Python {result['python']}, {versions}; {result['device']}"
     return f"{result['date']}, commit `{result['commit'][:12]}`, {where}."
+
+
+def latest(kind: str) -> dict[str, Any]:
+    """The latest result file of a kind, such as ``gpu``."""
+    found = (json.loads(path.read_text()) for path in RESULTS.glob(f"*-{kind}.json"))
+    return max(found, key=lambda result: str(result["date"]))
 
 
 def newest(results: list[dict[str, Any]], framework: str) -> dict[str, Any]:
@@ -129,44 +136,45 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 
 def gpu_page(result: dict[str, Any]) -> str:
-    """Speed beside cuDNN's softmax attention, memory, and accuracy, from a run of gpu.py."""
-    peers = {"softmax": "softmax", "recipe": "recipe", "laser": "LASER"}
-    rows = []
+    """Speed beside cuDNN's softmax attention, memory, and accuracy, from a run of gpu.py or one of its kind."""
+    names = list(dict.fromkeys(r["candidate"] for r in result["records"]))
+    others = [name for name in names if name != "softmax"]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in result["records"]:
         groups.setdefault((tuple(r["shape"]), r["dtype"], r["causal"], r["pass"]), {})[r["candidate"]] = r
-    for key, own in groups.items():
-        laser, shape = own["laser"], ",".join(map(str, key[0]))
+    rows = []
+    for (shape, dtype, causal, what), own in groups.items():
+        laser = own["laser"]
         rows.append(
             [
-                shape,
-                key[1],
-                "yes" if key[2] else "no",
-                key[3],
-                *(f"{own[name]['TFLOP/s']:.0f}" for name in peers),
-                f"{own['recipe']['speed']:.2f}",
-                f"{laser['speed']:.2f}",
+                ",".join(map(str, shape)),
+                dtype,
+                "yes" if causal else "no",
+                what,
+                *(_cell(own, name, lambda r: f"{r['TFLOP/s']:.0f}") for name in names),
+                *(_cell(own, name, lambda r: f"{r['speed']:.2f}") for name in others),
                 f"{laser['TFLOP/s'] / result['product']:.0%}",
-                f"{own['softmax']['host ms']:.2f} / {laser['host ms']:.2f}",
-                " / ".join(f"{own[name]['memory']['peak'] / MEBI:.0f}" for name in peers),
+                " / ".join(_cell(own, name, lambda r: f"{r['host ms']:.2f}") for name in names),
+                " / ".join(_cell(own, name, lambda r: f"{r['memory']['peak'] / MEBI:.0f}") for name in names),
                 f"{laser['error']:.2f}",
             ]
         )
-    header = ["B,H,L,D", "dtype", "causal", "pass", *(f"{x}, TFLOP/s" for x in peers.values()), "recipe ÷ softmax"]
-    header += ["LASER ÷ softmax", "of the product's rate", "host, ms", "peak, MiB", "error / bound"]
+    header = ["B,H,L,D", "dtype", "causal", "pass", *(f"{x}, TFLOP/s" for x in names)]
+    header += [*(f"{x} ÷ softmax" for x in others), "of the product's rate", "host, ms", "peak, MiB", "error / bound"]
     widths = sorted({r["sigma"] for r in result["accuracy"]})
     accuracy = []
     for dtype in dict.fromkeys(r["dtype"] for r in result["accuracy"]):
-        for name in ("laser", "recipe"):
+        for name in dict.fromkeys(r["candidate"] for r in result["accuracy"]):
             own = {r["sigma"]: r for r in result["accuracy"] if (r["dtype"], r["candidate"]) == (dtype, name)}
             cells = [f"{own[s]['lost']} lost" if own[s]["lost"] else f"{own[s]['error']:.2f}" for s in widths]
-            accuracy.append([dtype, peers[name], *cells])
+            accuracy.append([dtype, name, *cells])
+    order = " / ".join(names)
     about = (
         f"Backend: `{result['chosen']}`. Speeds are ratios to cuDNN's softmax attention in the same run, in turns; "
         "above 1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a product of "
         f"8192³ ran at {result['product']:.0f}. The device is kept busy while the host launches, whose time is in a "
-        "column of its own (softmax / LASER). Peak: of a forward and a backward pass, beside the inputs (softmax / "
-        "recipe / LASER). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, eager and unguarded."
+        f"column of its own ({order}). Peak: of a forward and a backward pass, beside the inputs (the same order). "
+        "*recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded."
     )
     return "\n\n".join(
         (
@@ -178,6 +186,14 @@ def gpu_page(result: dict[str, Any]) -> str:
             table(["dtype", "", *(f"σ = {s}" for s in widths)], accuracy),
         )
     )
+
+
+def _cell(records: dict[str, dict[str, Any]], name: str, shown: Callable[[dict[str, Any]], str]) -> str:
+    """A field of a candidate's record; a dash where it was not measured."""
+    try:
+        return shown(records[name])
+    except KeyError:
+        return "–"
 
 
 def decode_page(result: dict[str, Any]) -> str:
@@ -211,7 +227,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     check = parser.parse_args().check
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu*.json"))]
-    gpu, decode = (json.loads(sorted(RESULTS.glob(f"*-{name}.json"))[-1].read_text()) for name in ("gpu", "decode"))
+    gpu, decode = (latest(name) for name in ("gpu", "decode"))
     stale = False
     for path, name, text in (
         (ROOT / "docs" / "performance.md", "gpu", gpu_page(gpu)),

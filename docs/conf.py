@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from laser_conformance import html, markdown, report
 from laser_core.cli import COMMANDS, _parser
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "benchmarks"))
+
+import plots  # noqa: E402
 
 project = "laser-attention"
 copyright = "the laser-attention authors"
@@ -57,4 +61,5 @@ def _write_conformance() -> None:
 
 
 _write_help()
+plots.draw(HERE / "_generated")
 _write_conformance()

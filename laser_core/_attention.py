@@ -150,18 +150,21 @@ class Report:
     Attributes:
         problem: What was asked.
         chosen: The name of the backend that runs it, or None.
+        how: Which of its kernels would run it, and why; None where it has but one way.
         refused: Reasons by name, for those that cannot.
         passed_over: Those that could, but rank behind the one chosen.
     """
 
     problem: Problem
     chosen: str | None
+    how: str | None
     refused: dict[str, str]
     passed_over: tuple[str, ...]
 
     def __str__(self) -> str:
         """The backend chosen, then one line for each of the others."""
         lines = [f"backend: {self.chosen or 'none can run this'}"]
+        lines += [f"    {line}" for line in (self.how or "").splitlines()]
         lines += [f"  {name}: could run this, and ranks behind" for name in self.passed_over]
         lines += [f"  {name}: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
@@ -207,7 +210,8 @@ def explain_problem(problem: Problem, backend: Backends = None) -> Report:
     chosen = _registry.select(problem, able).name if able and backend is not None else None
     if able and backend is None:
         chosen = _registry.select(problem).name
-    return Report(problem, chosen, refused, tuple(name for name in able if name != chosen))
+    how = None if chosen is None else _registry.backends()[chosen].how(problem)
+    return Report(problem, chosen, how, refused, tuple(name for name in able if name != chosen))
 
 
 def _run(backend: Backend, problem: Problem, inputs: Inputs) -> Forward:

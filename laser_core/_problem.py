@@ -58,6 +58,7 @@ class Problem:
         query_lengths, key_value_lengths: Whether sequence lengths are given.
         logits_soft_cap: The bound of the scores before the bias, or None.
         return_lse: Whether the log-sum-exp is asked for.
+        gradient: Whether a backward pass may follow: if not, nothing needs to be kept for it.
     """
 
     framework: str
@@ -81,6 +82,7 @@ class Problem:
     key_value_lengths: bool = False
     logits_soft_cap: float | None = None
     return_lse: bool = False
+    gradient: bool = True
 
     @property
     def group(self) -> int:
@@ -232,30 +234,31 @@ def _check_arrays(
     arrays: dict[str, Any], required: tuple[str, ...] = ("query", "key", "value"), of: str = "query"
 ) -> None:
     """Every argument that should be an array is one, all of the namespace and device of the first."""
+    first = next(iter(arrays.values()))
+    kind = type(first) if _array.is_array(first) else None
     for name, x in arrays.items():
         needed = name in required
-        if not ((x is None and not needed) or _array.is_array(x)):
+        if not ((x is None and not needed) or type(x) is kind or _array.is_array(x)):
             what = "an array" if needed else ("a real number or an array" if name == "beta" else "an array or None")
             shown = (
                 f"{type(x).__name__} {x!r}" if x is None or isinstance(x, str | numbers.Number) else type(x).__name__
             )
             raise TypeError(_refuse(name, shown, f"{what} of a namespace that speaks the array API standard"))
-    first = next(iter(arrays.values()))
     own, place = _array.framework(_array.namespace(first)), _array.device(first)
     for name, x in arrays.items():
-        if x is None:
+        if x is None or x is first:
             continue
-        other = _array.framework(_array.namespace(x))
-        if other != own:
+        if type(x) is not kind and (other := _array.framework(_array.namespace(x))) != own:
             raise TypeError(_refuse(name, f"an array of {other}", f"the namespace of {of}, {own}"))
         if _array.device(x) != place:
             raise ValueError(_refuse(name, f"an array on {_array.device(x)}", f"the device of {of}, {place}"))
 
 
 def _check_dtypes(arrays: dict[str, Any]) -> None:
-    own = _array.dtype_name(arrays["query"])
+    query = arrays["query"]
+    own = _array.dtype_name(query)
     for name, x in arrays.items():
-        if x is None:
+        if x is None or (x.dtype == query.dtype and name in ("key", "value")):  # query's own comes first
             continue
         got = _array.dtype_name(x)
         if name == "attn_mask":

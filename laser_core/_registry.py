@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._array import FLOATING, Array
 from ._problem import Inputs, Problem
@@ -25,13 +25,13 @@ class Forward(NamedTuple):
     Attributes:
         out: ``(..., Hq, Lq, E)`` in the dtype of the query.
         lse: ``(..., Hq, Lq)``, natural log, in the compute dtype of the problem.
-        residual: What else the backward pass needs: None, or an array of the shape of ``out`` and of the dtype
-            that the record's ``residual_dtype`` names.
+        residual: What else the backward pass needs: None, an array or a tuple of arrays, as the record's ``residual``
+            describes it. Where ``problem.gradient`` is false it may be left out, and is ignored.
     """
 
     out: Array
     lse: Array
-    residual: Array | None = None
+    residual: Any = None
 
 
 class Gradients(NamedTuple):
@@ -44,19 +44,27 @@ class Gradients(NamedTuple):
     beta: Array | None = None
 
 
+Kept = tuple[tuple[tuple[int, ...], str], ...]  # shapes and dtypes
+
+
 def _nothing(problem: Problem) -> None:
     return None
 
 
-def unrounded_output(problem: Problem) -> str | None:
-    """The ``residual_dtype`` of a backend that keeps its output in the compute dtype where that is the wider one.
+def nothing_kept(problem: Problem) -> Kept:
+    """The ``residual`` of a backend that keeps the output and the log-sum-exp alone."""
+    return ()
+
+
+def unrounded_output(problem: Problem) -> Kept:
+    """The ``residual`` of a backend that keeps its output in the compute dtype where that is the wider one.
 
     The backward pass normalises its weights by the output: rounded, they would not sum to one.
     """
-    return None if problem.dtype == problem.compute_dtype else problem.compute_dtype
+    return () if problem.dtype == problem.compute_dtype else ((problem.out_shape, problem.compute_dtype),)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # one is another only if it is the same: cheap keys
 class Backend:
     """An implementation of LASER attention: what it serves, and its two functions.
 
@@ -72,7 +80,10 @@ class Backend:
         why_not: The reason why it cannot run a problem, or None. It sees shapes, dtypes, options and the device
             kind alone, so it can be asked anywhere. What the fields above say need not be said again.
         priority: Among the backends that can run a problem, the automatic choice takes the highest.
-        residual_dtype: The dtype of ``Forward.residual`` for a problem, or None where there is no residual.
+        how: For :func:`laser_core.explain`: which of its kernels would run a problem, and why, or None where it has
+            but one way.
+        residual: The shapes and dtypes of the arrays in ``Forward.residual`` for a problem, so that a tracer knows them
+            without running anything; none where it is None. Each shape begins with the batch of the problem.
         native: The framework itself differentiates through ``forward``, to any order; ``backward`` then serves
             :func:`laser_core.laser_attention_vjp` alone.
     """
@@ -87,7 +98,8 @@ class Backend:
     requires: tuple[str, ...] = ()
     why_not: Callable[[Problem], str | None] = _nothing
     priority: Callable[[Problem], int] = lambda problem: 0
-    residual_dtype: Callable[[Problem], str | None] = _nothing
+    how: Callable[[Problem], str | None] = _nothing
+    residual: Callable[[Problem], Kept] = nothing_kept
     native: bool = False
 
     def missing(self) -> str | None:
@@ -172,9 +184,19 @@ def select(problem: Problem, backend: str | Sequence[str] | None = None) -> Back
         ValueError: An unknown name, or an empty sequence.
         Unsupported: None of the backends asked for can run the problem; says why, for each.
     """
-    asked = list(backends().values()) if backend is None else named(backend)
+    asked = tuple(backends().values() if backend is None else named(backend))
+    try:
+        return _known(problem, asked, backend is None)
+    except TypeError:  # sizes that are being traced have no hash
+        return _select(problem, asked, backend is None)
+
+
+def _select(problem: Problem, asked: tuple[Backend, ...], best: bool) -> Backend:
     able = [candidate for candidate in asked if candidate.refuses(problem) is None]
     if not able:
         reasons = "; ".join(f"backend {b.name!r} cannot run this: {b.refuses(problem)}" for b in asked)
         raise Unsupported(reasons)
-    return max(able, key=lambda candidate: candidate.priority(problem)) if backend is None else able[0]
+    return max(able, key=lambda candidate: candidate.priority(problem)) if best else able[0]
+
+
+_known = functools.lru_cache(maxsize=4096)(_select)  # what it asks is pure

@@ -31,11 +31,11 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     lse = xp.full(problem.lse_shape, -math.inf, dtype=dtype, device=device)
     which = _values.forms(xp, problem, inputs)
     tiles = Tiles.fast(problem)
-    for block, values, all_inside in _tiles.blocks(xp, problem, inputs, which, tiles.heads):
+    for block, values, exact in _tiles.blocks(xp, problem, inputs, which, tiles.heads):
         inside = values.inside[..., None, None]
         for rows in _tiles.spans(problem.query_length, tiles.block_q):
             o, l = _fast_rows(xp, block, values, which, rows, tiles.block_k)
-            if all_inside is not True:
+            if exact:
                 o_exact, l_exact = _exact_rows(xp, block, which, rows)
                 o, l = xp.where(inside, o, o_exact), xp.where(inside[..., 0], l, l_exact)
             shape = (block.problem.query_heads, rows.stop - rows.start)
@@ -54,7 +54,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d
     total = _Totals(xp, problem, inputs)
     which = _values.forms(xp, problem, inputs)
     tiles = Tiles.fast(problem)
-    for block, values, all_inside in _tiles.blocks(xp, problem, inputs, which, tiles.heads):
+    for block, values, exact in _tiles.blocks(xp, problem, inputs, which, tiles.heads):
         shape = (block.problem.key_value_heads, problem.group, problem.query_length)
         o = xp.reshape(out[(*block.at_query_heads, ...)], (*shape, problem.value_dim))
         l = xp.reshape(forward.lse[(*block.at_query_heads, ...)], shape)
@@ -63,11 +63,12 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d
         if d_lse is not None:
             dl = xp.reshape(xp.astype(d_lse[(*block.at_query_heads, ...)], dtype), shape)
         state, block = _cotangents(xp, block, o, l, do, dl)
-        if all_inside is not True:
-            inside = values.inside[..., None]
+        inside = values.inside[..., None]
+        if exact:
             _exact_backward(xp, block, state.only(xp, ~inside), Tiles.exact(block.problem), total)
-            state = state.only(xp, inside)
-        _fast_backward(xp, block, state, values, which, tiles, total)
+        else:
+            inside = xp.all(inside, axis=-2, keepdims=True)
+        _fast_backward(xp, block, state.only(xp, inside), values, which, tiles, total)
     return total.gradients()
 
 
@@ -298,5 +299,5 @@ BACKEND = Backend(
     forward=forward,
     backward=backward,
     priority=lambda problem: 10,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

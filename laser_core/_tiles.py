@@ -73,24 +73,32 @@ class Block(NamedTuple):
 
 def blocks(
     xp: Namespace, problem: Problem, inputs: Inputs, which: Forms, heads: int
-) -> Iterator[tuple[Block, Values, bool | None]]:
-    """Blocks of heads with their transformed values, and whether all of them are inside the fast range.
+) -> Iterator[tuple[Block, Values, bool]]:
+    """Blocks of heads with their transformed values, and whether some of them may need the exact path.
 
-    A block of which that is known to be false comes head by head, so that no head pays for another.
+    Heads that are known to need it come once more, alone, and what the block made of them does not count: so no head
+    pays for another, and none has other bits because of another.
     """
     if problem.key_length == 0 or problem.query_length == 0:
         return
     for index in itertools.product(*map(range, problem.batch)):
-        waiting = spans(problem.key_value_heads, heads)
-        while waiting:
-            span = waiting.pop(0)
-            block = _block(xp, problem, inputs, index, span)
-            values = _values.exponentiate(xp, block.v, block.beta, which, within_lengths(xp, block))
+        for span in spans(problem.key_value_heads, heads):
+            block, values = _transformed(xp, problem, inputs, which, index, span)
             inside = _array.known(xp.all(values.inside))
-            if inside is False and span.stop - span.start > 1:
-                waiting = [slice(h, h + 1) for h in range(span.start, span.stop)] + waiting
-            else:
-                yield block, values, inside
+            if inside is not False or span.stop - span.start == 1:
+                yield block, values, inside is not True
+                continue
+            yield block, values, False
+            for h in range(span.start, span.stop):
+                if not bool(xp.all(values.inside[h - span.start, ...])):
+                    yield *_transformed(xp, problem, inputs, which, index, slice(h, h + 1)), True
+
+
+def _transformed(
+    xp: Namespace, problem: Problem, inputs: Inputs, which: Forms, index: tuple[int, ...], span: slice
+) -> tuple[Block, Values]:
+    block = _block(xp, problem, inputs, index, span)
+    return block, _values.exponentiate(xp, block.v, block.beta, which, within_lengths(xp, block))
 
 
 def part(problem: Problem, inputs: Inputs, index: tuple[int, ...], span: slice) -> tuple[Problem, Inputs]:

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16}
+DTYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i16": gl.int16}
 
 
 def _descriptor(dtype: str, rows: int, width: int) -> str:
@@ -35,46 +35,27 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> A
 def backward(form: dict[str, Any]) -> Any:
     """The compiled backward kernel of a form: dtype, width, causal."""
     dtype, width = form["dtype"], form["width"]
-
-    def tile(block: list[int], swizzle: int, dtype: str = dtype) -> str:
-        layout = hopper_gradient.tile_layout(block, 4 if dtype == "fp32" else 2, swizzle)
-        return f"tensordesc<{dtype}{block},{layout!r}>"
-
     cut = hopper_gradient.tiles(width)
-    queries, keys = [1, 1, cut.queries, width], [1, 1, hopper.ROWS, width]
-    halves = cut.queries == hopper.ROWS  # of columns, not of queries
-    types = dict.fromkeys(("x_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("flags_ptr", "counter_ptr", "turns_ptr"), "*i32")
+    types = dict.fromkeys(("x_ptr", "dk_ptr"), f"*{dtype}") | dict.fromkeys(("flags_ptr", "turns_ptr"), "*i32")
     types |= dict.fromkeys(("scale", "scale2", "to_row", "beta", "unit"), "fp32")
-    types |= {"q_desc": tile(queries, 128), "g_desc": tile(queries, 128), "x_desc": tile(keys, 128)}
-    types["k_desc"] = tile(keys, width if halves else 128)
-    types["rows_desc"] = tile([2, 1, cut.queries], 0, "fp32")
-    types["dq_desc"] = tile([1, hopper.ROWS, width // 2 if halves else width], 128, "fp32")
+    for name, (block, swizzled) in hopper_gradient.blocks(cut, width).items():
+        wide = name in ("rows_desc", "dq_desc")
+        layout = hopper_gradient.lies(block, swizzled, 4 if wide else 2)
+        types[name] = f"tensordesc<{'fp32' if wide else dtype}{block},{layout!r}>"
     constants = hopper_gradient.constants(cut, form["causal"], dtype == "fp16")
     return _compile(hopper_backward.backward_kernel, types, constants)
 
 
 def forward(form: dict[str, Any]) -> Any:
-    """The compiled forward kernel of a form: dtype, width, causal, residual, reference, factor."""
+    """The compiled forward kernel of a form: dtype, width, causal, keeps."""
     dtype, width, causal = form["dtype"], form["width"], form["causal"]
     cut = hopper.tiles(width, causal)
-    constants = hopper.constants(
-        cut,
-        causal,
-        dtype == "fp16",
-        form.get("residual", False),
-        form.get("reference", False),
-        form.get("factor", False),
-    )
-    types = {
-        "lse_ptr": "*fp32",
-        "residual_ptr": "*fp32",
-        "c_ptr": "*i32",
-        "factor_ptr": "*fp32",
-        "scale2": "fp32",
-        "counter_ptr": "*i32",
-    }
-    types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc")}
+    keeps = form["keeps"]
+    constants = hopper.constants(cut, causal, dtype == "fp16", keeps)
+    types = {"lse_ptr": "*fp32", "c_ptr": "*i32", "counter_ptr": "*i32", "scale2": "fp32", "o_scale": "fp32"}
+    types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc", "rest_desc")}
+    if keeps:
+        types["rest_desc"] = _descriptor("i16", hopper.ROWS, width)
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
     return _compile(hopper_forward.forward_kernel, types, constants)
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ class Hang(Honest):
 
     def repeat(self, problem, x):
         if problem.group > 1:
+            open(os.environ.get("ASLEEP", os.devnull), "w").close()
             time.sleep(60)
         return x
 
@@ -93,6 +96,36 @@ def test_misbehaviour_is_a_failed_case(name, told, survivors, module, tmp_path, 
     assert {v.case for v in found if v.status == "passed"} == survivors
     assert all(told in v.message for v in found if v.status == "failed" and "+grad" not in v.case)
     assert f"--only {found[0].case}" in capsys.readouterr().out
+
+
+def test_jobs_change_no_verdict(module, tmp_path):
+    """Not their order either, and the case that crashes is one failed case."""
+    found = {}
+    for jobs in ("1", "3"):
+        out = tmp_path / f"{jobs}.json"
+        command = ["run", "--backend", "crash", "--load", "misbehaving:CRASH", *ONLY]
+        assert main([*command, "--jobs", jobs, "--json", str(out)]) == 1
+        found[jobs] = [(v.case, v.dtype, v.status, v.ratio, v.message) for v in verdicts(out)]
+    assert found["1"] == found["3"]
+
+
+def test_an_interrupt_loses_nothing(module, tmp_path):
+    """What was judged is written; the rest is skipped, with the reason, and that is no success."""
+    out, asleep = tmp_path / "out.json", tmp_path / "asleep"
+    command = [sys.executable, "-m", "laser_conformance", "run", "--backend", "hang", "--load", "misbehaving:HANG"]
+    only = ["--only", "masks/causal-top-left", "--only", "masks/groups", "--dtype", "float32"]
+    before = [case.id for case in choose(only=("masks/causal-top-left",))]  # none of them sleeps
+    with subprocess.Popen([*command, *only, "--json", str(out)], env=os.environ | {"ASLEEP": str(asleep)}) as process:
+        while not asleep.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 2
+    found = {v.case: v for v in verdicts(out)}
+    assert [case for case, v in found.items() if v.status == "passed"] == before
+    rest = [v for v in found.values() if v.status != "passed"]
+    assert {v.case for v in rest} == {case.id for case in choose(only=("masks/groups",))}
+    assert all((v.status, v.message) == ("skipped", "not run: interrupted") for v in rest)
 
 
 def test_reference_passes_and_reports(tmp_path, capsys):

@@ -81,6 +81,17 @@ def test_each_law_can_be_broken(register):
         assert "raised" not in verdict.message, law
 
 
+@pytest.mark.parametrize("name", ["plain", "keys", "queries"])
+def test_heads_side_by_side(name, register):
+    """A tile that reaches into a neighbour of another kind is noticed, at every size."""
+    (case,) = choose(only=(f"isolation/heads-{name}",))
+    (passed,) = judge(register(Honest), case, ("bfloat16",))
+    assert passed.status == "passed", passed.message
+    (verdict,) = judge(register(FLAWS["tile-reaches-next-head"]), case, ("bfloat16",))
+    assert verdict.status == "failed"
+    assert "raised" not in verdict.message
+
+
 def test_another_device():
     """A result on another device of the same namespace is rejected, whatever its values."""
     strict = pytest.importorskip("array_api_strict")

@@ -15,7 +15,7 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("with_*.py"))
 BLOCKS = re.findall(
     r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
 )
-FRAMEWORKS = ("torch", "jax", "array_api_strict", "cupy")
+FRAMEWORKS = ("torch", "jax", "flax", "array_api_strict", "cupy")
 
 
 def execute(program: str) -> str:

@@ -10,7 +10,7 @@ from laser_core import Problem
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from laser_torch import hopper  # noqa: E402
+from laser_torch import hopper, launch  # noqa: E402
 
 SERVED: dict[str, Any] = {
     "framework": "torch",
@@ -71,12 +71,15 @@ def test_says_what_it_does_not_serve(change: dict[str, Any], word: str) -> None:
 
 
 def test_what_the_memory_accelerator_reads() -> None:
+    def fits(x: torch.Tensor) -> bool:
+        return launch.fits(x.shape, x.stride(), x.data_ptr() % launch.ALIGNMENT == 0, x.element_size())
+
     a = torch.zeros(2, 3, 8, 64, dtype=torch.bfloat16)
-    assert hopper.fits(a)
-    assert hopper.fits(a.transpose(1, 2))
-    assert not hopper.fits(a.transpose(2, 3))
-    assert not hopper.fits(a[:1].expand(2, 3, 8, 64))
-    assert not hopper.fits(torch.zeros(2, 3, 8, 65, dtype=torch.bfloat16)[..., 1:])
+    assert fits(a)
+    assert fits(a.transpose(1, 2))
+    assert not fits(a.transpose(2, 3))
+    assert not fits(a[:1].expand(2, 3, 8, 64))
+    assert not fits(torch.zeros(2, 3, 8, 65, dtype=torch.bfloat16)[..., 1:])
 
 
 def test_a_device_without_the_kernel_says_so() -> None:

@@ -51,7 +51,7 @@ def test_second_derivatives_of_the_analytic_gradient_say_what_to_do() -> None:
 
 
 OPERATOR_CALLS: dict[str, tuple[Any, ...]] = {
-    "plain": (None, None, None, None, None, 0.3, 1.0, None, None, None, None, False, None),
+    "plain": (None, None, None, None, None, 0.3, 1.0, None, None, None, None, False, True, None),
     "options": (
         torch.rand(3, 4) > 0.2,
         torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True),
@@ -64,6 +64,7 @@ OPERATOR_CALLS: dict[str, tuple[Any, ...]] = {
         2,
         None,
         5.0,
+        True,
         True,
         "torch-sdpa,streaming",
     ),
@@ -78,9 +79,9 @@ def test_opcheck(call: str, dtype: torch.dtype) -> None:
 
 def test_opcheck_backward() -> None:
     args = [x.detach() for x in small()]
-    state = binding.forward_operator(*args, *OPERATOR_CALLS["plain"])
-    arrays = (*args, *OPERATOR_CALLS["plain"][:5], *state, torch.ones_like(state[0]), None)
-    torch.library.opcheck(binding.backward_operator, (*arrays, *OPERATOR_CALLS["plain"][5:]))
+    out, lse, kept = binding.forward_operator(*args, *OPERATOR_CALLS["plain"])
+    arrays = (*args, *OPERATOR_CALLS["plain"][:5], out, lse, torch.ones_like(out), None)
+    torch.library.opcheck(binding.backward_operator, (*arrays, *OPERATOR_CALLS["plain"][5:], kept))
 
 
 @pytest.mark.parametrize(

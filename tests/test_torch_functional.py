@@ -147,14 +147,17 @@ def test_flops() -> None:
 def test_selective_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Named in a policy, the operator runs once; without one, it is computed again; gradients are the same."""
     calls = 0
-    real = binding._describe
 
-    def counting(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return real(*args)
+    def counting(run: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return run(*args)
 
-    monkeypatch.setattr(binding, "_describe", counting)
+        return counted
+
+    for name in ("_run_forward", "_run_backward"):
+        monkeypatch.setattr(binding, name, counting(getattr(binding, name)))
     save = [torch.ops.laser_attention.forward.default]
     args = [x.requires_grad_() for x in normal((2, 5, 4), (2, 7, 4), (2, 7, 3))]
 

@@ -74,7 +74,7 @@ def main(name: str) -> None:
     from laser_core._problem import describe
 
     call.is_large = lambda device: name in LARGE
-    call.copies_tiles = lambda x: name in LARGE
+    call.copies_tiles = lambda device: name in LARGE
     x = torch.zeros((1, 2, 256, 128), dtype=torch.bfloat16)
     problem, inputs = describe(x, x, x, is_causal=True)
     forward = fused.forward(problem, inputs)

@@ -55,5 +55,5 @@ CUDA = Backend(
     requires=("cupy",),
     why_not=why_not,
     priority=lambda problem: 30,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

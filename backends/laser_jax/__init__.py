@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
+
+if TYPE_CHECKING:
+    from .functional import attention_fn as attention_fn
+    from .functional import dot_product_attention as dot_product_attention
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("attention_fn", "dot_product_attention"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".functional", __name__), name)
 
 
 def _xla_forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -50,7 +63,7 @@ XLA = Backend(
     frameworks=("jax",),
     requires=("jax",),
     priority=lambda problem: 30,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )
 
 DPA = Backend(
@@ -63,5 +76,5 @@ DPA = Backend(
     requires=("jax",),
     why_not=_dpa_why_not,
     priority=lambda problem: 15,  # it materialises the scores, and was the slower of the two wherever both were timed
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

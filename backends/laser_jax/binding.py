@@ -1,9 +1,9 @@
-"""JAX: the analytic gradient as a ``custom_vjp``, under jit, grad, vmap, checkpoint and shard_map."""
+"""JAX: the analytic gradient as a ``custom_vjp``, under jit, grad, vmap, checkpoint, export and sharding."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -11,7 +11,8 @@ import jax
 
 from laser_core import Backend, Forward, Inputs, Problem, Unsupported, _registry
 
-from . import tiles
+from . import partition, tiles
+from .partition import Operands, Step
 
 Array: TypeAlias = jax.Array
 Saved: TypeAlias = tuple[Inputs, Forward]
@@ -20,6 +21,9 @@ Saved: TypeAlias = tuple[Inputs, Forward]
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
     """Output and log-sum-exp, with the analytic gradient unless the backend leaves differentiation to JAX."""
     chosen = _registry.select(problem, backend)
+    split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, chosen.name))
+    if split is not None:
+        return split
     inputs = tiles.vary(inputs, inputs)  # so that shard_map sums what belongs to a replicated argument
     if chosen.native:
         with quiet():
@@ -41,25 +45,17 @@ def _attention(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[Arra
 
 
 def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
-    def run(inputs: Inputs) -> Forward:
-        with quiet():
-            return backend.forward(problem, inputs)
-
-    done = _first_order(backend.name, run)(inputs)
-    kept = done if done.residual is None else done._replace(out=None)
-    return (done.out, done.lse), (inputs, kept)
+    with quiet():
+        done = _run(Step(problem, backend), Operands(inputs))
+    return (done.out, done.lse), (inputs, done)
 
 
 def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
-    def run(saved: Saved, d_out: Array, d_lse: Array | None) -> Any:
-        inputs, done = saved
-        if done.out is None and done.residual is not None:
-            done = done._replace(out=done.residual.astype(problem.dtype))
-        with quiet():
-            return backend.backward(problem, inputs, done, d_out, d_lse)
-
+    inputs, done = saved
     d_out, d_lse = cotangents
-    gradients = _first_order(backend.name, run)(saved, d_out, d_lse if problem.return_lse else None)
+    with quiet():
+        operands = Operands(inputs, done, d_out, d_lse if problem.return_lse else None)
+        gradients = _run(Step(problem, backend), operands)
     none = Inputs(*(None,) * len(Inputs._fields))
     return (none._replace(**gradients._asdict()),)  # None: masks and lengths have no cotangent
 
@@ -67,15 +63,15 @@ def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tupl
 _attention.defvjp(_forward, _backward)
 
 
-def _first_order(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, which says so when it is differentiated itself."""
-    wrapped = jax.custom_jvp(run)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(step: Step, operands: Operands) -> Any:
+    """The pass, which says so when it is differentiated itself."""
+    return partition.run(step, operands)
 
-    @wrapped.defjvp
-    def refuse(*_: Any) -> Any:
-        raise Unsupported(
-            f"backend {name!r}: its gradient is analytic and of first order, and a derivative of it was asked for; "
-            "backend='reference' is differentiable to any order"
-        )
 
-    return wrapped
+@_run.defjvp
+def _refuse(step: Step, *_: Any) -> Any:
+    raise Unsupported(
+        f"backend {step.backend.name!r}: its gradient is analytic and of first order, and a derivative of it was asked "
+        "for; backend='reference' is differentiable to any order"
+    )

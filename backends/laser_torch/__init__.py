@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
+from laser_core._registry import Kept
 
 if TYPE_CHECKING:
     from .functional import scaled_dot_product_attention as scaled_dot_product_attention
@@ -86,7 +87,7 @@ SDPA = Backend(
     requires=("torch",),
     why_not=_why_not,
     priority=lambda problem: 30,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )
 
 
@@ -107,6 +108,11 @@ def _triton_backward(
     from . import fused_backward
 
     return fused_backward.backward(problem, inputs, forward, d_out, d_lse)
+
+
+def _triton_residual(problem: Problem) -> Kept:
+    """The low half of the output, which a half-precision dtype has no room for."""
+    return () if problem.dtype == "float32" else ((problem.out_shape, "int16"),)
 
 
 def _triton_why_not(problem: Problem) -> str | None:
@@ -132,7 +138,7 @@ TRITON = Backend(
     requires=("torch", "triton"),
     why_not=_triton_why_not,
     priority=lambda problem: 40 if problem.device == "cuda" else 0,
-    residual_dtype=unrounded_output,
+    residual=_triton_residual,
 )
 
 
@@ -165,5 +171,5 @@ DECODE = Backend(
     requires=("torch", "triton"),
     why_not=_decode_why_not,
     priority=_decode_priority,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +15,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from laser_core import Inputs, Problem
 
 from . import triton_values
-from .tiles import is_large, value_block
+from .launch import ALIGNMENT, Launch, Tiles, fits, strides_of
+from .tiles import is_large
 
 INTERPRETED = not isinstance(triton_values.value_pass, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
 _LOG2E = math.log2(math.e)
+_VALUE_PROGRAMS = 1024  # of the value pass: several for each processor of any card
 
 
 class _Limits(NamedTuple):
@@ -37,42 +41,43 @@ _LIMITS = {
     torch.float32: _Limits(99.5, 108, (-49, 49), 0, 0),
 }
 
+_Layout = tuple[tuple[int, ...], bool]  # strides, and whether the array begins where compiled kernels like it
 
-class Call(NamedTuple):
-    """The arrays of a call with one batch axis and adjacent columns, and what all kernels are told."""
 
-    problem: Problem
-    q: Tensor  # (B, Hq, Lq, D)
-    k: Tensor  # (B, Hkv, Lk, D)
-    v: Tensor  # (B, Hkv, Lk, E)
-    mask: Tensor | None  # bytes, (B, Hq, Lq, Lk), most likely with strides of 0
-    bias: Tensor | None
-    query_lengths: Tensor | None  # int32
-    key_lengths: Tensor | None
+class Plan:
+    """All of a call but its data, and the launches that were prepared for it."""
 
-    @property
-    def batch(self) -> int:
-        """The size of the one batch axis."""
-        return self.q.shape[0]
+    def __init__(  # noqa: D107
+        self, problem: Problem, device: torch.device, dtype: torch.dtype, layouts: dict[str, _Layout], tf32: bool
+    ) -> None:
+        self.problem, self.device, self.dtype, self._layouts = problem, device, dtype, layouts
+        self.batch = math.prod(problem.batch)
+        self.limits = _LIMITS[dtype]
+        self.precision = "tf32" if tf32 else "ieee"
+        self._prepared: dict[Any, Any] = {}
 
-    @property
-    def limits(self) -> _Limits:
-        """Of the fast range in this dtype."""
-        return _LIMITS[self.q.dtype]
-
-    @property
-    def precision(self) -> str:
-        """Of the matrix products."""
-        tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        return "tf32" if tf32 else "ieee"
+    def prepared(self, make: Callable[..., Any], *args: Any) -> Any:
+        """What ``make(plan, *args)`` returns, made once."""
+        key = (make, *args)
+        try:
+            return self._prepared[key]
+        except KeyError:
+            found = self._prepared[key] = make(self, *args)
+            return found
 
     def strides(self, *names: str) -> list[int]:
-        """Of arrays by name, without that of adjacent columns."""
+        """Of arrays by name, without that of adjacent columns; zeros for those that are not there."""
         found: list[int] = []
         for name in names:
-            x, count = getattr(self, name), 4 if name in ("mask", "bias") else 3
-            found += [0] * count if x is None else x.stride()[:count]
+            count = 4 if name in ("mask", "bias") else 3
+            found += self._layouts[name][0][:count] if name in self._layouts else [0] * count
         return found
+
+    def fits(self, name: str) -> bool:
+        """Whether the hardware can copy tiles of an array."""
+        p = self.problem
+        rows = (p.query_heads, p.query_length) if name == "q" else (p.key_value_heads, p.key_length)
+        return fits((self.batch, *rows, p.head_dim), *self._layouts[name], self.dtype.itemsize)
 
     def geometry(self) -> list[Any]:
         """heads, group, query_length, key_length, low, high, scale, cap."""
@@ -99,11 +104,11 @@ class Call(NamedTuple):
             "DP": padded(p.head_dim),
             "BAND_LOW": low is not None and low > 1 - p.query_length,
             "BAND_HIGH": high is not None and high < p.key_length - 1,
-            "MASK": self.mask is not None,
-            "BIAS": self.bias is not None,
+            "MASK": p.mask_shape is not None,
+            "BIAS": p.bias_shape is not None,
             "CAP": p.logits_soft_cap is not None,
-            "QUERY_LENGTHS": self.query_lengths is not None,
-            "KEY_LENGTHS": self.key_lengths is not None,
+            "QUERY_LENGTHS": p.query_lengths,
+            "KEY_LENGTHS": p.key_value_lengths,
             "LINEAR": p.beta == 0,
             "PRECISION": self.precision,
         }
@@ -118,6 +123,28 @@ class Call(NamedTuple):
         """O = log2(…) · o_scale."""
         return math.log(2) / self.problem.beta if self.problem.beta else 1.0
 
+    @property
+    def inverse_beta(self) -> float:
+        """1/β, and 1 at β = 0."""
+        return 1 / self.problem.beta if self.problem.beta else 1.0
+
+    def tile_of(self) -> tuple[torch.dtype, int, int, bool]:
+        """What tile sizes depend on."""
+        return self.dtype, padded(self.problem.head_dim), padded(self.problem.value_dim), is_large(self.device)
+
+
+class Call(NamedTuple):
+    """The arrays of a call with one batch axis and adjacent columns, and the plan for it."""
+
+    plan: Plan
+    q: Tensor  # (B, Hq, Lq, D)
+    k: Tensor  # (B, Hkv, Lk, D)
+    v: Tensor  # (B, Hkv, Lk, E)
+    mask: Tensor | None  # bytes, (B, Hq, Lq, Lk), most likely with strides of 0
+    bias: Tensor | None
+    query_lengths: Tensor | None  # int32
+    key_lengths: Tensor | None
+
 
 def padded(width: int) -> int:
     """The width of a tile that holds so many columns."""
@@ -126,23 +153,44 @@ def padded(width: int) -> int:
 
 def prepare(problem: Problem, inputs: Inputs) -> Call:
     """The arguments as the kernels take them; copies only what has no adjacent columns."""
-    size = math.prod(problem.batch)
-    q, k, v = (matrix(x.reshape(size, *x.shape[-3:])) for x in (inputs.query, inputs.key, inputs.value))
+    q, k, v = (matrix(x) for x in inputs[:3])
     mask, bias = (_broadcast(problem, x) for x in (inputs.attn_mask, inputs.bias))
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    layouts = tuple((n, layout(x)) for n, x in zip("qkv", (q, k, v), strict=True))
+    if mask is not None:
+        layouts += (("mask", layout(mask)),)
+    if bias is not None:
+        layouts += (("bias", layout(bias)),)
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return Call(
-        problem,
+        _plan(problem, q.device, q.dtype, layouts, tf32),
         q,
         k,
         v,
-        None if mask is None else mask.view(torch.uint8),
+        mask,
         bias,
         _lengths(problem, inputs.query_seq_lengths, problem.query_length),
         _lengths(problem, inputs.key_value_seq_lengths, problem.key_length),
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    problem: Problem, device: torch.device, dtype: torch.dtype, layouts: tuple[tuple[str, _Layout], ...], tf32: bool
+) -> Plan:
+    return Plan(problem, device, dtype, dict(layouts), tf32)
+
+
+def layout(x: Tensor) -> _Layout:
+    """What a prepared launch depends on of an array, beside its shape."""
+    return x.stride(), x.data_ptr() % ALIGNMENT == 0
+
+
 def matrix(x: Tensor) -> Tensor:
-    """An array with adjacent columns, copied only if it has none."""
+    """An array with one batch axis and adjacent columns, copied only if it has none."""
+    if x.ndim != 4:
+        x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()  # Triton's interpreter takes the bits of a bfloat16 for an integer
     near = x.stride(-2) < 2**22  # offsets within a tile are 32-bit
@@ -174,38 +222,42 @@ def _lengths(problem: Problem, lengths: Tensor | None, limit: int) -> Tensor | N
 class Values(NamedTuple):
     """What the value pass makes of the values."""
 
-    x: Tensor  # (B·Hkv, Lk, E)
-    c: Tensor  # (B·Hkv, EP)
-    flags: Tensor  # (B·Hkv,)
+    x: Tensor  # (B, Hkv, Lk, E)
+    c: Tensor  # (B·Hkv, EP), int32
+    flags: Tensor  # (B·Hkv,), int32
+    counter: Tensor  # an int32 that is 0, for whom it may serve
 
 
-def value_pass(call: Call) -> Values:
-    """X, c, and which heads need what."""
-    p, v = call.problem, call.v
-    heads, width = call.batch * p.key_value_heads, padded(p.value_dim)
-    block = value_block(max(width, padded(p.head_dim)))
-    blocks = triton.cdiv(p.key_length, block)
-    x = torch.empty((heads, p.key_length, p.value_dim), dtype=v.dtype, device=v.device)
-    partial = torch.empty((3, heads, blocks, width), dtype=torch.float32, device=v.device)
-    odd = torch.empty((heads, blocks), dtype=torch.int32, device=v.device)
-    c = torch.empty((heads, width), dtype=torch.float32, device=v.device)
+def value_pass(call: Call, keys: bool) -> Values:
+    """X, c, and which heads need what; ``keys``: a head whose keys are not all finite is flagged too."""
+    plan, v = call.plan, call.v
+    heads, width = v.shape[0] * v.shape[1], padded(v.shape[3])
+    launch, blocks = plan.prepared(_value_launch, keys)
+    x = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
+    c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
     flags = torch.empty((heads,), dtype=torch.int32, device=v.device)
-    linear, lengths = p.beta == 0, call.key_lengths is not None
-    limits = call.limits
-    triton_values.value_pass[(heads * blocks,)](
-        call.k, v, x, *partial, odd, call.key_lengths, *call.strides("k", "v"),
-        p.key_value_heads, p.key_length, call.y_scale,
-        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, LENGTHS=lengths, LINEAR=linear,
+    counters = torch.zeros((heads + 1,), dtype=torch.int32, device=v.device)
+    launch(call.k, v, x, partial, c, flags, counters, call.key_lengths)
+    return Values(x, c, flags, counters)
+
+
+def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
+    """The launch of the value pass, and into how many blocks it cuts the keys of a head."""
+    p, limits = plan.problem, plan.limits
+    heads, width = plan.batch * p.key_value_heads, padded(p.value_dim)
+    block = 4096 // max(width, padded(p.head_dim) if keys else 0)
+    span = triton.cdiv(triton.cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
+    blocks = triton.cdiv(p.key_length, span)
+    launch = Launch(
+        triton_values.value_pass, heads * blocks,
+        (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
+        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=16,
+        LENGTHS=p.key_value_lengths, LINEAR=p.beta == 0, KEYS=keys,
+        RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
         num_warps=8,
     )  # fmt: skip
-    triton_values.decide[(heads,)](
-        v, x, *partial, odd, c, flags, call.key_lengths, *call.strides("v"),
-        p.key_value_heads, p.key_length, blocks, call.y_scale,
-        E=p.value_dim, EP=width, BLOCK=block, WIDE=16, LENGTHS=lengths, LINEAR=linear,
-        RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
-        num_warps=4,
-    )  # fmt: skip
-    return Values(x, c, flags)
+    return launch, blocks
 
 
 def workers(heads: int, work: int) -> int:
@@ -213,41 +265,21 @@ def workers(heads: int, work: int) -> int:
     return int(max(1, min(work, triton.cdiv(1024, heads))))
 
 
-def copies_tiles(x: Tensor) -> bool:
-    """Whether the hardware copies tiles of this matrix by itself: Hopper and later, and aligned rows."""
+def copies_tiles(device: torch.device) -> bool:
+    """Whether the hardware of a device copies tiles by itself: NVIDIA's, from Hopper on."""
     if INTERPRETED or torch.version.hip is not None:
         return False
-    aligned = x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    return aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def describe_rows(x: Tensor, block: int) -> TensorDescriptor | None:
-    """A descriptor of a contiguous array ``(heads, L, E)`` as a matrix of rows; None where there can be none.
+def describe(plan: Plan, x: Tensor, rows: int) -> TensorDescriptor | None:
+    """Tiles of so many rows of an array (B, H, L, D), zero beyond the end of a head; None where there can be none."""
+    tiles = plan.prepared(_tiles, x.shape, layout(x), rows)
+    return None if tiles is None else tiles.of(x)
 
-    No tile may reach into the next head: what is infinite there would be met by a weight of zero.
-    """
-    rows = math.prod(x.shape[:-1])
-    if not copies_tiles(x) or x.shape[-2] % block or rows >= 2**31:
+
+def _tiles(plan: Plan, shape: torch.Size, lies: _Layout, rows: int) -> Tiles | None:
+    if not copies_tiles(plan.device) or not fits(shape, *lies, plan.dtype.itemsize):
         return None
-    return TensorDescriptor(x, (rows, x.shape[-1]), (x.shape[-1], 1), [block, padded(x.shape[-1])])
-
-
-def describe(x: Tensor, block: int) -> tuple[TensorDescriptor, list[int]] | None:
-    """The same of ``(B, H, L, D)`` in that order or with heads within rows, ``(B, L, H, D)``.
-
-    And how many rows a batch entry and a head are apart, and how many columns a head.
-    """
-    b, h, n, d = x.shape
-    if not copies_tiles(x) or n % block or b * h * n >= 2**31:
-        return None
-    if x.is_contiguous():
-        return TensorDescriptor(x, (b * h * n, d), (d, 1), [block, padded(d)]), [h * n, n, 0]
-    if x.transpose(1, 2).is_contiguous() and padded(d) == d:
-        return TensorDescriptor(x, (b * n, h * d), (h * d, 1), [block, d]), [n, 0, d]
-    return None
-
-
-def tile_of(call: Call) -> tuple[torch.dtype, int, int, bool]:
-    """What tile sizes depend on."""
-    p = call.problem
-    return call.q.dtype, padded(p.head_dim), padded(p.value_dim), is_large(call.q.device)
+    block = [1, 1, rows, padded(shape[-1])]
+    return Tiles(lambda x: TensorDescriptor(x, list(x.shape), strides_of(x), block))

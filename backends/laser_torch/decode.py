@@ -88,7 +88,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, merged from runs of keys."""
     if 0 in problem.score_shape:
         return _streaming.forward(problem, inputs)
-    out, wide, lse = launch(problem, inputs, None, tiles(problem, device_of(inputs.query.device)))
+    out, wide, lse = launch(problem, inputs, None, tiles(problem, device_of(inputs.query.device)), problem.gradient)
     return Forward(out, lse, residual=wide)
 
 

@@ -1,6 +1,6 @@
 """LASER in Triton kernels, forward: what the host does. The kernels are in ``triton_*.py`` and ``hopper_forward.py``.
 
-On the device alone and without a branch on the host: the value pass writes X, the range of every head is judged, one
+On the device alone and without a branch on the host: the value pass writes X and judges the range of every head, one
 flash kernel serves the heads inside the fast range, and one that computes the definition serves the rest. It returns
 at once where there is none.
 """
@@ -16,82 +16,135 @@ from torch import Tensor
 from laser_core import Forward, Inputs, Problem
 
 from . import hopper, triton_forward
-from .call import INTERPRETED, Call, Values, describe, describe_rows, padded, prepare, tile_of, value_pass, workers
+from .call import INTERPRETED, Call, Plan, Values, describe, padded, prepare, value_pass, workers
+from .launch import Launch, on
 from .tiles import forward_tile
 
 FEW = 16  # rows that see fewer keys are computed exactly where X is in half precision
 
 
+def keeps_rest(problem: Problem) -> bool:
+    """Whether a backward pass gets the low half of the output, which a half-precision dtype has no room for."""
+    return problem.gradient and problem.dtype != "float32"
+
+
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output; no synchronisation with the device."""
-    q, dtype = inputs.query, inputs.query.dtype
-    wide = dtype != torch.float32
+    q = inputs.query
+    keeps = keeps_rest(problem)
     if 0 in problem.score_shape:
         out = q.new_zeros(problem.out_shape)
         l = q.new_full(problem.lse_shape, -math.inf, dtype=torch.float32)
-        return Forward(out, l, torch.zeros_like(out, dtype=torch.float32) if wide else None)
+        return Forward(out, l, torch.zeros_like(out, dtype=torch.int16) if keeps else None)
     call = prepare(problem, inputs)
-    fast = _hopper_forward if _hopper_serves(call) else _portable_forward
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        values = value_pass(call)
-        out, l, residual, count = fast(call, values, wide)
-        _exact_forward(call, values, out, residual, l, count)
-    return Forward(out.view(problem.out_shape).to(dtype), l, residual)
+    with on(q.device):
+        values = value_pass(call, keys=False)
+        on_hopper = call.plan.prepared(_hopper)
+        if on_hopper is not None:
+            out, l, rest = hopper.forward(on_hopper, call.q, call.k, values.x, values.c, values.counter)
+            count = None
+        else:
+            out, l, rest, count = _portable_forward(call, values, keeps)
+        _exact_forward(call, values, out, rest, l, count)
+    if out.dtype != q.dtype:  # interpreted
+        out, rest = split(out, q.dtype)
+    if out.shape != problem.out_shape:  # several batch axes, or none
+        out, l = out.view(problem.out_shape), l.view(problem.lse_shape)
+        rest = None if rest is None else rest.view(problem.out_shape)
+    return Forward(out, l, rest)
 
 
-def _hopper_serves(call: Call) -> bool:
-    """Whether the kernel for Hopper runs the call."""
-    if INTERPRETED or hopper.why_not(call.problem) or hopper.missing(call.q.device):
-        return False
-    return hopper.fits(call.q) and hopper.fits(call.k)
+def split(o: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A float32 array rounded, and the rest as int16, so that ``joined`` has nearly all of its bits.
+
+    The rest is the difference of the two as float32 in units of the last place, as far as 16 bits hold it.
+    """
+    out = o.to(dtype)
+    bits = o.view(torch.int32).long() - out.float().view(torch.int32)
+    return out, bits.clamp(-(2**15), 2**15 - 1).to(torch.int16)
 
 
-def _hopper_forward(call: Call, values: Values, wide: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    p = call.problem
-    heads = (call.batch, p.key_value_heads)
-    c = values.c.to(torch.int32).view(*heads, p.value_dim)
-    out, l, residual = hopper.forward(
-        call.q, call.k, values.x.view(*heads, *values.x.shape[1:]), c, p.beta or 0.0, p.scale,
-        hopper.causal_offset(p), wide,
-    )  # fmt: skip
-    return out, l.view(p.lse_shape), None if residual is None else residual.view(p.out_shape), None
+def joined(out: Tensor, rest: Tensor) -> Tensor:
+    """The float32 array that was split."""
+    return (out.float().view(torch.int32) + rest).view(torch.float32)
 
 
-def _portable_forward(call: Call, values: Values, wide: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The flash kernel on X: o, l, o unrounded, and how many keys a query sees where a mask or bias decides it."""
-    p, limits, options = call.problem, call.limits, call.options()
-    out = torch.empty(p.out_shape, dtype=call.q.dtype, device=call.q.device)
-    l = torch.empty(p.lse_shape, dtype=torch.float32, device=out.device)
-    residual = torch.empty(p.out_shape, dtype=torch.float32, device=out.device) if wide else None
-    tile = forward_tile(*tile_of(call))
+def _hopper(plan: Plan) -> hopper.Prepared | None:
+    """The launch of the kernel for Hopper; None where it does not run the call."""
+    p = plan.problem
+    if INTERPRETED or hopper.why_not(p) or hopper.missing(plan.device) or not (plan.fits("q") and plan.fits("k")):
+        return None
+    q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
+    k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
+    offset = hopper.causal_offset(p)
+    return hopper.prepare(q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p))
+
+
+def _portable_forward(call: Call, values: Values, keeps: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The flash kernel on X: o, l, the rest of o, and how many keys a query sees where a mask or bias decides it."""
+    plan = call.plan
+    p, device = plan.problem, plan.device
+    out = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=device)
+    l = torch.empty(out.shape[:3], dtype=torch.float32, device=device)
+    rest = torch.empty(out.shape, dtype=torch.int16, device=device) if keeps and plan.dtype != torch.float32 else None
     counted = call.mask is not None or call.bias is not None
-    count = torch.empty(l.shape, dtype=torch.int32, device=l.device) if counted else None
-    outputs = (call.query_lengths, call.key_lengths, out, residual, l)
-    fold = p.scale > 0 and p.logits_soft_cap is None
-    described, x = describe(call.k, tile.block_k), describe_rows(values.x, tile.block_k)
-    tma = tile.tma and described is not None and x is not None
-    k, k_strides = described if tma and described is not None else (call.k, call.strides("k"))
-    triton_forward.forward[(call.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),)](
-        call.q, k, x if tma else values.x, values.c, values.flags, count, call.mask, call.bias, *outputs,
-        *call.strides("q"), *k_strides, *call.strides("mask", "bias"), *call.geometry(), call.o_scale,
-        **options, EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, FOLD=fold, TMA=tma,
-        SHIFT=0 if p.beta == 0 else limits.shift, RESIDUAL=residual is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+    count = torch.empty(l.shape, dtype=torch.int32, device=device) if counted else None
+    tile = forward_tile(*plan.tile_of())
+    k, x = (describe(plan, a, tile.block_k) if tile.tma else None for a in (call.k, values.x))
+    tma = k is not None and x is not None
+    plan.prepared(_forward_launch, tma, rest is not None)(
+        call.q, k if tma else call.k, x if tma else values.x, values.c, values.flags, count, call.mask, call.bias,
+        call.query_lengths, call.key_lengths, out, rest, l,
     )  # fmt: skip
-    return out, l, residual, count
+    return out, l, rest, count
+
+
+def _forward_launch(plan: Plan, tma: bool, keeps: bool) -> Launch:
+    p, tile = plan.problem, forward_tile(*plan.tile_of())
+    return Launch(
+        triton_forward.forward, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.o_scale),
+        **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k,
+        FOLD=p.scale > 0 and p.logits_soft_cap is None, TMA=tma, SHIFT=0 if p.beta == 0 else plan.limits.shift,
+        REST=keeps, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _exact_forward(
-    call: Call, values: Values, out: Tensor, residual: Tensor | None, l: Tensor, count: Tensor | None
+    call: Call, values: Values, out: Tensor, rest: Tensor | None, l: Tensor, count: Tensor | None
 ) -> None:
     """The definition, for heads outside the fast range and for what sees NaN or infinity."""
-    p, options = call.problem, call.options()
-    heads = call.batch * p.query_heads
-    outputs = (call.query_lengths, call.key_lengths, out, residual, l)
-    share = workers(heads, triton.cdiv(p.query_length, 16) * triton.cdiv(p.value_dim, 16))
-    triton_forward.exact[(heads * share,)](
-        call.q, call.k, call.v, values.flags, count, call.mask, call.bias, *outputs,
-        *call.strides("q", "k", "v", "mask", "bias"), share, *call.geometry(), p.beta or 0.0,
-        **options, BM=16, BN=16, BE=16, FEW=FEW if residual is not None and p.beta != 0 else 0,
-        RESIDUAL=residual is not None, num_warps=4, num_stages=1,
+    call.plan.prepared(_exact_launch, rest is not None)(
+        call.q, call.k, call.v, values.flags, count, call.mask, call.bias,
+        call.query_lengths, call.key_lengths, out, rest, l,
     )  # fmt: skip
+
+
+def _exact_launch(plan: Plan, keeps: bool) -> Launch:
+    p = plan.problem
+    heads, parts = plan.batch * p.query_heads, triton.cdiv(p.value_dim, 16)
+    share = workers(heads, triton.cdiv(p.query_length, 16) * parts)
+    few_end, first = _few(plan)
+    return Launch(
+        triton_forward.exact, heads * share,
+        (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, few_end),
+        **plan.options(), BM=16, BN=16, BE=16, FEW=FEW, EP=padded(p.value_dim), FIRST=first, REST=keeps,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def _few(plan: Plan) -> tuple[int, bool]:
+    """Behind the last query that may see fewer than FEW keys, and whether all of those are the first FEW keys.
+
+    None where X is not rounded, or is v itself.
+    """
+    p = plan.problem
+    if plan.dtype == torch.float32 or p.beta == 0:
+        return 0, True
+    low, high = p.band
+    left = low is not None and low > 1 - p.query_length
+    if p.mask_shape is not None or p.bias_shape is not None or p.query_lengths or p.key_value_lengths or left:
+        return p.query_length, False
+    if p.key_length < FEW:
+        return p.query_length, False
+    return (0 if high is None else max(0, min(p.query_length, FEW - 1 - high))), True

@@ -11,44 +11,32 @@ from torch import Tensor
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
 from . import hopper, hopper_gradient, triton_backward, triton_exact
-from .call import (
-    INTERPRETED,
-    Call,
-    Values,
-    describe,
-    describe_rows,
-    matrix,
-    padded,
-    prepare,
-    tile_of,
-    value_pass,
-    workers,
-)
-from .tiles import ROWS, Tile, backward_tiles, value_block
+from .call import INTERPRETED, Call, Plan, Values, describe, layout, matrix, padded, prepare, value_pass, workers
+from .fused import joined
+from .launch import Launch, on
+from .tiles import ROWS, backward_tiles, value_block
 
 
 class Cotangents(NamedTuple):
     """What flows back, and what the kernels make of it."""
 
-    o: Tensor  # unrounded, contiguous
+    o: Tensor  # contiguous; unrounded, or beside it
+    rest: Tensor | None  # what o was rounded by
     do: Tensor  # (B, Hq, Lq, E)
     dl: Tensor | None  # (B, Hq, Lq)
-    g: Tensor  # (B·Hq, Lq, E)
-    rows: Tensor  # (2, B·Hq, Lq up to a multiple of ROWS): r and l in base 2
+    g: Tensor  # (B, Hq, Lq, E)
+    rows: Tensor  # (2, B·Hq, Lq up to a multiple of ROWS): r and l2
+    lies: tuple[Any, ...]  # what a prepared launch depends on of these
 
     @property
     def r(self) -> Tensor:
-        """The part of ds that a row has in common."""
+        """What ds has in common in a row."""
         return self.rows[0]
 
     @property
     def l2(self) -> Tensor:
-        """The log-sum-exp in base 2, +∞ where nothing flows through a row."""
+        """The log-sum-exp in base 2."""
         return self.rows[1]
-
-    def strides(self) -> list[int]:
-        """Of do and dl."""
-        return [*self.do.stride()[:3], *((0, 0, 0) if self.dl is None else self.dl.stride())]
 
 
 def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
@@ -57,133 +45,180 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     if 0 in problem.score_shape:
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
-    with torch.cuda.device_of(inputs.query):  # type: ignore[no-untyped-call]
-        values = value_pass(call)
+    with on(inputs.query.device):
+        values = value_pass(call, keys=True)
         side = _prepare_rows(call, values, forward, d_out, d_lse)
-        run = _hopper_backward if _hopper_serves(call) else _portable_backward
-        dq, dk, dv = run(call, values, side)
-        if problem.beta != 0:
-            _launch_exact(call, values, side, dq, dk, dv)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
+        on_hopper = call.plan.prepared(_hopper)
+        if on_hopper is not None:
+            dq, dk, dv = hopper_gradient.backward(on_hopper, call.q, call.k, values.x, side.g, side.rows, values.flags)
+        else:
+            dq, dk, dv = _portable_backward(call, values, side)  # dv is where X was
+        if problem.beta != 0:
+            _exact_backward(call, values, side, dq, dk, dv)
     dq, dk, dv = (a.view(x.shape).to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
     return Gradients(dq, dk, dv, dbias)
 
 
-def _inverse_beta(problem: Problem) -> float:
-    return 1 / problem.beta if problem.beta else 1.0
+def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The output, and the rest of it where it is kept apart."""
+    out, rest = forward.out, forward.residual
+    if rest is None:
+        return out.contiguous(), None
+    if rest.dtype != torch.int16:
+        return rest.contiguous(), None  # it is the output before rounding
+    if out.dtype != dtype:
+        return joined(out, rest).contiguous(), None  # interpreted
+    return out.contiguous(), rest.contiguous()
 
 
 def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Cotangents:
-    p, device = call.problem, call.q.device
-    heads, width = call.batch * p.query_heads, padded(p.value_dim)
-    do = matrix(d_out.reshape(call.batch, *d_out.shape[-3:]))
-    dl = None if d_lse is None else d_lse.reshape(call.batch, *d_lse.shape[-2:])
-    o = (forward.out if forward.residual is None else forward.residual).contiguous()
-    g = torch.empty((heads, p.query_length, p.value_dim), dtype=call.q.dtype, device=device)
-    rows = torch.empty((2, heads, triton.cdiv(p.query_length, ROWS) * ROWS), dtype=torch.float32, device=device)
-    side = Cotangents(o, do, dl, g, rows)
-    r, l2 = rows
-    block = value_block(width)
-    triton_backward.prepare_rows[(heads * (r.shape[1] // block),)](
-        o, do, dl, forward.lse.contiguous(), values.c, values.flags, g, r, l2, *side.strides(),
-        p.query_heads, p.group, p.query_length, call.y_scale, _inverse_beta(p), r.shape[1],
-        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=dl is not None, num_warps=8,
-    )  # fmt: skip
+    plan = call.plan
+    p = plan.problem
+    do = matrix(d_out)
+    dl = None if d_lse is None else d_lse.reshape(plan.batch, *d_lse.shape[-2:])
+    o, rest = _output(forward, plan.dtype)
+    lse = forward.lse.contiguous()
+    g = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=plan.device)
+    rows = torch.empty((2, plan.batch * p.query_heads, _padded_length(plan)), dtype=torch.float32, device=plan.device)
+    lies = (layout(do), None if dl is None else layout(dl), layout(lse)[1], layout(o)[1])
+    side = Cotangents(o, rest, do, dl, g, rows, (*lies, rest is not None, o.dtype))
+    plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2)
     return side
 
 
-def _hopper_serves(call: Call) -> bool:
-    if INTERPRETED or hopper.why_not(call.problem) or hopper.missing(call.q.device):
-        return False
-    return hopper.fits(call.q) and hopper.fits(call.k)
+def _side_strides(lies: tuple[Any, ...]) -> list[int]:
+    """Of do and dl."""
+    return [*lies[0][0][:3], *((0, 0, 0) if lies[1] is None else lies[1][0])]
 
 
-def _hopper_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:
-    p = call.problem
-    rows, columns = (p.query_length, p.value_dim), (p.key_length, p.value_dim)
-    return hopper_gradient.backward(
-        call.q, call.k, values.x.view(call.batch, p.key_value_heads, *columns),
-        side.g.view(call.batch, p.query_heads, *rows), side.rows, values.flags, p.beta or 1.0, p.scale,
-        hopper.causal_offset(p),
+def _padded_length(plan: Plan) -> int:
+    return int(triton.cdiv(plan.problem.query_length, ROWS) * ROWS)
+
+
+def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
+    p, width, rows = plan.problem, padded(plan.problem.value_dim), _padded_length(plan)
+    block = value_block(width)
+    return Launch(
+        triton_backward.prepare_rows, plan.batch * p.query_heads * (rows // block),
+        (*_side_strides(lies), p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, rows),
+        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=lies[1] is not None, REST=lies[4], num_warps=8,
     )  # fmt: skip
+
+
+def _hopper(plan: Plan) -> hopper_gradient.Prepared | None:
+    """The launches of the kernel for Hopper; None where it does not run the call."""
+    p = plan.problem
+    if INTERPRETED or hopper.why_not(p) or hopper.missing(plan.device) or not (plan.fits("q") and plan.fits("k")):
+        return None
+    q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
+    k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
+    offset = hopper.causal_offset(p)
+    return hopper_gradient.prepare(q, k, plan.dtype, plan.device, p.beta or 1.0, p.scale, offset)
 
 
 def _portable_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of the heads inside the fast range, contiguous."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
-    for_keys, for_queries = backward_tiles(*tile_of(call))
-    _launch_keys(call, values, side, dk, dv, for_keys)
-    _launch_queries(call, values, side, dq, for_queries)
+    """dq, dk and dv of the heads inside the fast range, contiguous.
+
+    dv takes the place of X, which the kernel that makes it reads no other rows of; so dq comes first.
+    """
+    plan = call.plan
+    dq = torch.empty(call.q.shape, dtype=plan.dtype, device=plan.device)
+    for_keys, for_queries = backward_tiles(*plan.tile_of())
+    common = (side.r, side.l2, values.flags, call.mask, call.bias, call.query_lengths, call.key_lengths)
+    k, x = (describe(plan, a, for_queries.block_k) if for_queries.tma else None for a in (call.k, values.x))
+    tma = k is not None and x is not None
+    plan.prepared(_queries_launch, tma)(call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq)
+    dk = torch.empty(call.k.shape, dtype=plan.dtype, device=plan.device)
+    dv = values.x
+    q, g = (describe(plan, a, for_keys.block_q) if for_keys.tma else None for a in (call.q, side.g))
+    tma = q is not None and g is not None
+    plan.prepared(_keys_launch, tma)(q if tma else call.q, call.k, values.x, g if tma else side.g, *common, dk, dv)
     return dq, dk, dv
 
 
-def _launch_keys(call: Call, values: Values, side: Cotangents, dk: Tensor, dv: Tensor, tile: Tile) -> None:
-    p, g, q = call.problem, describe_rows(side.g, tile.block_q), describe(call.q, tile.block_q)
-    tma = tile.tma and g is not None and q is not None
-    source, strides = q if tma and q is not None else (call.q, call.strides("q"))
-    triton_backward.backward_keys[(call.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),)](
-        source, call.k, values.x, g if tma else side.g, side.r, side.l2, values.flags, call.mask, call.bias,
-        call.query_lengths, call.key_lengths, dk, dv, *strides, *call.strides("k", "mask", "bias"),
-        *call.geometry(), _inverse_beta(p), side.r.shape[1], **call.options(),
-        EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
-        SHIFT=0 if p.beta == 0 else call.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
+def _keys_launch(plan: Plan, tma: bool) -> Launch:
+    p, (tile, _) = plan.problem, backward_tiles(*plan.tile_of())
+    return Launch(
+        triton_backward.backward_keys, plan.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
+        **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
+        SHIFT=0 if p.beta == 0 else plan.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _launch_queries(call: Call, values: Values, side: Cotangents, dq: Tensor, tile: Tile) -> None:
-    p, x, k = call.problem, describe_rows(values.x, tile.block_k), describe(call.k, tile.block_k)
-    tma = tile.tma and x is not None and k is not None
-    source, strides = k if tma and k is not None else (call.k, call.strides("k"))
-    triton_backward.backward_queries[(call.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),)](
-        call.q, source, x if tma else values.x, side.g, side.r, side.l2, values.flags, call.mask, call.bias,
-        call.query_lengths, call.key_lengths, dq, *call.strides("q"), *strides, *call.strides("mask", "bias"),
-        *call.geometry(), _inverse_beta(p), side.r.shape[1], **call.options(),
-        EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
+def _queries_launch(plan: Plan, tma: bool) -> Launch:
+    p, (_, tile) = plan.problem, backward_tiles(*plan.tile_of())
+    return Launch(
+        triton_backward.backward_queries, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
+        **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _exact_arguments(call: Call, side: Cotangents) -> list[Any]:
-    return [*call.strides("q", "k", "v"), *side.strides(), *call.strides("mask", "bias")]
+def _exact_backward(call: Call, values: Values, side: Cotangents, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """The definition, for heads outside the fast range."""
+    arrays = (
+        call.q, call.k, call.v, side.o, side.rest, side.do, side.dl, side.l2, values.flags, call.mask, call.bias,
+        call.query_lengths, call.key_lengths,
+    )  # fmt: skip
+    call.plan.prepared(_exact_queries_launch, side.lies)(*arrays, dq)
+    call.plan.prepared(_exact_keys_launch, side.lies)(*arrays, dk, dv)
 
 
-def _launch_exact(call: Call, values: Values, side: Cotangents, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    p = call.problem
-    options = call.options()
+def _exact_scalars(plan: Plan, lies: tuple[Any, ...], *more: int) -> tuple[Any, ...]:
+    strides = (*plan.strides("q", "k", "v"), *_side_strides(lies), *plan.strides("mask", "bias"))
+    return (*strides, *more, *plan.geometry(), plan.y_scale, plan.inverse_beta, _padded_length(plan))
+
+
+def _exact_constants(plan: Plan, lies: tuple[Any, ...]) -> dict[str, Any]:
+    options = plan.options()
     del options["LINEAR"]
-    options |= {"BM": 16, "BN": 16, "BE": 16, "WITH_DL": side.dl is not None, "num_warps": 4, "num_stages": 1}
-    arrays = (call.q, call.k, call.v, side.o, side.do, side.dl, side.l2, values.flags, call.mask, call.bias)
-    lengths = (call.query_lengths, call.key_lengths)
-    scalars = (*call.geometry(), call.y_scale, _inverse_beta(p), side.r.shape[1])
-    heads = call.batch * p.query_heads
+    more = {"BM": 16, "BN": 16, "BE": 16, "WITH_DL": lies[1] is not None, "REST": lies[4]}
+    return options | more | {"num_warps": 4, "num_stages": 1}
+
+
+def _exact_queries_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
+    p, heads = plan.problem, plan.batch * plan.problem.query_heads
     count = workers(heads, triton.cdiv(p.query_length, 16))
-    triton_exact.exact_queries[(heads * count,)](
-        *arrays, *lengths, dq, *_exact_arguments(call, side), count, *scalars, **options
-    )
-    heads = call.batch * p.key_value_heads
+    scalars = _exact_scalars(plan, lies, count)
+    return Launch(triton_exact.exact_queries, heads * count, scalars, **_exact_constants(plan, lies))
+
+
+def _exact_keys_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
+    p, heads = plan.problem, plan.batch * plan.problem.key_value_heads
     count = workers(heads, triton.cdiv(p.key_length, 16) * (triton.cdiv(p.value_dim, 16) + 1))
-    triton_exact.exact_keys[(heads * count,)](
-        *arrays, *lengths, dk, dv, *_exact_arguments(call, side), count, *scalars, **options
-    )
+    scalars = _exact_scalars(plan, lies, count)
+    return Launch(triton_exact.exact_keys, heads * count, scalars, **_exact_constants(plan, lies))
 
 
 def _bias_gradient(call: Call, values: Values, side: Cotangents, bias: Tensor) -> Tensor:
-    p = call.problem
-    shape = (1,) * (len(p.score_shape) - bias.ndim) + tuple(bias.shape)
-    own_batch = call.batch if any(n != 1 for n in shape[:-3]) else 1
-    sums = (shape[-2] == 1 and p.query_length > 1, shape[-1] == 1 and p.key_length > 1)
-    found = torch.empty((own_batch, *shape[-3:]), dtype=torch.float32, device=bias.device)
-    block_q, block_k = 32, 32
-    tiles = triton.cdiv(shape[-2], block_q) * triton.cdiv(shape[-1], block_k)
-    triton_exact.backward_bias[(own_batch * shape[-3] * tiles,)](
-        call.q, call.k, call.v, values.x, side.g, side.r, side.o, side.do, side.dl, side.l2, values.flags,
-        call.mask, call.bias, call.query_lengths, call.key_lengths, found, *_exact_arguments(call, side),
-        shape[-3], call.batch // own_batch, p.query_heads // shape[-3],
-        *call.geometry(), call.y_scale, _inverse_beta(p), side.r.shape[1],
-        **call.options(), EP=padded(p.value_dim), BM=block_q, BN=block_k, BE=16, SUM_I=sums[0], SUM_J=sums[1],
-        WITH_DL=side.dl is not None, num_warps=4, num_stages=1,
+    p = call.plan.problem
+    launch, shape = call.plan.prepared(_bias_launch, side.lies)
+    found = torch.empty(shape, dtype=torch.float32, device=bias.device)
+    launch(
+        call.q, call.k, call.v, values.x, side.g, side.r, side.o, side.rest, side.do, side.dl, side.l2, values.flags,
+        call.mask, call.bias, call.query_lengths, call.key_lengths, found,
     )  # fmt: skip
-    if own_batch > 1:  # (B, …) back to the batch axes that the bias has
-        found = found.reshape(*p.batch, *shape[-3:])
+    if shape[0] > 1:  # (B, …) back to the batch axes that the bias has
+        found = found.reshape(*p.batch, *shape[1:])
     gradient: Tensor = _array.unbroadcast(_array.namespace(bias), found, tuple(bias.shape))
     return gradient.to(bias.dtype)
+
+
+def _bias_launch(plan: Plan, lies: tuple[Any, ...]) -> tuple[Launch, tuple[int, ...]]:
+    """The launch, and the shape of the gradient with one batch axis."""
+    p, own = plan.problem, plan.problem.bias_shape or ()
+    shape = (1,) * (len(p.score_shape) - len(own)) + own
+    own_batch = plan.batch if any(n != 1 for n in shape[:-3]) else 1
+    block_q, block_k = 32, 32
+    tiles = triton.cdiv(shape[-2], block_q) * triton.cdiv(shape[-1], block_k)
+    scalars = _exact_scalars(plan, lies, shape[-3], plan.batch // own_batch, p.query_heads // shape[-3])
+    launch = Launch(
+        triton_exact.backward_bias, own_batch * shape[-3] * tiles, scalars,
+        **plan.options(), EP=padded(p.value_dim), BM=block_q, BN=block_k, BE=16,
+        SUM_I=shape[-2] == 1 and p.query_length > 1, SUM_J=shape[-1] == 1 and p.key_length > 1,
+        WITH_DL=lies[1] is not None, REST=lies[4], num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return launch, (own_batch, *shape[-3:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from laser_core import Problem
 
+from . import launch
+
 WIDTHS = (64, 128)
-ALIGNMENT = 16  # bytes, of the tensor memory accelerator
 ROWS = 64  # of a consumer warpgroup
 L2_BYTES = 24 << 20  # keys and values of the heads that run together should fit in this much
 
@@ -80,32 +82,7 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def fits(a: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read a (B, H, L, D) tensor as it lies."""
-    size = a.element_size()
-    lies = all(n == 1 or (s > 0 and s * size % ALIGNMENT == 0) for n, s in zip(a.shape[:-1], a.stride(), strict=False))
-    return lies and a.stride(-1) == 1 and a.data_ptr() % ALIGNMENT == 0
-
-
-@functools.cache
-def _block(rows: int, width: int, dtype: torch.dtype) -> tuple[list[int], Any]:
-    """A tile, and how it lies in shared memory."""
-    from triton.experimental.gluon import language as gl
-
-    block = [1, 1, rows, width]
-    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def _descriptor(a: Tensor, rows: int) -> Any:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    block, layout = _block(rows, a.shape[-1], a.dtype)
-    # a dimension of one element may have any stride, of which the hardware wants to hear nothing
-    strides = [a.shape[-1] if n == 1 else s for n, s in zip(a.shape[:-1], a.stride(), strict=False)] + [1]
-    return TensorDescriptor(a, list(a.shape), strides, block, layout)
-
-
-def constants(cut: Tiles, causal: bool, half: bool, residual: bool, reference: bool, factor: bool) -> dict[str, Any]:
+def constants(cut: Tiles, causal: bool, half: bool, keeps: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernel."""
     return {
         "CAUSAL": causal,
@@ -113,90 +90,96 @@ def constants(cut: Tiles, causal: bool, half: bool, residual: bool, reference: b
         "CONSUMERS": cut.consumers,
         "STAGES": cut.stages,
         "SHIFT": 15 if half else 0,  # float16 needs its whole range of exponents for the weights
-        "RESIDUAL": residual,
-        "HAS_C": reference,
-        "HAS_FACTOR": factor,
+        "REST": keeps,
         "ORDERED": cut.ordered,
         "REGISTERS": cut.registers,
     }
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many programs of such kernels run at a time."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _tiles(rows: int, width: int, dtype: torch.dtype) -> launch.Tiles:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    types = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int16: gl.int16}
+    block = [1, 1, rows, width]
+    lies = gl.NVMMASharedLayout.get_default_for(block, types[dtype])  # in shared memory
+    return launch.Tiles(lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies))
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    c: Tensor | None,
-    beta: float | Tensor,
-    scale: float,
-    causal_offset: int | None,
-    residual: bool,
-    cut: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """o = (ln2/β)·(log2 Σ_j p_ij x_je + c_e − log2 Σ_j p_ij), the log-sum-exp, and o unrounded where asked for.
+class Prepared(NamedTuple):
+    """A launch, and how its arrays are cut into tiles."""
+
+    launch: launch.Launch
+    q: launch.Tiles
+    k: launch.Tiles
+    x: launch.Tiles
+    out: launch.Tiles
+    rest: launch.Tiles | None
+
+
+Shape = Sequence[int]
+
+
+def prepare(
+    q: Shape, k: Shape, heads_x: int, dtype: torch.dtype, device: torch.device,
+    beta: float, scale: float, causal_offset: int | None, keeps: bool, cut: Tiles | None = None,
+) -> Prepared:  # fmt: skip
+    """What :func:`forward` needs, for one form of call.
 
     Args:
-        q: (B, Hq, Lq, D), float16 or bfloat16, of any strides that :func:`fits`.
+        q: The shape (B, Hq, Lq, D) of the queries.
         k: (B, Hk, Lk, D), Hq a multiple of Hk.
-        x: (B, Hx, Lk, D), 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN), Hq a multiple of Hx.
-        c: (B, Hx, D), int32, contiguous; None: all 0.
-        beta: A number, or a float32 tensor that broadcasts to (Hq, D).
+        heads_x: Hx, of which Hq is a multiple.
+        dtype: float16 or bfloat16.
+        device: Where they are.
+        beta: The inverse temperature.
         scale: Of the scores, > 0.
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        residual: Whether to return o in float32 too.
+        keeps: Whether the rest of o is asked for: what its dtype has no room for, as ``fused.split`` defines it.
         cut: The tiles; None: :func:`tiles`.
-
-    Returns:
-        o of q's shape and dtype; l (B, Hq, Lq), float32; o in float32, or None.
     """
     from . import hopper_forward
 
-    batch, heads, len_q, width = q.shape
-    len_k = k.shape[2]
-    cut = cut or tiles(width, causal_offset is not None)
-    out = torch.empty((batch, heads, len_q, width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, len_q), dtype=torch.float32, device=q.device)
-    unrounded = torch.empty(out.shape, dtype=torch.float32, device=q.device) if residual else None
-    factor = None
-    if isinstance(beta, Tensor):
-        factor = (math.log(2) / beta.to(torch.float32)).expand(heads, width).contiguous()
-    elif beta != 1:
-        factor = torch.full((heads, width), math.log(2) / beta, dtype=torch.float32, device=q.device)
-
+    batch, heads, len_q, width = q
+    causal = causal_offset is not None
+    cut = cut or tiles(width, causal)
     q_tiles = -(-len_q // (cut.consumers * ROWS))
     count = q_tiles * batch * heads
-    programs = count if cut.schedule == "grid" else min(count, processors(q.device))
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device) if cut.schedule == "dynamic" else lse
-    group = heads // k.shape[1]
-    span = max(1, L2_BYTES // (4 * len_k * width)) * group
-    causal = causal_offset is not None
-    hopper_forward.forward_kernel[(programs,)](
-        _descriptor(q, ROWS),
-        _descriptor(k, cut.block_k),
-        _descriptor(x, cut.block_k),
-        _descriptor(out, ROWS),
-        lse,
-        lse if unrounded is None else unrounded,
-        lse if c is None else c,
-        lse if factor is None else factor,
-        counter,
-        len_q,
-        len_k,
-        causal_offset or 0,
-        scale * math.log2(math.e),
-        heads,
-        batch * heads,
-        group,
-        heads // x.shape[1],
-        q_tiles,
-        count,
-        min(span, batch * heads),
-        **constants(cut, causal, q.dtype == torch.float16, residual, c is not None, factor is not None),
-        num_warps=4,
-    )
-    return out, lse, unrounded
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    group = heads // k[1]
+    span = max(1, L2_BYTES // (4 * k[2] * width)) * group
+    made = launch.Launch(
+        hopper_forward.forward_kernel, count if cut.schedule == "grid" else min(count, processors),
+        (len_q, k[2], causal_offset or 0, scale * math.log2(math.e), math.log(2) / beta, heads, batch * heads, group,
+         heads // heads_x, q_tiles, count, min(span, batch * heads)),
+        **constants(cut, causal, dtype == torch.float16, keeps), num_warps=4,
+    )  # fmt: skip
+    few, many = (functools.partial(_tiles, rows, width) for rows in (ROWS, cut.block_k))
+    return Prepared(made, few(dtype), many(dtype), many(dtype), few(dtype), few(torch.int16) if keeps else None)
+
+
+def forward(
+    made: Prepared, q: Tensor, k: Tensor, x: Tensor, c: Tensor, counter: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o = (ln2/β)·(log2 Σ_j p_ij x_je + c_e − log2 Σ_j p_ij), the log-sum-exp, and the rest of o where asked for.
+
+    Args:
+        made: By :func:`prepare` for arrays like these.
+        q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
+        k: (B, Hk, Lk, D), likewise.
+        x: (B, Hx, Lk, D), contiguous, 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN).
+        c: (B, Hx, D), int32, contiguous.
+        counter: An int32 that is 0, which the kernel counts up.
+
+    Returns:
+        o of q's shape and dtype; l (B, Hq, Lq), float32; the rest of o, int16, or None.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    to = to_rest = made.out.of(out)
+    rest = None
+    if made.rest is not None:
+        rest = torch.empty(q.shape, dtype=torch.int16, device=q.device)
+        to_rest = made.rest.of(rest)
+    made.launch(made.q.of(q), made.k.of(k), made.x.of(x), to, to_rest, lse, c, counter)
+    return out, lse, rest

@@ -35,7 +35,7 @@ from .hopper_forward import _follow
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
-ADDERS = gl.constexpr(2)
+ADDERS = gl.constexpr(2)  # one for each tile of dq that is on its way
 
 
 @builtin
@@ -80,12 +80,12 @@ def _first_queries(first_key, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexp
 
 
 @gluon.jit
-def _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
+def _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
     """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over."""
-    index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    index = gl.atomic_add(turns_ptr, 1, sem="relaxed")
     _, kv = _place(index, heads, head_span, k_tiles)
     while gl.load(flags_ptr + kv, mask=index < tiles, other=0) % 2 == 1:
-        index = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        index = gl.atomic_add(turns_ptr, 1, sem="relaxed")
         _, kv = _place(index, heads, head_span, k_tiles)
     slot = turn % 2
     mbarrier.wait(taken.index(slot), ((turn // 2) & 1) ^ 1)
@@ -96,7 +96,7 @@ def _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span,
 
 @gluon.jit
 def _producer(
-    q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, counter_ptr, flags_ptr,
+    q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, turns_ptr, flags_ptr,
     offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def _producer(
     loads = 0
     served = 0
     turn = 0
-    index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+    index = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
     while index < tiles:
         k_tile, kv = _place(index, heads, head_span, k_tiles)
         batch = kv // heads_k
@@ -146,14 +146,14 @@ def _producer(
                     loads += 1
             served += 1
         turn += 1
-        index = _draw(turn, counter_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+        index = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
 
 
 @gluon.jit
 def _adder(
     dq_desc, dq_s, place_s, bars, turns_ptr,
     offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr, PARTS: gl.constexpr,
+    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
 
@@ -174,9 +174,9 @@ def _adder(
             for t in range(q_tiles - first):
                 if it % ADDERS == WHICH:
                     i = q_tiles - 1 - t
-                    part = it % PARTS
-                    counter = turns_ptr + head * q_tiles + i
-                    mbarrier.wait(dq_full.index(part), (it // PARTS) & 1)
+                    part = it % ADDERS
+                    counter = turns_ptr + 1 + head * q_tiles + i
+                    mbarrier.wait(dq_full.index(part), (it // ADDERS) & 1)
                     if k_tile == 0:  # nothing is there yet
                         for w in gl.static_range(2):
                             tma.async_copy_shared_to_global(
@@ -275,11 +275,11 @@ def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr, columns:
 
 
 @gluon.jit
-def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr, PARTS: gl.constexpr):
+def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
     """Give what the it-th tile adds to dq to the adder."""
     _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
-    part = it % PARTS
-    mbarrier.wait(dq_free.index(part), ((it // PARTS) & 1) ^ 1)
+    part = it % ADDERS
+    mbarrier.wait(dq_free.index(part), ((it // ADDERS) & 1) ^ 1)
     shape: gl.constexpr = dq.shape
     dq_s.index(part * 2 + WHICH)._reinterpret(gl.float32, shape, gl.NVMMASharedLayout(128, 32, 2)).store(dq)
     fence_async_shared()
@@ -290,7 +290,7 @@ def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr, PARTS: gl.constexpr):
 def _step(
     s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
     to_row, beta, unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
-    SHIFT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
+    SHIFT: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The ``it``-th tile of queries, whose scores are there; the scores of the next, and dq of the one before.
 
@@ -346,7 +346,7 @@ def _step(
         dk = warpgroup_mma_wait(2, deps=(dk,))
         s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        _hand_over(dq, dq_s, bars, it - 1, WHICH, PARTS)
+        _hand_over(dq, dq_s, bars, it - 1, WHICH)
     fence_async_shared()
     mbarrier.arrive(done.index(stage))
     s = warpgroup_mma_wait(0, deps=(s,))
@@ -364,9 +364,9 @@ def _at(first, len_k, head, D: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, dv_ptr, flags_ptr,
+    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     q_full, _g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
@@ -409,7 +409,7 @@ def _consumer(
             s, dk, dv = _step(
                 s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, (q_tiles - 1) * QUERIES,
                 len_k, offset, scale2, to_row, beta, unit, careful,
-                WHICH, CAUSAL, True, True, SHIFT, STAGES, PARTS, EARLY,
+                WHICH, CAUSAL, True, True, SHIFT, STAGES, EARLY,
             )  # fmt: skip
             it += 1
             begin = 1
@@ -418,14 +418,14 @@ def _consumer(
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
                         len_k, offset, scale2, to_row, beta, unit, careful,
-                        WHICH, CAUSAL, False, False, SHIFT, STAGES, PARTS, EARLY,
+                        WHICH, CAUSAL, False, False, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
                 for t in range(gl.maximum(begin, q_tiles - full), q_tiles - first):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key,
                         (q_tiles - 1 - t) * QUERIES, len_k, offset, scale2, to_row, beta, unit, careful,
-                        WHICH, CAUSAL, False, True, SHIFT, STAGES, PARTS, EARLY,
+                        WHICH, CAUSAL, False, True, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
                 begin = 0
@@ -433,12 +433,13 @@ def _consumer(
             mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
             dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES, dq_s.shape[3]),))
             mbarrier.arrive(k_free)
-            _hand_over(dq, dq_s, bars, it - 1, WHICH, PARTS)
+            _hand_over(dq, dq_s, bars, it - 1, WHICH)
             served += 1
-        # x is read anew from global memory: a read of shared memory may come after the barrier that frees it
+        # x is read anew from global memory: a read of shared memory may come after the barrier that frees it; dv
+        # takes its place
         at, there = _at(first_key, len_k, kv, D, layout)
         dv *= gl.load(x_ptr + at, mask=there, other=0.0).to(gl.float32) * UNSHIFT
-        gl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=there)
+        gl.store(x_ptr + at, dv.to(x_ptr.dtype.element_ty), mask=there)
         gl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=there)
         turn += 1
         index = _follow(turn, place_s, drawn, taken, True)
@@ -451,9 +452,9 @@ def _consumer(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, x_ptr, dk_ptr, dv_ptr, flags_ptr, counter_ptr, turns_ptr,
+    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, x_ptr, dk_ptr, flags_ptr, turns_ptr,
     len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -466,7 +467,7 @@ def backward_kernel(
     k_s = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     x_s = gl.allocate_shared_memory(dtype, [2] + x_desc.block_type.shape, x_desc.layout)
     ds_s = gl.allocate_shared_memory(dtype, [4, ROWS, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
-    dq_s = gl.allocate_shared_memory(gl.float32, [2 * PARTS] + dq_desc.block_type.shape, dq_desc.layout)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2 * ADDERS] + dq_desc.block_type.shape, dq_desc.layout)
     place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -475,15 +476,15 @@ def backward_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
-    dq_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    dq_free = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(done.index(i), count=2)
         mbarrier.init(g_full.index(i), count=1)
-    for i in gl.static_range(PARTS):
+    for i in gl.static_range(ADDERS):
         mbarrier.init(dq_full.index(i), count=2)
         mbarrier.init(dq_free.index(i), count=1)
     for i in gl.static_range(2):
@@ -499,30 +500,30 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, dv_ptr, flags_ptr,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
+                0, CAUSAL, STAGES, SHIFT, EARLY,
             )),
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, dv_ptr, flags_ptr,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
                 len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, CAUSAL, STAGES, PARTS, SHIFT, EARLY,
+                1, CAUSAL, STAGES, SHIFT, EARLY,
             )),
             (_producer, (
                 q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
-                counter_ptr, flags_ptr,
+                turns_ptr, flags_ptr,
                 offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
                 CAUSAL, STAGES,
             )),
             (_adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, QUERIES, CAUSAL, PARTS,
+                0, QUERIES, CAUSAL,
             )),
             (_adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, QUERIES, CAUSAL, PARTS,
+                1, QUERIES, CAUSAL,
             )),
         ],
         [4, 1, 1, 1],
@@ -531,22 +532,24 @@ def backward_kernel(
     # fmt: on
 
 
-@gluon.jit(do_not_specialize=["len_q", "padded_length", "offset", "group"])
+@gluon.jit(do_not_specialize=["len_q", "q_tiles", "offset", "group"])
 def round_kernel(
-    sums_ptr, dq_ptr, flags_ptr, len_q, padded_length, offset, scale, group,
+    sums_ptr, dq_ptr, flags_ptr, len_q, q_tiles, offset, scale, group,
     QUERIES: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: tiles of queries, heads."""
+    """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: B·Hq · tiles of queries."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    first = gl.program_id(0) * QUERIES
-    head = gl.program_id(1).to(gl.int64)
-    if gl.load(flags_ptr + gl.program_id(1) // group) % 2 == 0:
+    head = gl.program_id(0) // q_tiles
+    first = gl.program_id(0) % q_tiles * QUERIES
+    if gl.load(flags_ptr + head // group) % 2 == 0:
         row = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout)), 1)
         column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
         there = (row < len_q - first) & (column < D)
         sees = there
         if CAUSAL:
             sees = there & (first + QUERIES - 1 + offset >= 0)
-        sums = gl.load(sums_ptr + (head * padded_length + first) * D + (row * D + column), mask=sees, other=0.0)
-        at = dq_ptr + (head * len_q + first) * D + (row * D + column)
-        gl.store(at, (sums * scale).to(dq_ptr.dtype.element_ty), mask=there)
+        at = row * D + column
+        begin = head.to(gl.int64) * q_tiles * QUERIES + first
+        sums = gl.load(sums_ptr + begin * D + at, mask=sees, other=0.0)
+        begin = head.to(gl.int64) * len_q + first
+        gl.store(dq_ptr + begin * D + at, (sums * scale).to(dq_ptr.dtype.element_ty), mask=there)

@@ -83,10 +83,12 @@ def _follow(turn, place_s, place_full, place_free, DYNAMIC: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, x_desc, q_s, k_s, x_s, place_s, bars, counter_ptr,
-    len_k, offset, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
-    CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    common, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    (
+        q_desc, k_desc, x_desc, q_s, k_s, x_s, place_s, bars, counter_ptr,
+        len_k, offset, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
+    ) = common  # fmt: skip
     q_full, q_free, k_full, k_free, x_full, x_free, place_full, place_free, _order = bars
     BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
     loads = 0
@@ -246,11 +248,13 @@ def _log2_parts(a):
 
 @gluon.jit
 def _consumer(
-    o_desc, q_s, k_s, x_s, o_s, place_s, bars, lse_ptr, residual_ptr, c_ptr, factor_ptr,
-    len_q, len_k, offset, scale2, heads_q, heads, group_x, q_tiles, tiles, head_span,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    SHIFT: gl.constexpr, RESIDUAL: gl.constexpr, HAS_C: gl.constexpr, HAS_FACTOR: gl.constexpr, ORDERED: gl.constexpr,
+    common, WHICH: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, SHIFT: gl.constexpr, REST: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
+    (
+        o_desc, rest_desc, q_s, k_s, x_s, o_s, rest_s, place_s, bars, lse_ptr, c_ptr,
+        len_q, len_k, offset, scale2, o_scale, heads_q, heads, group_x, q_tiles, tiles, head_span,
+    ) = common  # fmt: skip
     q_full, q_free, k_full, k_free, x_full, x_free, place_full, place_free, order = bars
     BLOCK_K: gl.constexpr = k_s.shape[3]
     E: gl.constexpr = x_s.shape[4]
@@ -312,30 +316,26 @@ def _consumer(
 
         channel = gl.arange(0, E, layout=gl.SliceLayout(0, o_layout))
         l_o = gl.expand_dims(gl.convert_layout(safe, gl.SliceLayout(1, o_layout)), 1)
-        if HAS_C:
-            # exponents apart, so that the bits do not depend on c, which knows of keys that are not visible
-            whole, rest = _log2_parts(o)
-            l_whole, l_rest = _log2_parts(l_o)
-            c = gl.load(c_ptr + (batch * (heads_q // group_x) + head // group_x) * E + channel)
-            o = (whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32) + (rest - l_rest)
-        else:
-            o = _log2(o) - _log2(l_o)
-        if HAS_FACTOR:
-            o *= gl.expand_dims(gl.load(factor_ptr + head * E + channel), 0)
-        else:
-            o *= 0.6931471805599453
+        # exponents apart, so that the bits do not depend on c, which knows of keys that are not visible
+        whole, rest = _log2_parts(o)
+        l_whole, l_rest = _log2_parts(l_o)
+        c = gl.load(c_ptr + (batch * (heads_q // group_x) + head // group_x) * E + channel)
+        o = ((whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32) + (rest - l_rest)) * o_scale
         if CAUSAL:
             o_sees = gl.convert_layout(sees, gl.SliceLayout(1, o_layout))
             o = gl.where(gl.expand_dims(o_sees, 1), o, 0.0)
-        if RESIDUAL:
-            row_o = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout))
-            at = gl.expand_dims((rows64 + row_o) * E, 1) + gl.expand_dims(channel, 0)
-            gl.store(residual_ptr + at, o, mask=gl.expand_dims(row_o < len_q, 1) & (at >= 0))
+        rounded = o.to(o_s.dtype)
         tma.store_wait(0)  # of the tile before
         gl.thread_barrier()
-        out.store(o.to(o_s.dtype))
+        out.store(rounded)
+        if REST:
+            low = o.to(gl.int32, bitcast=True) - rounded.to(gl.float32).to(gl.int32, bitcast=True)
+            low = gl.minimum(gl.maximum(low, -32768), 32767).to(gl.int16)
+            rest_s.index(WHICH)._reinterpret(gl.int16, [ROWS, E], flat).store(low)
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [batch, head, first, 0], o_s.index(WHICH))
+        if REST:
+            tma.async_copy_shared_to_global(rest_desc, [batch, head, first, 0], rest_s.index(WHICH))
         turn += 1
         index = _follow(turn, place_s, place_full, place_free, DYNAMIC)
     tma.store_wait(0)
@@ -348,17 +348,19 @@ def _consumer(
     ]
 )  # fmt: skip
 def forward_kernel(
-    q_desc, k_desc, x_desc, o_desc, lse_ptr, residual_ptr, c_ptr, factor_ptr, counter_ptr,
-    len_q, len_k, offset, scale2, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
+    q_desc, k_desc, x_desc, o_desc, rest_desc, lse_ptr, c_ptr, counter_ptr,
+    len_q, len_k, offset, scale2, o_scale, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
     CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, SHIFT: gl.constexpr,
-    RESIDUAL: gl.constexpr, HAS_C: gl.constexpr, HAS_FACTOR: gl.constexpr, ORDERED: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REST: gl.constexpr, ORDERED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The forward pass of all heads; the arguments are those that ``hopper.forward`` passes."""
     q_s = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     x_s = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
     o_s = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
+    rest_s = o_s
+    if REST:
+        rest_s = gl.allocate_shared_memory(gl.int16, [CONSUMERS] + rest_desc.block_type.shape, rest_desc.layout)
     place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
@@ -382,26 +384,22 @@ def forward_kernel(
         mbarrier.init(place_full.index(i), count=1)
         mbarrier.init(place_free.index(i), count=CONSUMERS)
     bars = (q_full, q_free, k_full, k_free, x_full, x_free, place_full, place_free, order)
-    # the arguments are written out: in a variable, the compile-time ones would become run-time ones
+    common = (
+        o_desc, rest_desc, q_s, k_s, x_s, o_s, rest_s, place_s, bars, lse_ptr, c_ptr,
+        len_q, len_k, offset, scale2, o_scale, heads_q, heads, group_x, q_tiles, tiles, head_span,
+    )  # fmt: skip
+    producer = (
+        q_desc, k_desc, x_desc, q_s, k_s, x_s, place_s, bars, counter_ptr,
+        len_k, offset, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
+    )  # fmt: skip
+    # the compile-time arguments are written out: in a variable they would become run-time ones
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (
-                    o_desc, q_s, k_s, x_s, o_s, place_s, bars, lse_ptr, residual_ptr, c_ptr, factor_ptr,
-                    len_q, len_k, offset, scale2, heads_q, heads, group_x, q_tiles, tiles, head_span,
-                    0, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, RESIDUAL, HAS_C, HAS_FACTOR, ORDERED,
-                )),
-                (_consumer, (
-                    o_desc, q_s, k_s, x_s, o_s, place_s, bars, lse_ptr, residual_ptr, c_ptr, factor_ptr,
-                    len_q, len_k, offset, scale2, heads_q, heads, group_x, q_tiles, tiles, head_span,
-                    1, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, RESIDUAL, HAS_C, HAS_FACTOR, ORDERED,
-                )),
-                (_producer, (
-                    q_desc, k_desc, x_desc, q_s, k_s, x_s, place_s, bars, counter_ptr,
-                    len_k, offset, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
-                    CAUSAL, DYNAMIC, CONSUMERS, STAGES,
-                )),
+                (_consumer, (common, 0, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, REST, ORDERED)),
+                (_consumer, (common, 1, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, REST, ORDERED)),
+                (_producer, (producer, CAUSAL, DYNAMIC, CONSUMERS, STAGES)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -409,26 +407,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (
-                    o_desc, q_s, k_s, x_s, o_s, place_s, bars, lse_ptr, residual_ptr, c_ptr, factor_ptr,
-                    len_q, len_k, offset, scale2, heads_q, heads, group_x, q_tiles, tiles, head_span,
-                    0, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, RESIDUAL, HAS_C, HAS_FACTOR, ORDERED,
-                )),
-                (_consumer, (
-                    o_desc, q_s, k_s, x_s, o_s, place_s, bars, lse_ptr, residual_ptr, c_ptr, factor_ptr,
-                    len_q, len_k, offset, scale2, heads_q, heads, group_x, q_tiles, tiles, head_span,
-                    1, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, RESIDUAL, HAS_C, HAS_FACTOR, ORDERED,
-                )),
-                (_consumer, (
-                    o_desc, q_s, k_s, x_s, o_s, place_s, bars, lse_ptr, residual_ptr, c_ptr, factor_ptr,
-                    len_q, len_k, offset, scale2, heads_q, heads, group_x, q_tiles, tiles, head_span,
-                    2, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, RESIDUAL, HAS_C, HAS_FACTOR, ORDERED,
-                )),
-                (_producer, (
-                    q_desc, k_desc, x_desc, q_s, k_s, x_s, place_s, bars, counter_ptr,
-                    len_k, offset, heads_q, heads, group_k, group_x, q_tiles, tiles, head_span,
-                    CAUSAL, DYNAMIC, CONSUMERS, STAGES,
-                )),
+                (_consumer, (common, 0, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, REST, ORDERED)),
+                (_consumer, (common, 1, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, REST, ORDERED)),
+                (_consumer, (common, 2, CAUSAL, DYNAMIC, CONSUMERS, STAGES, SHIFT, REST, ORDERED)),
+                (_producer, (producer, CAUSAL, DYNAMIC, CONSUMERS, STAGES)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

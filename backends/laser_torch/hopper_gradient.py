@@ -1,68 +1,128 @@
-"""Host side of the Hopper backward kernel: its tiles and the launch. What it serves is what the forward kernel does."""
+"""Host side of the Hopper backward kernel: its tiles and the launch. It serves what the forward kernel does."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .hopper import L2_BYTES, ROWS, processors
+from . import launch
+from .hopper import L2_BYTES, ROWS
 
 
 class Tiles(NamedTuple):
-    """``stages`` tiles of 64 or 128 queries in flight, ``parts`` of dq that wait to be added, no more than stages."""
+    """How a problem is cut: ``stages`` tiles of 64 or 128 queries in flight."""
 
     queries: int
     stages: int
-    parts: int
     early: bool  # whether dv's product starts before ds is worked out
     registers: int
 
 
 def tiles(width: int) -> Tiles:
-    """How the backward kernel is cut for head dimension ``width``."""
-    return Tiles(128 if width == 64 else 64, 2, 2, False, 240)
+    """How the backward kernel is cut for head dimension ``width``: see docs/hopper-log.md."""
+    return Tiles(128 if width == 64 else 64, 2, False, 240)
 
 
 def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
-    """The compile-time arguments of the backward kernel."""
+    """The compile-time arguments of the kernel."""
     return {
         "CAUSAL": causal,
         "STAGES": cut.stages,
-        "PARTS": cut.parts,
-        "SHIFT": 15 if half else 0,
+        "SHIFT": 15 if half else 0,  # float16 needs its whole range of exponents for the weights
         "EARLY": cut.early,
         "REGISTERS": cut.registers,
     }
 
 
-def tile_layout(block: list[int], size: int, swizzle: int) -> Any:
+def blocks(cut: Tiles, width: int) -> dict[str, tuple[list[int], int]]:
+    """The tiles by the name of the argument, and how many bytes are swizzled in shared memory."""
+    halves = cut.queries == ROWS  # a warpgroup makes half of the columns of a tile of dq, otherwise half of its queries
+    queries, keys = [1, 1, cut.queries, width], [1, 1, ROWS, width]
+    return {
+        "q_desc": (queries, 128),
+        "g_desc": (queries, 128),
+        "rows_desc": ([2, 1, cut.queries], 0),
+        "k_desc": (keys, width if halves else 128),
+        "x_desc": (keys, 128),
+        "dq_desc": ([1, ROWS, width // 2 if halves else width], 128),
+    }
+
+
+def lies(block: list[int], swizzled: int, size: int) -> Any:
     """How a tile of elements of so many bytes lies in shared memory."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout(swizzle, 8 * size, len(block))
+    return gl.NVMMASharedLayout(swizzled, 8 * size, len(block))
 
 
-def _tile(a: Tensor, block: list[int], swizzle: int = 128) -> Any:
+def _tiles(block: list[int], swizzled: int) -> launch.Tiles:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    strides = [a.shape[-1] if n == 1 else s for n, s in zip(a.shape[:-1], a.stride(), strict=False)] + [1]
-    return TensorDescriptor(a, list(a.shape), strides, block, tile_layout(block, a.element_size(), swizzle))
+    return launch.Tiles(
+        lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies(block, swizzled, x.itemsize))
+    )
+
+
+class Prepared(NamedTuple):
+    """The launches, and how their arrays are cut into tiles."""
+
+    launch: launch.Launch
+    rounding: launch.Launch
+    tiles: list[launch.Tiles]  # of q, g, rows, k, x and the sums
+    q_tiles: int
+    queries: int
+
+
+Shape = Sequence[int]
+
+
+def prepare(
+    q: Shape, k: Shape, dtype: torch.dtype, device: torch.device,
+    beta: float, scale: float, causal_offset: int | None, cut: Tiles | None = None,
+) -> Prepared:  # fmt: skip
+    """What :func:`backward` needs, for one form of call.
+
+    Args:
+        q: The shape (B, Hq, Lq, D) of the queries.
+        k: (B, Hk, Lk, D), Hq a multiple of Hk.
+        dtype: float16 or bfloat16.
+        device: Where they are.
+        beta: The inverse temperature, not 0.
+        scale: Of the scores, > 0.
+        causal_offset: Query i sees the keys ≤ i + offset; None: all.
+        cut: The tiles; None: :func:`tiles`.
+    """
+    from . import hopper_backward
+
+    (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
+    cut = cut or tiles(width)
+    causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
+    q_tiles, k_tiles, group = -(-len_q // cut.queries), -(-len_k // (2 * ROWS)), heads // heads_k
+    count = batch * heads_k * k_tiles
+    span = max(1, L2_BYTES // (8 * q_tiles * cut.queries * width * group))
+    scale2 = scale * math.log2(math.e)
+    # ds/β in the kernel where the weights are scaled up, otherwise with the scale
+    unit, scale = (2.0**-15 / beta, scale) if half else (1.0, scale / beta)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    main = launch.Launch(
+        hopper_backward.backward_kernel, min(count, processors),
+        (len_k, offset, scale, scale2, -1 / scale2, beta, unit, heads_k, batch * heads_k, group, q_tiles, k_tiles,
+         count, min(span, batch * heads_k)),
+        **constants(cut, causal, half), num_warps=4,
+    )  # fmt: skip
+    rounding = launch.Launch(
+        hopper_backward.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
+        QUERIES=cut.queries, D=width, CAUSAL=causal, num_warps=4,
+    )  # fmt: skip
+    return Prepared(main, rounding, [_tiles(*b) for b in blocks(cut, width).values()], q_tiles, cut.queries)
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    x: Tensor,
-    g: Tensor,
-    rows: Tensor,
-    flags: Tensor,
-    beta: float,
-    scale: float,
-    causal_offset: int | None,
-    cut: Tiles | None = None,
+    made: Prepared, q: Tensor, k: Tensor, x: Tensor, g: Tensor, rows: Tensor, flags: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, of the heads that are not flagged: what those of the others hold is for another to write.
 
@@ -70,67 +130,20 @@ def backward(
     dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
 
     Args:
-        q: (B, Hq, Lq, D), float16 or bfloat16, of any strides that :func:`.hopper.fits`.
-        k: (B, Hk, Lk, D), Hq a multiple of Hk.
-        x: (B, Hk, Lk, D), 2^(βv·log2e − c), finite.
-        g: (B, Hq, Lq, D), do·2^(c − βo·log2e), finite.
-        rows: (2, B·Hq, L), float32, L ≥ Lq a multiple of 64: r, and the log-sum-exp in base 2, +∞ from Lq on and
+        made: By :func:`prepare` for arrays like these.
+        q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
+        k: (B, Hk, Lk, D), likewise.
+        x: (B, Hk, Lk, D), contiguous, 2^(βv·log2e − c), finite; dv takes its place.
+        g: (B, Hq, Lq, D), contiguous, do·2^(c − βo·log2e), finite.
+        rows: (2, B·Hq, L), float32, L ≥ Lq a multiple of 128: r, and the log-sum-exp in base 2, +∞ from Lq on and
             where nothing flows through a query.
-        flags: (B·Hk,), int32; odd: not this head.
-        beta: The inverse temperature, not 0.
-        scale: Of the scores, > 0.
-        causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        cut: The tiles; None: :func:`tiles`.
+        flags: (B·Hk,), int32; odd: not this head; 2: its keys may not be finite; 4: nor its queries.
     """
-    from . import hopper_backward as kernels
-
-    batch, heads, len_q, width = q.shape
-    heads_k, len_k = k.shape[1:3]
-    cut = cut or tiles(width)
-    queries, half_width = cut.queries, cut.queries == ROWS
-    q_tiles, k_tiles, group = -(-len_q // queries), -(-len_k // (2 * ROWS)), heads // heads_k
-    dq, dk, dv = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, x))
-    sums = torch.empty((batch * heads, q_tiles * queries, width), dtype=torch.float32, device=q.device)
-    turns = torch.zeros(1 + batch * heads * q_tiles, dtype=torch.int32, device=q.device)
-    of_queries, of_keys = [1, 1, queries, width], [1, 1, ROWS, width]
-    count = batch * heads_k * k_tiles
-    span = max(1, L2_BYTES // (8 * q_tiles * queries * width * group))
-    half = q.dtype == torch.float16
-    unit = 1 / beta * 2.0**-15
-    scale_ds = scale if half else scale / beta
-    offset = causal_offset or 0
-    kernels.backward_kernel[(min(count, processors(q.device)),)](
-        _tile(q, of_queries),
-        _tile(g, of_queries),
-        _tile(rows, [2, 1, queries], 0),
-        _tile(k, of_keys, width if half_width else 128),
-        _tile(x, of_keys),
-        _tile(sums, [1, ROWS, width // 2 if half_width else width]),
-        x,
-        dk,
-        dv,
-        flags,
-        turns,
-        turns[1:],
-        len_k,
-        offset,
-        scale_ds,
-        scale * math.log2(math.e),
-        -1 / (scale * math.log2(math.e)),
-        beta,
-        unit,
-        heads_k,
-        batch * heads_k,
-        group,
-        q_tiles,
-        k_tiles,
-        count,
-        min(span, batch * heads_k),
-        **constants(cut, causal_offset is not None, half),
-        num_warps=4,
-    )
-    kernels.round_kernel[(q_tiles, batch * heads)](
-        sums, dq, flags, len_q, q_tiles * queries, offset, scale_ds, group,
-        QUERIES=queries, D=width, CAUSAL=causal_offset is not None, num_warps=4,
-    )  # fmt: skip
-    return dq, dk, dv
+    batch, heads, _, width = q.shape
+    dq, dk = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k))
+    sums = torch.empty((batch * heads, made.q_tiles * made.queries, width), dtype=torch.float32, device=q.device)
+    turns = torch.zeros((1 + batch * heads * made.q_tiles,), dtype=torch.int32, device=q.device)
+    arrays = (q, g, rows, k, x, sums)
+    made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), x, dk, flags, turns)
+    made.rounding(sums, dq, flags)
+    return dq, dk, x

@@ -15,6 +15,7 @@ import triton.language as tl
 from .triton_values import (
     UNSPECIALIZED,
     is_finite,
+    joined,
     key_range,
     length_of,
     load_rows,
@@ -29,10 +30,11 @@ CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all t
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_rows(
-    O, DO, DL, L, C, Flags, G, Row, L2,
+    O, Rest, DO, DL, L, C, Flags, G, Row, L2,
     do_b, do_h, do_n, dl_b, dl_h, dl_n,
     heads, group, query_length, y_scale, inverse_beta, padded_length,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, LINEAR: tl.constexpr, WITH_DL: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """G, r and l in base 2; r and l up to a padded length, with l = +∞. Grid: B·Hq · blocks of that length."""
     blocks = padded_length // BM
@@ -43,7 +45,10 @@ def prepare_rows(
     inside = m0 + m_ < query_length
     own = head.to(tl.int64) * query_length + m0
     l = tl.load(L + own + m_, mask=inside, other=float("-inf"))
-    o = load_rows(O + own * E, 0, E, m_[:, None], e[None, :], query_length - m0, E, True, E != EP).to(tl.float32)
+    o = load_rows(O + own * E, 0, E, m_[:, None], e[None, :], query_length - m0, E, True, E != EP)
+    if REST:
+        o = joined(o, load_rows(Rest + own * E, 0, E, m_[:, None], e[None, :], query_length - m0, E, True, E != EP))
+    o = o.to(tl.float32)
     do = load_rows(DO + b * do_b + h * do_h, m0, do_n, m_[:, None], e[None, :], query_length, E, True, E != EP)
     do = do.to(tl.float32)
     dl = tl.zeros((BM,), tl.float32)
@@ -62,7 +67,7 @@ def prepare_rows(
         g = do
         r = tl.where(live, dl, 0.0) - tl.sum(do * o, 1)
     else:
-        c = tl.load(C + head // group * EP + e)[None, :]
+        c = tl.load(C + head // group * EP + e)[None, :].to(tl.float32)
         z = o * y_scale
         n = tl.floor(z + 0.5)
         g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2((c - n).to(tl.int32)), 0.0)
@@ -100,7 +105,7 @@ def probabilities(
 @triton.jit
 def _walk_queries(
     dk, dv, k, x, Q, G, Row, L2, first, full_first, full_last, last, q_end, k_end, j, b, h,
-    q_n, q_row, q_column, own, own_row,
+    q_n, own, own_row,
     m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -110,8 +115,8 @@ def _walk_queries(
     for index in tl.range(0, tile_count(first, full_first, full_last, last, BM, MASKED)):
         start = tile_start(index, first, full_first, full_last, BM, MASKED)
         if TMA:
-            q = Q.load([q_row + start, q_column])
-            g = G.load([own.to(tl.int32) + start, 0])
+            q = Q.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BM, DP)
+            g = G.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BM, EP)
         else:
             q = load_rows(Q, start, q_n, m_[:, None], d[None, :], q_end, D, MASKED, D != DP)
             g = load_rows(G + own * E, start, E, m_[:, None], e[None, :], q_end, E, MASKED, E != EP)
@@ -175,22 +180,19 @@ def backward_keys(
         h = h_kv * group + member
         own = (kv * group + member).to(tl.int64) * query_length
         own_row = (kv * group + member).to(tl.int64) * padded_length
-        q_row, q_column = 0, 0
         if TMA:
-            q_row = (b * q_b + h * q_h).to(tl.int32)
-            q_column = (h * q_n).to(tl.int32)
             Qh = Q
         else:
             Qh = Q + b * q_b + h * q_h
         if not (MASK or BIAS):
             dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, full_last, last,
             q_end, k_end, j, b, h,
-                q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                q_n, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, False, TMA,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
         dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, full_last, last,
             q_end, k_end, j, b, h,
-            q_n, q_row, q_column, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+            q_n, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
             low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     dv *= 2.0**-SHIFT
@@ -206,7 +208,7 @@ def backward_keys(
 
 @triton.jit
 def _walk_keys(
-    dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h, k_n, k_row, k_column, x_row,
+    dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h, k_n, h_kv,
     n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -216,8 +218,8 @@ def _walk_keys(
     for index in tl.range(0, tile_count(first, full_first, full_last, last, BN, MASKED)):
         start = tile_start(index, first, full_first, full_last, BN, MASKED)
         if TMA:
-            k = K.load([k_row + start, k_column])
-            x = X.load([x_row + start, 0])
+            k = K.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, DP)
+            x = X.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, EP)
         else:
             k = load_rows(K, start, k_n, n[:, None], d[None, :], k_end, D, MASKED, D != DP)
             x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
@@ -259,16 +261,12 @@ def backward_queries(
     if flags % 2 == 1:
         return
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    h_kv = h // group
+    h_kv = (h // group).to(tl.int32)
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
     i = m0 + m_
-    k_row, k_column, x_row = 0, 0, kv * key_length
-    if TMA:
-        k_row = (b * k_b + h_kv * k_h).to(tl.int32)
-        k_column = (h_kv * k_n).to(tl.int32)
-    else:
+    if not TMA:
         K += b * k_b + h_kv * k_h
         X += kv.to(tl.int64) * key_length * E
     own = head.to(tl.int64) * query_length
@@ -286,11 +284,11 @@ def backward_queries(
     full_last = tl.where(careful, first, full_last)
     if not (MASK or BIAS):
         dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
-            k_n, k_row, k_column, x_row,
+            k_n, h_kv,
             n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
             D, E, DP, EP, BN, False, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
     dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
-        k_n, k_row, k_column, x_row, n, d, e,
+        k_n, h_kv, n, d, e,
         Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
         D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
     tl.store(DQ + (own + m0) * D + (m_[:, None] * D + d[None, :]), (dq * scale).to(DQ.dtype.element_ty),

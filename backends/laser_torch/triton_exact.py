@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward import probabilities
-from .triton_values import UNSPECIALIZED, is_finite, key_range, length_of, load_rows, to_scores
+from .triton_values import UNSPECIALIZED, is_finite, joined, key_range, length_of, load_rows, to_scores
 
 
 @triton.jit
@@ -20,10 +20,14 @@ def _values(V, start, v_n, n, e, k_end, E: tl.constexpr):
 
 
 @triton.jit
-def _rows(O, DO, own, do_base, do_n, m0, m_, e, q_end, E: tl.constexpr):
+def _rows(O, Rest, DO, own, do_base, do_n, m0, m_, e, q_end, E: tl.constexpr, REST: tl.constexpr):
     """o and do of a tile, zero where they are not finite or not there."""
     keep = (m0 + m_ < q_end)[:, None] & (e < E)[None, :]
-    o = tl.load(O + (own + m0) * E + (m_[:, None] * E + e[None, :]), mask=keep, other=0.0).to(tl.float32)
+    at = (own + m0) * E + (m_[:, None] * E + e[None, :])
+    o = tl.load(O + at, mask=keep, other=0.0)
+    if REST:
+        o = joined(o, tl.load(Rest + at, mask=keep, other=0))
+    o = o.to(tl.float32)
     at = DO + do_base + tl.cast(m0, tl.int64) * do_n + (m_[:, None] * do_n + e[None, :])
     do = tl.load(at, mask=keep, other=0.0).to(tl.float32)
     return tl.where(is_finite(o), o, 0.0), tl.where(is_finite(do), do, 0.0)
@@ -39,15 +43,15 @@ def _weights(s, l2, o, v, y_scale):
 
 @triton.jit
 def _score_cotangents(
-    s, l2, dl, O, DO, V, own, do_base, do_n, v_n, m0, start, m_, n, q_end, k_end, y_scale, inverse_beta,
-    E: tl.constexpr, BE: tl.constexpr,
+    s, l2, dl, O, Rest, DO, V, own, do_base, do_n, v_n, m0, start, m_, n, q_end, k_end, y_scale, inverse_beta,
+    E: tl.constexpr, BE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """ds of a tile."""
     p = tl.where((s == float("-inf")) | (l2 == float("inf"))[:, None], 0.0, tl.exp2(s - l2[:, None]))
     ds = p * dl[:, None]
     for first in range(0, E, BE):
         e = first + tl.arange(0, BE)
-        o, do = _rows(O, DO, own, do_base, do_n, m0, m_, e, q_end, E)
+        o, do = _rows(O, Rest, DO, own, do_base, do_n, m0, m_, e, q_end, E, REST)
         w = _weights(s, l2, o, _values(V, start, v_n, n, e, k_end, E), y_scale)
         ds += tl.sum((w - p[:, :, None]) * do[:, None, :], 2) * inverse_beta
     return ds
@@ -55,13 +59,14 @@ def _score_cotangents(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact_queries(
-    Q, K, V, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
+    Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
     workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
-    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq. Grid: B·Hq · workers."""
     head = tl.program_id(0) // workers
@@ -92,8 +97,8 @@ def exact_queries(
             s, slope = to_scores(tl.dot(q, k.T, input_precision=PRECISION), i[:, None], (start + n)[None, :], b, h,
                 Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
-            ds = _score_cotangents(s, l2, dl, O, DO, V, own, b * do_b + h * do_h, do_n, v_n, m0, start, m_, n,
-                q_end, k_end, y_scale, inverse_beta, E, BE)  # fmt: skip
+            ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, b * do_b + h * do_h, do_n, v_n, m0, start, m_, n,
+                q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
             if CAP:
                 ds = tl.where(s == float("-inf"), 0.0, ds * slope)
             dq = tl.dot(ds, tl.where(is_finite(k), k, 0.0).to(tl.float32), dq, input_precision="ieee")
@@ -103,13 +108,14 @@ def exact_queries(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact_keys(
-    Q, K, V, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
+    Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
     workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
-    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, and dv of a few channels at a time. Grid: B·Hkv · workers."""
     kv = tl.program_id(0) // workers
@@ -151,13 +157,13 @@ def exact_keys(
                     if WITH_DL:
                         at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n
                         dl = tl.load(at, mask=i < q_end, other=0.0).to(tl.float32)
-                    ds = _score_cotangents(s, l2, dl, O, DO, V, own, b * do_b + h * do_h, do_n, v_n, start, n0, m_, n,
-                        q_end, k_end, y_scale, inverse_beta, E, BE)  # fmt: skip
+                    ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, b * do_b + h * do_h, do_n, v_n, start, n0,
+                        m_, n, q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
                     if CAP:
                         ds = tl.where(s == float("-inf"), 0.0, ds * slope)
                     dk = tl.dot(ds.T, tl.where(is_finite(q), q, 0.0).to(tl.float32), dk, input_precision="ieee")
                 else:
-                    o, do = _rows(O, DO, own, b * do_b + h * do_h, do_n, start, m_, e, q_end, E)
+                    o, do = _rows(O, Rest, DO, own, b * do_b + h * do_h, do_n, start, m_, e, q_end, E, REST)
                     dv += tl.sum(_weights(s, l2, o, v, y_scale) * do[:, None, :], 0)
         if part == parts - 1:
             tl.store(DK + (own_kv + n0) * D + (n[:, None] * D + d[None, :]), (dk * scale).to(DK.dtype.element_ty),
@@ -169,7 +175,7 @@ def exact_keys(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_bias(
-    Q, K, V, X, G, Row, O, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DB,
+    Q, K, V, X, G, Row, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DB,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
     own_heads, sum_batch, sum_heads,
@@ -178,7 +184,7 @@ def backward_bias(
     BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, SUM_I: tl.constexpr, SUM_J: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, WITH_DL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a bias: ds, summed in one order over the axes that the bias was broadcast along.
 
@@ -228,8 +234,8 @@ def backward_bias(
                 if WITH_DL:
                     at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n
                     dl = tl.load(at, mask=i < q_end, other=0.0).to(tl.float32)
-                total += _score_cotangents(s, l2, dl, O, DO, V + b * v_b + h_kv * v_h, own, b * do_b + h * do_h, do_n,
-                    v_n, m0, n0, m_, n, q_end, k_end, y_scale, inverse_beta, E, BE)  # fmt: skip
+                total += _score_cotangents(s, l2, dl, O, Rest, DO, V + b * v_b + h_kv * v_h, own, b * do_b + h * do_h,
+                    do_n, v_n, m0, n0, m_, n, q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
         else:
             x = load_rows(X + kv * key_length * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
             g = load_rows(G + own * E, m0, E, m_[:, None], e[None, :], q_end, E, True, E != EP)

@@ -6,9 +6,11 @@ import triton.language as tl
 from .triton_values import (
     UNSPECIALIZED,
     is_finite,
+    joined,
     key_range,
     length_of,
     load_rows,
+    split,
     split_log2,
     tile_count,
     tile_start,
@@ -19,7 +21,7 @@ from .triton_values import (
 @triton.jit
 def _tiles(
     acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
-    k_n, k_row, k_column, x_row, n, d, e,
+    k_n, h_kv, n, d, e,
     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
@@ -28,8 +30,8 @@ def _tiles(
 ):  # fmt: skip
     for index in tl.range(0, tile_count(first, full_first, full_last, last, BN, MASKED)):
         start = tile_start(index, first, full_first, full_last, BN, MASKED)
-        if TMA:  # what it reads beyond the end is hidden by the scores; X is finite everywhere
-            k = K.load([k_row + start, k_column]).T
+        if TMA:  # zero beyond the end of a head
+            k = K.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, DP).T
         else:
             k = load_rows(K, start, k_n, n[None, :], d[:, None], k_end, D, MASKED, D != DP)
         qk = tl.dot(q, k, input_precision=PRECISION)
@@ -56,7 +58,7 @@ def _tiles(
         l = l * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         if TMA:
-            x = X.load([x_row + start, 0])
+            x = X.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, EP)
         else:
             x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
         acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
@@ -72,9 +74,9 @@ def forward(
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
-    RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    REST: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o, its residual and l of one block of queries, for heads inside the fast range. Grid: B·Hq · blocks.
+    """o, its rest and l of one block of queries, for heads inside the fast range. Grid: B·Hq · blocks.
 
     acc = Σ p·X and l = Σ p with p = 2^(s − m + SHIFT), then o = log2(acc/l · 2^c)·o_scale. Where there is a mask or a
     bias, the keys that each row sees are counted.
@@ -85,7 +87,7 @@ def forward(
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
     kv = head // group
-    h_kv = h // group
+    h_kv = (h // group).to(tl.int32)
     if tl.load(Flags + kv) % 2 == 1:
         return
     if BAND_HIGH:  # the longest first
@@ -96,11 +98,7 @@ def forward(
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
     i = m0 + m_
-    k_row, k_column, x_row = 0, 0, kv * key_length
-    if TMA:  # K and X are descriptors of matrices, and the strides are those of rows, rows and columns
-        k_row = (b * k_b + h_kv * k_h).to(tl.int32)
-        k_column = (h_kv * k_n).to(tl.int32)
-    else:
+    if not TMA:  # otherwise K and X are descriptors
         K += b * k_b + h_kv * k_h
         X += kv.to(tl.int64) * key_length * E
     q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
@@ -114,11 +112,11 @@ def forward(
     )
     if not (MASK or BIAS):
         acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
-            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+            k_n, h_kv, n, d, e, Mask, Bias,
             m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
-            k_n, k_row, k_column, x_row, n, d, e, Mask, Bias,
+            k_n, h_kv, n, d, e, Mask, Bias,
         m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
         BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
 
@@ -130,7 +128,7 @@ def forward(
         o = t
     else:
         c = tl.load(C + kv * EP + e)
-        o = split_log2(t, c[None, :]) * o_scale
+        o = split_log2(t, c[None, :].to(tl.float32)) * o_scale
     o = tl.where(empty[:, None], 0.0, o)
     l = tl.where(empty, float("-inf"), (m - SHIFT + tl.log2(l)) * 0.6931471805599453)
     rows = head.to(tl.int64) * query_length + m0
@@ -139,58 +137,90 @@ def forward(
     if MASK or BIAS:
         tl.store(Count + rows + m_, count, mask=inside)
     at, keep = rows * E + m_[:, None] * E + e[None, :], inside[:, None] & (e < E)[None, :]
-    tl.store(O + at, o.to(O.dtype.element_ty), mask=keep)
-    if RESIDUAL:
-        tl.store(R + at, o, mask=keep)
+    rounded, rest = split(o, O.dtype.element_ty)
+    tl.store(O + at, rounded, mask=keep)
+    if REST:
+        tl.store(R + at, rest, mask=keep)
+
+
+@triton.jit
+def _within_range(
+    V, v_n, O, R, own, few_end, high, E: tl.constexpr, EP: tl.constexpr, FEW: tl.constexpr, REST: tl.constexpr
+):  # fmt: skip
+    """o of the queries before few_end, which see the keys ≤ i + high, put back between the values that they see."""
+    e = tl.arange(0, EP)
+    there = e < E
+    for first in range(tl.maximum(-high, 0), few_end, FEW):  # fewer than FEW rows: those that see one key and more
+        i = first + tl.arange(0, FEW)
+        keep = (i < few_end)[:, None] & there[None, :]
+        at = own + i.to(tl.int64)[:, None] * E + e[None, :]
+        rounded = tl.load(O + at, mask=keep, other=0.0)
+        o = rounded.to(tl.float32)
+        if REST:
+            o = joined(rounded, tl.load(R + at, mask=keep, other=0))
+        low = tl.full((FEW, EP), float("inf"), tl.float32)
+        top = tl.full((FEW, EP), float("-inf"), tl.float32)
+        for j in tl.static_range(FEW - 1):
+            v = tl.load(V + j * v_n + e, mask=there, other=0.0).to(tl.float32)[None, :]
+            seen = (j <= i + high)[:, None]
+            low = tl.where(seen, tl.minimum(low, v), low)
+            top = tl.where(seen, tl.maximum(top, v), top)
+        within = tl.minimum(tl.maximum(o, low), top)
+        rounded, rest = split(tl.where(o == o, within, o), O.dtype.element_ty)
+        tl.store(O + at, rounded, mask=keep)
+        if REST:
+            tl.store(R + at, rest, mask=keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact(
     Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, beta,
+    workers, heads, group, query_length, key_length, low, high, scale, cap, beta, few_end,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, FEW: tl.constexpr,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    EP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same from log Σ exp(s + βv), per channel about its own greatest term. Grid: B·Hq · workers.
 
     The exponents are natural here: βv·log2e need not be finite where βv is.
 
     Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
-    rows that see fewer than FEW keys: where X is rounded, a mean of so few can leave the range of the values.
+    rows that see fewer than FEW keys, which are before few_end: where X is rounded, a mean of so few can leave the
+    range of the values. Where these are the first FEW keys (FIRST), heads inside the range only have them put back.
     """
     head = tl.program_id(0) // workers
     b = (head // heads).to(tl.int64)
     h = (head % heads).to(tl.int64)
     h_kv = h // group
     flags = tl.load(Flags + head // group)
-    if FEW == 0:
+    if FIRST:
         if flags == 0:
+            if (few_end > 0) & (tl.program_id(0) % workers == 0):
+                own = head.to(tl.int64) * query_length * E
+                _within_range(V + b * v_b + h_kv * v_h, v_n, O, R, own, few_end, high, E, EP, FEW, REST)  # fmt: skip
             return
+    rows_end = tl.where(flags == 0, few_end, query_length)
     whole = flags % 2 == 1
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
     parts: tl.constexpr = (E + BE - 1) // BE
-    for work in range(tl.program_id(0) % workers, tl.cdiv(query_length, BM) * parts, workers):
+    for work in range(tl.program_id(0) % workers, tl.cdiv(rows_end, BM) * parts, workers):
         m0 = work // parts * BM
         e = work % parts * BE + tl.arange(0, BE)
         i = m0 + m_
         wanted = (flags != 0) & (i < query_length)
-        if FEW > 0:
-            if MASK or BIAS:
-                count = tl.load(Count + head.to(tl.int64) * query_length + i, mask=i < query_length, other=0)
-            else:
-                count = tl.maximum(k_end, 0) + i * 0
-                if BAND_HIGH:
-                    count = tl.minimum(count, i + high + 1)
-                if BAND_LOW:
-                    count -= tl.maximum(i + low, 0)
-            few = (count > 0) & (count < FEW) & (i < q_end)
+        if MASK or BIAS:
+            count = tl.load(Count + head.to(tl.int64) * query_length + i, mask=i < query_length, other=0)
         else:
-            few = i < 0
+            count = tl.maximum(k_end, 0) + i * 0
+            if BAND_HIGH:
+                count = tl.minimum(count, i + high + 1)
+            if BAND_LOW:
+                count -= tl.maximum(i + low, 0)
+        few = (count > 0) & (count < FEW) & (i < q_end) & (i < few_end)
         if tl.max((wanted | few).to(tl.int32)) > 0:
             q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
             q_odd = tl.max((~is_finite(q)).to(tl.int32), 1) > 0
@@ -244,6 +274,7 @@ def exact(
             tl.store(L + rows + m_, l, mask=inside & (whole | few | ((l != l) & (flags != 0))))
             keep = inside[:, None] & (e < E)[None, :] & (whole | few[:, None] | (~is_finite(o) & (flags != 0)))
             to = rows * E + m_[:, None] * E + e[None, :]
-            tl.store(O + to, o.to(O.dtype.element_ty), mask=keep)
-            if RESIDUAL:
-                tl.store(R + to, o, mask=keep)
+            rounded, rest = split(o, O.dtype.element_ty)
+            tl.store(O + to, rounded, mask=keep)
+            if REST:
+                tl.store(R + to, rest, mask=keep)

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 OUTSIDE = tl.constexpr(1)  # flags of a head: some channel spans more than the fast range
-BROKEN = tl.constexpr(2)  # a key or value inside the key length is NaN or infinite
+BROKEN = tl.constexpr(2)  # a value inside the key length is NaN or infinite, or a key, if they were looked at
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Sizes for which no kernel of their own is compiled
 UNSPECIALIZED = (
-    "workers heads group query_length key_length low high blocks own_heads sum_batch sum_heads "
+    "workers heads group query_length key_length low high blocks span few_end own_heads sum_batch sum_heads "
     "dl_b dl_h dl_n m_b m_h m_i b_b b_h b_i"
 ).split()
 
@@ -34,9 +34,19 @@ def is_finite(x):
 
 
 @triton.jit
+def near_exp2(y):
+    """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; others are cut off."""
+    y = tl.minimum(tl.maximum(y, -126.0), 126.0)  # a NaN too
+    t = y + 12582912.0  # 1.5·2^23: the sum is rounded to an integer, which its lowest bits show
+    power = tl.exp2(y - (t - 12582912.0)).to(tl.int32, bitcast=True)
+    return (power + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scaled_exp2(y, c):
     """2^(y − c), the same bits times a power of two for every integer c."""
-    n = tl.floor(y + 0.5)
+    far = tl.abs(y) > 2097152.0  # there, y is an integer or half of one
+    n = tl.where(far, tl.floor(y + 0.5), (y + 12582912.0) - 12582912.0)
     return tl.exp2(y - n) * pow2((n - c).to(tl.int32))
 
 
@@ -47,6 +57,21 @@ def split_log2(t, c):
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     exponent = ((bits >> 23) & 0xFF) - 127
     return tl.where(t == t, (exponent.to(tl.float32) + c) + tl.log2(mantissa), t)
+
+
+@triton.jit
+def split(o, dtype: tl.constexpr):
+    """o rounded, and the rest: the difference in units of the last place of float32, as far as int16 holds it."""
+    rounded = o.to(dtype)
+    rest = o.to(tl.int32, bitcast=True) - rounded.to(tl.float32).to(tl.int32, bitcast=True)
+    return rounded, tl.minimum(tl.maximum(rest, -32768), 32767).to(tl.int16)
+
+
+@triton.jit
+def joined(rounded, rest):
+    """The float32 number that was split."""
+    bits = rounded.to(tl.float32).to(tl.int32, bitcast=True) + rest.to(tl.int32)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -98,80 +123,104 @@ def length_of(Lengths, b, limit, GIVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_pass(
-    K, V, X, Low, High, Sum, Odd, KeyLengths,
+    K, V, X, Partial, C, Flags, Counters, KeyLengths,
     k_b, k_h, k_n, v_b, v_h, v_n,
-    heads, key_length, y_scale,
-    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
-    LENGTHS: tl.constexpr, LINEAR: tl.constexpr,
+    heads, key_length, blocks, span, y_scale,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    LENGTHS: tl.constexpr, LINEAR: tl.constexpr, KEYS: tl.constexpr,
+    RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """X for c = 0, and per block of keys the range of βv·log2e, the sum of X, and whether all is finite.
+    """X, c and the flags. Grid: B·Hkv · blocks, each of ``span`` keys.
 
-    Grid: B·Hkv · blocks of keys. Low, High, Sum: ``(B·Hkv, blocks, EP)``; Odd: ``(B·Hkv, blocks)``.
+    A program writes X for c = 0, and of its keys the range of βv·log2e, the sum of X and whether all is finite. The
+    last one of a head, whichever it is, then decides for the head, from what all have written.
+
+    Partial: ``(B·Hkv, blocks, 3, EP)``, then ``(B·Hkv, blocks)``. Counters: zeros, ``(1 + B·Hkv,)``; the first stays 0.
     """
-    blocks = tl.cdiv(key_length, BLOCK)
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     n, d, e = tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, EP)
-    start = block * BLOCK
     end = length_of(KeyLengths, b, key_length, LENGTHS)
-    counts = (start + n < end)[:, None] & (e < E)[None, :]
+    last = tl.minimum((block + 1) * span, key_length)
+    V += b * v_b + h * v_h
+    K += b * k_b + h * k_h
+    X += head.to(tl.int64) * key_length * E
+    Own = Partial + (head * blocks).to(tl.int64) * (3 * EP)
+    Odd = Partial + tl.num_programs(0).to(tl.int64) * (3 * EP) + head * blocks
 
-    v = load_rows(V + b * v_b + h * v_h, start, v_n, n[:, None], e[None, :], end, E, True, E != EP)
-    if LINEAR:
+    # of half a tile each: a thread has both halves; what is left along keys is reduced behind the loop
+    HALF: tl.constexpr = BLOCK // 2
+    low = tl.full((HALF, EP), float("inf"), tl.float32)
+    high = tl.full((HALF, EP), float("-inf"), tl.float32)
+    total = tl.zeros((HALF, EP), tl.float32)
+    odd = tl.zeros((BLOCK, EP // 8), tl.float32)  # NaN where something is not finite
+    odd_keys = tl.zeros((BLOCK, DP // 8), tl.float32)
+    k = tl.zeros((BLOCK, DP), K.dtype.element_ty)
+    if KEYS:
+        k = load_rows(K, block * span, k_n, n[:, None], d[None, :], end, D, True, D != DP)
+    v = load_rows(V, block * span, v_n, n[:, None], e[None, :], end, E, True, E != EP)
+    for start in range(block * span, last, BLOCK):
         v32 = v.to(tl.float32)
+        v = load_rows(V, start + BLOCK, v_n, n[:, None], e[None, :], end, E, True, E != EP)  # on its way meanwhile
         fine = is_finite(v32)
-        x = tl.where(fine, v32, 0.0)
-    else:
-        fine = is_finite(v.to(tl.float32) * (y_scale * 0.6931471805599453))
-        y = tl.minimum(tl.maximum(v.to(tl.float32) * y_scale, -1e38), 1e38)  # far outside, but finite
-        y = tl.where(fine, y, 0.0)
-        x = tl.where(fine & counts, scaled_exp2(y, 0.0), 0.0)
-        at = (head * blocks + block).to(tl.int64) * EP + e
-        tl.store(Low + at, tl.min(tl.where(fine & counts, y, float("inf")), 0))
-        tl.store(High + at, tl.max(tl.where(fine & counts, y, float("-inf")), 0))
-        tl.store(Sum + at, tl.sum(x, 0))
-    k = load_rows(K + b * k_b + h * k_h, start, k_n, n[:, None], d[None, :], end, D, True, D != DP)
-    odd = tl.max((~fine & counts).to(tl.int32)) | tl.max((~is_finite(k)).to(tl.int32))
-    tl.store(Odd + head * blocks + block, odd)
-    rows = X + (head.to(tl.int64) * key_length + start) * E
-    tl.store(
-        rows + n[:, None] * E + e[None, :],
-        x.to(X.dtype.element_ty),
-        mask=(start + n < key_length)[:, None] & (e < E)[None, :],
-    )
+        odd += tl.sum((v32 * 0.0).reshape(BLOCK, EP // 8, 8), 2)
+        if LINEAR:
+            x = tl.where(fine, v32, 0.0)
+        else:
+            y = v32 * y_scale
+            x = near_exp2(y)
+            counts = fine & (start + n < end)[:, None] & (e < E)[None, :]
+            y = tl.where(counts, y, float("nan")).reshape(2, HALF, EP)  # which neither minimum nor maximum sees
+            low = tl.minimum(low, tl.min(y, 0))
+            high = tl.maximum(high, tl.max(y, 0))
+            total += tl.sum(tl.where(counts, x, 0.0).reshape(2, HALF, EP), 0)
+        if KEYS:
+            odd_keys += tl.sum((k.to(tl.float32) * 0.0).reshape(BLOCK, DP // 8, 8), 2)
+            k = load_rows(K, start + BLOCK, k_n, n[:, None], d[None, :], end, D, True, D != DP)
+        at = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
+        tl.store(at, x.to(X.dtype.element_ty), mask=(start + n < last)[:, None] & (e < E)[None, :])
+    if not LINEAR:
+        own = Own + block * (3 * EP) + e
+        tl.store(own, tl.min(low, 0))
+        tl.store(own + EP, tl.max(high, 0))
+        tl.store(own + 2 * EP, tl.sum(total, 0))
+    tl.store(Odd + block, tl.sum(odd) + tl.sum(odd_keys))
+    tl.debug_barrier()  # all that this program has stored comes before its count
+    if tl.atomic_add(Counters + 1 + head, 1, sem="acq_rel") == blocks - 1:
+        _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, blocks, key_length, y_scale,
+            E, EP, BLOCK, WIDE, LINEAR, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def decide(
-    V, X, Low, High, Sum, Odd, C, Flags, KeyLengths,
-    v_b, v_h, v_n, heads, key_length, blocks, y_scale,
-    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
-    LINEAR: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr,
-    TOP: tl.constexpr,
+@triton.jit
+def _decide(
+    V, X, Partial, Odd, C, Flag, end, v_n, blocks, key_length, y_scale,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LINEAR: tl.constexpr,
+    RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """Per head: c and the flags, and X once more where c is not zero. Grid: (B·Hkv,).
+    """c and the flags of one head, and its X once more where c is not zero.
 
     All limits in bits. Inside: every channel spans at most RANGE, and ΣX is at most 2^SUM times its least X.
     Then c = 0 where βv·log2e is between EASY_LOW and EASY_HIGH; otherwise it brings the top to TOP, or the middle to 0
     where TOP is 0.
     """
-    head = tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     n, e = tl.arange(0, BLOCK), tl.arange(0, EP)
-    odd = 0
+    odd = 0.0
     low = tl.full((EP,), float("inf"), tl.float32)
     high = tl.full((EP,), float("-inf"), tl.float32)
     total = tl.zeros((EP,), tl.float32)
     w = tl.arange(0, WIDE)
     for first in range(0, blocks, WIDE):
         there = first + w < blocks
-        odd |= tl.max(tl.load(Odd + head * blocks + first + w, mask=there, other=0))
+        # .cg: what other programs wrote is read where it arrives
+        odd += tl.sum(tl.load(Odd + first + w, mask=there, other=0.0, cache_modifier=".cg"))
         if not LINEAR:
-            at = (head * blocks + first + w).to(tl.int64)[:, None] * EP + e[None, :]
-            low = tl.minimum(low, tl.min(tl.load(Low + at, mask=there[:, None], other=float("inf")), 0))
-            high = tl.maximum(high, tl.max(tl.load(High + at, mask=there[:, None], other=float("-inf")), 0))
-            total += tl.sum(tl.load(Sum + at, mask=there[:, None], other=0.0), 0)
-    flags = tl.where(odd > 0, 2, 0)
+            at, there = Partial + (first + w)[:, None] * (3 * EP) + e[None, :], there[:, None]
+            lows = tl.load(at, mask=there, other=float("inf"), cache_modifier=".cg")
+            highs = tl.load(at + EP, mask=there, other=float("-inf"), cache_modifier=".cg")
+            low = tl.minimum(low, tl.min(lows, 0))
+            high = tl.maximum(high, tl.max(highs, 0))
+            total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0, cache_modifier=".cg"), 0)
+    flags = tl.where(odd == odd, 0, 2)
     c = tl.zeros((EP,), tl.float32)
     if not LINEAR:
         some = (high >= low) & (e < E)
@@ -186,18 +235,16 @@ def decide(
         else:
             middle = tl.ceil(high) - TOP
         c = tl.where(hard, middle, 0.0)
-    tl.store(C + head * EP + e, c)
-    tl.store(Flags + head, flags)
+    tl.store(C + e, tl.minimum(tl.maximum(c, -(2.0**30)), 2.0**30).to(tl.int32))
+    tl.store(Flag, flags)
     if not LINEAR:
         if (tl.max(tl.abs(c)) > 0) & (flags % 2 == 0):
-            end = length_of(KeyLengths, b, key_length, LENGTHS)
-            rows = X + head.to(tl.int64) * key_length * E
             for start in range(0, end, BLOCK):
-                v = load_rows(V + b * v_b + h * v_h, start, v_n, n[:, None], e[None, :], end, E, True, E != EP)
-                y = v.to(tl.float32) * y_scale
-                fine = is_finite(y)
+                v = load_rows(V, start, v_n, n[:, None], e[None, :], end, E, True, E != EP).to(tl.float32)
+                fine = is_finite(v)
+                y = v * y_scale
                 x = tl.where(fine, scaled_exp2(tl.where(fine, y, c[None, :]), c[None, :]), 0.0)
-                to = rows + (tl.cast(start, tl.int64) * E) + n[:, None] * E + e[None, :]
+                to = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
                 tl.store(to, x.to(X.dtype.element_ty), mask=(start + n < end)[:, None] & (e < E)[None, :])
 
 

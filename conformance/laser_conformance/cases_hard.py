@@ -197,6 +197,30 @@ def isolation() -> Iterator[Case]:
         key_lengths=(30,),
     )
     yield case("batches", "NaN in all of another batch entry.", check="isolation of batches", batch=(3,), heads=(4, 2))
+    kinds: tuple[tuple[str, str, bool, dict[str, Any]], ...] = (  # lengths that no tile divides
+        ("plain", "A head outside the fast range beside others.", False, {"lengths": (75, 83), "dims": (32, 32)}),
+        (
+            "keys",
+            "The same, and a head whose first keys, which no query sees, hold NaN and ∞.",
+            True,
+            {"lengths": (75, 99), "dims": (16, 32), "causal": "bottom_right", "window": (8, None)},
+        ),
+        (
+            "queries",
+            "The same, and a head whose first queries, which see nothing, hold NaN and ∞; grouped.",
+            False,
+            {"lengths": (99, 75), "dims": (32, 16), "causal": "bottom_right", "heads": (8, 4)},
+        ),
+    )
+    for name, sentence, quick, spec in kinds:
+        yield Case(
+            id=f"isolation/heads-{name}",
+            sentence=sentence,
+            spec=Spec(seed=f"isolation/heads-{name}", lse=True, **{"heads": (4, 4), **spec}),
+            check="isolation of heads",
+            dtypes=EACH,
+            quick=quick,
+        )
 
 
 def determinism() -> Iterator[Case]:

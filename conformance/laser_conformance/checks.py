@@ -216,6 +216,35 @@ def isolation_of_batches(subject: Subject, data: Data) -> list[Finding]:
     return found
 
 
+def isolation_of_heads(subject: Subject, data: Data) -> list[Finding]:
+    """The second of four key/value heads is outside the fast range, the last holds NaN and ∞ where no query sees them.
+
+    All are right, and the first and third keep the bits that they have among heads like them.
+    """
+    base = subject.gradients(data)
+    found = judged(data, base)
+    group = data.spec.heads[0] // data.spec.heads[1]
+    keys, queries = hidden_from_all(data)
+    new = {}
+    for name, where, own in (("query", queries, group), ("key", keys, 1), ("value", keys, 1)):
+        x = data.arrays[name].copy()
+        broken = where[..., None] & (np.arange(x.shape[-3]) >= 3 * own)[:, None, None]
+        odd = (np.arange(x.shape[-2]) % 2)[:, None]
+        new[name] = np.where(broken, np.where(odd, math.inf, math.nan).astype(x.dtype), x)
+    new["value"][..., 1, :, :] = fill(Fill("normal", 300), f"{data.spec.seed}/wide", x.shape, data.dtype)[..., 1, :, :]
+    mixed = data.with_arrays(**new)
+    changed = subject.gradients(mixed)
+    found += judged(mixed, changed, known=False)
+    for name in changed.values:
+        kept = [slice(n * own, (n + 1) * own) for own in [1 if name in ("d_key", "d_value") else group] for n in (0, 2)]
+        axis = -2 if name == "lse" else -3
+        for heads in kept:
+            a, b = (np.moveaxis(r.values[name], axis, 0)[heads] for r in (base, changed))
+            why = "what its neighbours hold changes a head inside the fast range"
+            found.append(compare.same_bits(name, np.ascontiguousarray(b), np.ascontiguousarray(a), why))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
@@ -309,6 +338,7 @@ CHECKS: dict[str, Check] = {
     "isolation of rows": isolation_of_rows,
     "isolation of entries": isolation_of_entries,
     "isolation of batches": isolation_of_batches,
+    "isolation of heads": isolation_of_heads,
     "heads inside": strides("heads inside"),
     "columns": strides("columns"),
     "gaps": strides("gaps"),

@@ -11,7 +11,7 @@ from . import html, report, vectors
 from .arrays import known_libraries
 from .cases import LEVELS, choose
 from .generate import DTYPES
-from .judge import Verdict
+from .judge import Verdict, arrays_of
 from .run import TIME_LIMIT, CannotRun, Setup, run
 
 PASSED, FAILED, COULD_NOT = 0, 1, 2
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--load", default="", metavar="MODULE:NAME", help="a backend record that no entry point names")
     judge.add_argument("--limit", type=float, default=TIME_LIMIT, metavar="S", help="seconds per case (%(default)g)")
+    judge.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time (%(default)d)")
     _outputs(judge)
     judge.set_defaults(command=_run)
 
@@ -105,17 +106,32 @@ def _run(arguments: argparse.Namespace) -> int:
         report.may_write(path, arguments.force)
     if not arguments.limit > 0:
         raise ValueError(f"limit: got {arguments.limit:g}; allowed: a positive number of seconds")
+    if arguments.jobs < 1:
+        raise ValueError(f"jobs: got {arguments.jobs}; allowed: 1 and more")
     setup = Setup(
         arguments.backend, arguments.arrays, arguments.device, arguments.load, tuple(arguments.dtype), arguments.quick
     )
     verdicts: list[Verdict] = []
     progress = report.Progress(len(cases))
-    for verdict in run(setup, cases, arguments.limit):
-        if not verdicts or verdicts[-1].case != verdict.case:
-            progress.step(verdict)
-        verdicts.append(verdict)
+    complete = True
+    try:
+        for verdict in run(setup, cases, arguments.limit, arguments.jobs):
+            if not verdicts or verdicts[-1].case != verdict.case:
+                progress.step(verdict)
+            verdicts.append(verdict)
+    except KeyboardInterrupt:  # what was judged is not lost
+        complete = False
     progress.done()
-    return _conclude(verdicts, arguments, setup.subject().library.hardware(), _chosen(arguments))
+    subject = setup.subject()
+    done = {verdict.case for verdict in verdicts}
+    for case in cases:
+        if case.id not in done:
+            who = (case.id, case.level, setup.backend, arrays_of(subject), "")
+            verdicts.append(Verdict(*who, "skipped", None, "not run: interrupted", 0.0))
+    order = {case.id: i for i, case in enumerate(cases)}
+    verdicts.sort(key=lambda verdict: order[verdict.case])
+    code = _conclude(verdicts, arguments, subject.library.hardware(), _chosen(arguments))
+    return code if complete or code == FAILED else COULD_NOT
 
 
 def _chosen(arguments: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import queue
 import selectors
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -91,35 +93,47 @@ def run_here(setup: Setup, cases: tuple[Case, ...]) -> Iterator[Verdict]:
         yield from judge(subject, case, setup.dtypes, setup.quick)
 
 
-def run(setup: Setup, cases: tuple[Case, ...], limit: float = TIME_LIMIT) -> Iterator[Verdict]:
-    """Verdicts case by case, each within a time limit, whatever an implementation does.
+def run(setup: Setup, cases: tuple[Case, ...], limit: float = TIME_LIMIT, jobs: int = 1) -> Iterator[Verdict]:
+    """Verdicts, each case within a time limit, whatever an implementation does; with several jobs as they come.
 
     Raises:
         CannotRun: Before the first case.
     """
     subject = setup.subject()
-    worker = _Worker(setup)
+    workers = [_Worker(setup) for _ in range(max(1, min(jobs, len(cases))))]
+    free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+
+    def verdicts(case: Case) -> list[Verdict]:
+        worker, start = free.get(), time.monotonic()
+        answer = worker.ask(case.id, limit)
+        if isinstance(answer, str):
+            worker.restart()
+        free.put(worker)
+        if not isinstance(answer, str):
+            return [from_json(verdict) for verdict in answer]
+        seconds = time.monotonic() - start
+        return [Verdict(case.id, case.level, setup.backend, arrays_of(subject), "", "failed", None, answer, seconds)]
+
+    pool = ThreadPoolExecutor(len(workers))
     try:
-        for case in cases:
-            start = time.monotonic()
-            answer = worker.ask(case.id, limit)
-            if isinstance(answer, str):
-                seconds = time.monotonic() - start
-                yield Verdict(
-                    case.id, case.level, setup.backend, arrays_of(subject), "", "failed", None, answer, seconds
-                )
-                worker.close()
-                worker = _Worker(setup)
-            else:
-                yield from map(from_json, answer)
+        for future in as_completed([pool.submit(verdicts, case) for case in cases]):
+            yield from future.result()
     finally:
-        worker.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()
 
 
 class _Worker:
     """A process that judges cases by id; its answers come through a pipe of their own."""
 
     def __init__(self, setup: Setup) -> None:
+        self.setup, self.closed = setup, False
+        self._start()
+
+    def _start(self) -> None:
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
         # memory from malloc is filled with 0x7f, so that what compiled code does not write is noticed too
@@ -128,7 +142,7 @@ class _Worker:
             "PYTHONUNBUFFERED": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": os.path.join(tempfile.gettempdir(), "laser-conformance-hypothesis"),
         }
-        arguments = json.dumps({"pipe": write, **vars(setup)})
+        arguments = json.dumps({"pipe": write, **vars(self.setup)})
         self.process = subprocess.Popen(
             [sys.executable, "-m", "laser_conformance.run", arguments],
             stdin=subprocess.PIPE,
@@ -136,6 +150,7 @@ class _Worker:
             stderr=subprocess.STDOUT,
             pass_fds=(write,),
             env=environment,
+            start_new_session=True,  # an interrupt from the keyboard is for the runner
         )
         os.close(write)
         self.answers = os.fdopen(read, "rb", buffering=0)
@@ -195,8 +210,18 @@ class _Worker:
         said = self.output.read()[-2000:].decode(errors="replace").strip().splitlines()
         return f"{how}; its last words: {' | '.join(said[-3:])}" if said else how
 
+    def restart(self) -> None:
+        """Take a new process in place of one that is lost."""
+        if not self.closed:
+            self._end()
+            self._start()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
+        self.closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -133,6 +133,8 @@ def _text(report: Report) -> str:
     rows += [[name, f"can run this; {report.chosen} comes first"] for name in report.passed_over]
     rows += [[name, f"cannot: {reason}"] for name, reason in report.refused.items()]
     answer = f"backend: {report.chosen or 'none can run this'}"
+    if report.how:
+        answer += f"\n{report.how}"
     return f"{', '.join(shown)}\n{answer}\n\n{table(rows, header=['backend', 'verdict'])}"
 
 
@@ -140,6 +142,7 @@ def _document(report: Report) -> dict[str, object]:
     return {
         "problem": dataclasses.asdict(report.problem),
         "chosen": report.chosen,
+        "how": report.how,
         "passed_over": list(report.passed_over),
         "refused": report.refused,
     }

@@ -206,3 +206,17 @@ class AddressesOf32Bits(Honest):
         strides = tuple((s // x.itemsize + 2**31) % 2**32 - 2**31 for s in x.strides)
         strides = tuple(s % 2**31 * x.itemsize for s in strides)
         return np.lib.stride_tricks.as_strided(x, x.shape, strides) if x.size else x
+
+
+@flaw("isolation")
+class TileReachesNextHead(Honest):
+    """The last tile of keys reaches into the next head, and meets with weight zero what is infinite or NaN there."""
+
+    tile = 64
+
+    def average(self, problem: Problem, inputs: Inputs, s: Floats, p: Floats, l: Floats, v: Floats) -> Floats:
+        o = super().average(problem, inputs, s, p, l, v)
+        beyond = v[..., 1:, : -problem.key_length % self.tile, :]
+        x = np.exp(self.beta(problem, inputs)[1:, None, :] * beyond)
+        o[..., :-1, :, :] += (0 * x).sum(axis=-2, keepdims=True)
+        return np.asarray(o)

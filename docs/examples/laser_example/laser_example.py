@@ -183,5 +183,5 @@ BACKEND = Backend(
     backward=backward,
     frameworks=("numpy",),
     why_not=why_not,
-    residual_dtype=unrounded_output,
+    residual=unrounded_output,
 )
