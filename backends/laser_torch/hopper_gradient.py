@@ -96,7 +96,7 @@ def prepare(
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
         cut: The tiles; None: :func:`tiles`.
     """
-    from . import hopper_backward
+    from . import hopper_backward, hopper_movers
 
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
     cut = cut or tiles(width)
@@ -115,7 +115,7 @@ def prepare(
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
     rounding = launch.Launch(
-        hopper_backward.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
+        hopper_movers.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
         QUERIES=cut.queries, D=width, CAUSAL=causal, num_warps=4,
     )  # fmt: skip
     return Prepared(main, rounding, [_tiles(*b) for b in blocks(cut, width).values()], q_tiles, cut.queries)
