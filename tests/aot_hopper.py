@@ -35,14 +35,13 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> A
 def backward(form: dict[str, Any]) -> Any:
     """The compiled backward kernel of a form: dtype, width, causal."""
     dtype, width = form["dtype"], form["width"]
-    cut = hopper_gradient.tiles(width)
     types = dict.fromkeys(("x_ptr", "dk_ptr"), f"*{dtype}") | dict.fromkeys(("flags_ptr", "turns_ptr"), "*i32")
-    types |= dict.fromkeys(("scale", "scale2", "to_row", "beta", "unit"), "fp32")
-    for name, (block, swizzled) in hopper_gradient.blocks(cut, width).items():
+    types |= dict.fromkeys(("scale", "scale2", "unit"), "fp32")
+    for name, (block, swizzled) in hopper_gradient.blocks(width).items():
         wide = name in ("rows_desc", "dq_desc")
         layout = hopper_gradient.lies(block, swizzled, 4 if wide else 2)
         types[name] = f"tensordesc<{'fp32' if wide else dtype}{block},{layout!r}>"
-    constants = hopper_gradient.constants(cut, form["causal"], dtype == "fp16")
+    constants = hopper_gradient.constants(hopper_gradient.TILES, form["causal"], dtype == "fp16")
     return _compile(hopper_backward.backward_kernel, types, constants)
 
 

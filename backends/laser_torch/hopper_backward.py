@@ -76,23 +76,21 @@ def _row(rows_s, stage, WHICH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _scores(
-    k_s, q_s, rows_s, q_full, it, wanted, to_row, WHICH: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr
-):
-    """Start the product of the keys with the it-th tile of queries, less l; not wanted: of whatever is there."""
+def _scores(k_s, q_s, q_full, it, wanted, WHICH: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """Start the product of the keys with the it-th tile of queries; not wanted: with whatever is there."""
     stage = it % STAGES
     mbarrier.wait(q_full.index(stage), (it // STAGES) & 1, pred=wanted)
     QUERIES: gl.constexpr = q_s.shape[3]
-    start = gl.zeros([ROWS, QUERIES], gl.float32, layout) + _row(rows_s, stage, 1, layout) * to_row
+    zero = gl.zeros([ROWS, QUERIES], gl.float32, layout)
     k = _flat(k_s.index(WHICH + _zero()))
-    return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), start, is_async=True)
+    return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr, columns: gl.constexpr):
+def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr):
     """Start the product of ds with the keys: half of the columns, or of the queries, of the it-th tile."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-    dq = gl.zeros([ROWS, columns], gl.float32, layout)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    dq = gl.zeros([ROWS, ROWS], gl.float32, layout)
     base = _zero()
     for w in gl.static_range(2):
         ds = ds_s.index(it % 2 * 2 + w)
@@ -109,30 +107,32 @@ def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr, columns:
 @gluon.jit
 def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
     """Give what the it-th tile adds to dq to the adder."""
-    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, _flushed, dq_free, _drawn, _taken = bars
     part = it % ADDERS
     mbarrier.wait(dq_free.index(part), ((it // ADDERS) & 1) ^ 1)
-    shape: gl.constexpr = dq.shape
-    dq_s.index(part * 2 + WHICH)._reinterpret(gl.float32, shape, gl.NVMMASharedLayout(128, 32, 2)).store(dq)
+    # the elements of a thread lie together, in which no two meet in a bank; so they lie in global memory too
+    layout: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+    )
+    dq_s.index(part * 2 + WHICH)._reinterpret(gl.float32, [ROWS, ROWS], layout).store(dq)
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(part))
 
 
 @gluon.jit
 def _step(
     s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
-    to_row, beta, unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
     SHIFT: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The ``it``-th tile of queries, whose scores are there; the scores of the next, and dq of the one before.
 
     So none of the warpgroups waits for what the other does in the same tile.
     """
-    q_full, g_full, _k_full, _k_free, _x_full, _x_free, done, _dq_full, _dq_free, _drawn, _taken = bars
+    q_full, g_full, _k_full, _k_free, _x_full, _x_free, done, _flushed, _dq_free, _drawn, _taken = bars
     s_layout: gl.constexpr = s.type.layout
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    UNSHIFT: gl.constexpr = 2.0**-SHIFT
     QUERIES: gl.constexpr = q_s.shape[3]
-    columns: gl.constexpr = dq_s.shape[3]
     stage = it % STAGES
     q = _flat(q_s.index(stage))
     g = _flat(g_s.index(stage))
@@ -140,14 +140,11 @@ def _step(
     if careful & (it + 1 < last):
         mbarrier.wait(q_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1)
         _clean(q_s.index((it + 1) % STAGES))
-    start = gl.zeros([ROWS, QUERIES], gl.float32, s_layout) + _row(rows_s, stage, 0, s_layout) * beta
+    zero = gl.zeros([ROWS, QUERIES], gl.float32, s_layout)
     mbarrier.wait(g_full.index(stage), (it // STAGES) & 1)
     x = _flat(x_s.index(WHICH + _zero()))
-    dp = warpgroup_mma(x, g.permute((1, 0)), start, is_async=True)
-    if SHIFT == 0:
-        p = gl.exp2(s * scale2)
-    else:
-        p = gl.exp2(s * scale2 + SHIFT)
+    dp = warpgroup_mma(x, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+    p = gl.exp2(s * scale2 - (_row(rows_s, stage, 1, s_layout) - SHIFT))
     if MASKED:
         key = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout)) + _zero(), 1)
         p = gl.where(key < len_k - first_key, p, 0.0)
@@ -159,9 +156,7 @@ def _step(
         dp = warpgroup_mma_wait(1, deps=(dp,))
     else:
         dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds = p * dp
-    if SHIFT != 0:
-        ds *= unit
+    ds = p * (dp * unit + _row(rows_s, stage, 0, s_layout) * UNSHIFT)
     if not EARLY:
         dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
     rounded = ds.to(q_s.dtype)
@@ -171,15 +166,15 @@ def _step(
     ds_s.index(it % 2 * 2 + WHICH).store(rounded)
     dv = warpgroup_mma_wait(1, deps=(dv,))  # its weights need registers no longer
     if FIRST:
+        fence_async_shared()
         dk = warpgroup_mma_wait(0, deps=(dk,))
-        s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
+        s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
     else:
-        dq = _queries(k_s, ds_s, it - 1, WHICH, QUERIES, columns)
+        dq = _queries(k_s, ds_s, it - 1, WHICH, QUERIES)
         dk = warpgroup_mma_wait(2, deps=(dk,))
-        s = _scores(k_s, q_s, rows_s, q_full, it + 1, it + 1 < last, to_row, WHICH, STAGES, s_layout)
+        s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         _hand_over(dq, dq_s, bars, it - 1, WHICH)
-    fence_async_shared()
     mbarrier.arrive(done.index(stage))
     s = warpgroup_mma_wait(0, deps=(s,))
     return s, dk, dv
@@ -197,11 +192,11 @@ def _at(first, len_k, head, D: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _consumer(
     q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
-    len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+    len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
     WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    q_full, _g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
+    q_full, _g_full, k_full, k_free, x_full, x_free, done, flushed, _dq_free, drawn, taken = bars
     D: gl.constexpr = k_s.shape[4]
     UNSHIFT: gl.constexpr = 2.0**-SHIFT
     QUERIES: gl.constexpr = q_s.shape[3]
@@ -234,13 +229,13 @@ def _consumer(
             if careful:
                 mbarrier.wait(q_full.index(it % STAGES), (it // STAGES) & 1)
                 _clean(q_s.index(it % STAGES))
-            s = _scores(k_s, q_s, rows_s, q_full, it, True, to_row, WHICH, STAGES, s_layout)
+            s = _scores(k_s, q_s, q_full, it, True, WHICH, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.wait(x_full, served & 1)
             last = it + group * (q_tiles - first)
             s, dk, dv = _step(
                 s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, (q_tiles - 1) * QUERIES,
-                len_k, offset, scale2, to_row, beta, unit, careful,
+                len_k, offset, scale2, unit, careful,
                 WHICH, CAUSAL, True, True, SHIFT, STAGES, EARLY,
             )  # fmt: skip
             it += 1
@@ -249,23 +244,24 @@ def _consumer(
                 for _ in range(begin, q_tiles - full):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
-                        len_k, offset, scale2, to_row, beta, unit, careful,
+                        len_k, offset, scale2, unit, careful,
                         WHICH, CAUSAL, False, False, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
                 for t in range(gl.maximum(begin, q_tiles - full), q_tiles - first):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key,
-                        (q_tiles - 1 - t) * QUERIES, len_k, offset, scale2, to_row, beta, unit, careful,
+                        (q_tiles - 1 - t) * QUERIES, len_k, offset, scale2, unit, careful,
                         WHICH, CAUSAL, False, True, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
                 begin = 0
             mbarrier.arrive(x_free)
             mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
-            dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES, dq_s.shape[3]),))
+            dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES),))
             mbarrier.arrive(k_free)
             _hand_over(dq, dq_s, bars, it - 1, WHICH)
+            mbarrier.arrive(flushed.index((it - 1) % ADDERS))
             served += 1
         # x is read anew from global memory: a read of shared memory may come after the barrier that frees it; dv
         # takes its place
@@ -285,7 +281,7 @@ def _consumer(
 )  # fmt: skip
 def backward_kernel(
     q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, x_ptr, dk_ptr, flags_ptr, turns_ptr,
-    len_k, offset, scale, scale2, to_row, beta, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    len_k, offset, scale, scale2, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -308,7 +304,7 @@ def backward_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    flushed = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     dq_free = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -317,8 +313,8 @@ def backward_kernel(
         mbarrier.init(done.index(i), count=2)
         mbarrier.init(g_full.index(i), count=1)
     for i in gl.static_range(ADDERS):
-        mbarrier.init(dq_full.index(i), count=2)
         mbarrier.init(dq_free.index(i), count=1)
+        mbarrier.init(flushed.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(drawn.index(i), count=1)
         mbarrier.init(taken.index(i), count=2 + ADDERS)
@@ -326,19 +322,19 @@ def backward_kernel(
     mbarrier.init(k_free, count=2)
     mbarrier.init(x_full, count=1)
     mbarrier.init(x_free, count=2)
-    bars = (q_full, g_full, k_full, k_free, x_full, x_free, done, dq_full, dq_free, drawn, taken)
+    bars = (q_full, g_full, k_full, k_free, x_full, x_free, done, flushed, dq_free, drawn, taken)
     # the arguments are written out: in a variable, the compile-time ones would become run-time ones
     # fmt: off
     gl.warp_specialize(
         [
             (_consumer, (
                 q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
-                len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
                 0, CAUSAL, STAGES, SHIFT, EARLY,
             )),
             (_consumer, (
                 q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
-                len_k, offset, scale, scale2, to_row, beta, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
                 1, CAUSAL, STAGES, SHIFT, EARLY,
             )),
             (producer, (
@@ -350,12 +346,12 @@ def backward_kernel(
             (adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, QUERIES, CAUSAL,
+                0, QUERIES, CAUSAL, STAGES,
             )),
             (adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, QUERIES, CAUSAL,
+                1, QUERIES, CAUSAL, STAGES,
             )),
         ],
         [4, 1, 1, 1],

@@ -14,17 +14,19 @@ from .hopper import L2_BYTES, ROWS
 
 
 class Tiles(NamedTuple):
-    """How a problem is cut: ``stages`` tiles of 64 or 128 queries in flight."""
+    """How a problem is cut: ``stages`` tiles of queries in flight."""
 
-    queries: int
     stages: int
     early: bool  # whether dv's product starts before ds is worked out
     registers: int
 
 
-def tiles(width: int) -> Tiles:
-    """How the backward kernel is cut for head dimension ``width``: see docs/hopper-log.md."""
-    return Tiles(128 if width == 64 else 64, 2, False, 240)
+TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what they rest on
+
+
+def queries(width: int) -> int:
+    """Of a tile."""
+    return 8192 // width
 
 
 def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
@@ -38,17 +40,16 @@ def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
     }
 
 
-def blocks(cut: Tiles, width: int) -> dict[str, tuple[list[int], int]]:
+def blocks(width: int) -> dict[str, tuple[list[int], int]]:
     """The tiles by the name of the argument, and how many bytes are swizzled in shared memory."""
-    halves = cut.queries == ROWS  # a warpgroup makes half of the columns of a tile of dq, otherwise half of its queries
-    queries, keys = [1, 1, cut.queries, width], [1, 1, ROWS, width]
+    of_queries, of_keys = ([1, 1, queries(width), width], 128), ([1, 1, ROWS, width], 128)
     return {
-        "q_desc": (queries, 128),
-        "g_desc": (queries, 128),
-        "rows_desc": ([2, 1, cut.queries], 0),
-        "k_desc": (keys, width if halves else 128),
-        "x_desc": (keys, 128),
-        "dq_desc": ([1, ROWS, width // 2 if halves else width], 128),
+        "q_desc": of_queries,
+        "g_desc": of_queries,
+        "rows_desc": ([2, 1, queries(width)], 0),
+        "k_desc": of_keys,
+        "x_desc": of_keys,
+        "dq_desc": ([ROWS, ROWS], 0),  # of a warpgroup, in an order of its own
     }
 
 
@@ -74,7 +75,6 @@ class Prepared(NamedTuple):
     rounding: launch.Launch
     tiles: list[launch.Tiles]  # of q, g, rows, k, x and the sums
     q_tiles: int
-    queries: int
 
 
 Shape = Sequence[int]
@@ -82,7 +82,7 @@ Shape = Sequence[int]
 
 def prepare(
     q: Shape, k: Shape, dtype: torch.dtype, device: torch.device,
-    beta: float, scale: float, causal_offset: int | None, cut: Tiles | None = None,
+    beta: float, scale: float, causal_offset: int | None, cut: Tiles = TILES,
 ) -> Prepared:  # fmt: skip
     """What :func:`backward` needs, for one form of call.
 
@@ -94,31 +94,28 @@ def prepare(
         beta: The inverse temperature, not 0.
         scale: Of the scores, > 0.
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        cut: The tiles; None: :func:`tiles`.
+        cut: The tiles.
     """
     from . import hopper_backward, hopper_movers
 
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
-    cut = cut or tiles(width)
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
-    q_tiles, k_tiles, group = -(-len_q // cut.queries), -(-len_k // (2 * ROWS)), heads // heads_k
+    q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
     count = batch * heads_k * k_tiles
-    span = max(1, L2_BYTES // (8 * q_tiles * cut.queries * width * group))
-    scale2 = scale * math.log2(math.e)
-    # ds/β in the kernel where the weights are scaled up, otherwise with the scale
-    unit, scale = (2.0**-15 / beta, scale) if half else (1.0, scale / beta)
+    span = max(1, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+    scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
         hopper_backward.backward_kernel, min(count, processors),
-        (len_k, offset, scale, scale2, -1 / scale2, beta, unit, heads_k, batch * heads_k, group, q_tiles, k_tiles,
+        (len_k, offset, scale, scale2, unit, heads_k, batch * heads_k, group, q_tiles, k_tiles,
          count, min(span, batch * heads_k)),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
     rounding = launch.Launch(
         hopper_movers.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
-        QUERIES=cut.queries, D=width, CAUSAL=causal, num_warps=4,
+        QUERIES=queries(width), D=width, CAUSAL=causal, num_warps=4,
     )  # fmt: skip
-    return Prepared(main, rounding, [_tiles(*b) for b in blocks(cut, width).values()], q_tiles, cut.queries)
+    return Prepared(main, rounding, [_tiles(*b) for b in blocks(width).values()], q_tiles)
 
 
 def backward(
@@ -139,10 +136,10 @@ def backward(
             where nothing flows through a query.
         flags: (B·Hk,), int32; odd: not this head; 2: its keys may not be finite; 4: nor its queries.
     """
-    batch, heads, _, width = q.shape
+    heads = q.shape[0] * q.shape[1]
     dq, dk = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k))
-    sums = torch.empty((batch * heads, made.q_tiles * made.queries, width), dtype=torch.float32, device=q.device)
-    turns = torch.zeros((1 + batch * heads * made.q_tiles,), dtype=torch.int32, device=q.device)
+    sums = torch.empty((heads * made.q_tiles * 2 * ROWS, ROWS), dtype=torch.float32, device=q.device)
+    turns = torch.zeros((1 + heads * made.q_tiles,), dtype=torch.int32, device=q.device)
     arrays = (q, g, rows, k, x, sums)
     made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), x, dk, flags, turns)
     made.rounding(sums, dq, flags)

@@ -81,7 +81,7 @@ def producer(
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings keys, x, queries and their cotangents, of one piece of work after the other."""
-    q_full, g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
+    q_full, g_full, k_full, k_free, x_full, x_free, done, _flushed, _dq_free, drawn, taken = bars
     QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     loads = 0
     served = 0
@@ -134,17 +134,15 @@ def producer(
 def adder(
     dq_desc, dq_s, place_s, bars, turns_ptr,
     offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
+    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
 
     One of several, that take tiles by turns: it takes a while until an addition is there for others to see.
     """
-    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, drawn, taken = bars
-    # the part of a warpgroup: half of the columns, or of the queries
-    down: gl.constexpr = QUERIES - ROWS
-    across: gl.constexpr = 0 if QUERIES > ROWS else dq_desc.block_type.shape[2]
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, done, flushed, dq_free, drawn, taken = bars
     it = 0
+    ended = 0
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
@@ -155,24 +153,24 @@ def adder(
             for t in range(q_tiles - first):
                 if it % ADDERS == WHICH:
                     i = q_tiles - 1 - t
-                    part = it % ADDERS
                     counter = turns_ptr + 1 + head * q_tiles + i
-                    mbarrier.wait(dq_full.index(part), (it // ADDERS) & 1)
+                    row = (head * q_tiles + i) * (2 * ROWS)
+                    # it comes with the next tile, or when the work is done
+                    end = (member == group - 1) & (i == first)
+                    mbarrier.wait(flushed.index(WHICH), ended & 1, pred=end)
+                    mbarrier.wait(done.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=end == 0)
+                    ended += end.to(gl.int32)
                     if k_tile == 0:  # nothing is there yet
                         for w in gl.static_range(2):
-                            tma.async_copy_shared_to_global(
-                                dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
-                            )
+                            tma.async_copy_shared_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
                     else:
                         seen = _acquire(counter)
                         while seen != k_tile:
                             seen = _acquire(counter)
                         for w in gl.static_range(2):
-                            _add_to_global(
-                                dq_desc, [head, i * QUERIES + w * down, w * across], dq_s.index(part * 2 + w)
-                            )
+                            _add_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
                     tma.store_wait(0)
-                    mbarrier.arrive(dq_free.index(part))
+                    mbarrier.arrive(dq_free.index(WHICH))
                     _written()
                     gl.thread_barrier()
                     gl.atomic_add(counter, 1, sem="release", scope="gpu")
@@ -187,18 +185,24 @@ def round_kernel(
     QUERIES: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: B·Hq · tiles of queries."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     head = gl.program_id(0) // q_tiles
     first = gl.program_id(0) % q_tiles * QUERIES
     if gl.load(flags_ptr + head // group) % 2 == 0:
+        sees = True
+        if CAUSAL:
+            sees = first + QUERIES - 1 + offset >= 0
+        element = gl.arange(0, QUERIES * D, layout=gl.BlockedLayout([4], [32], [4], [0]))
+        begin = gl.program_id(0).to(gl.int64) * (QUERIES * D)
+        sums = gl.load(sums_ptr + begin + element, mask=(element >= 0) & sees, other=0.0)
+        # half, columns by 8, warp, lane by 4, lane, 8 rows further, 1 column further: as the accumulators of a product
+        sums = (sums * scale).reshape([2, 8, 4, 8, 4, 2, 2])
+        if D == 128:
+            sums = sums.permute([2, 5, 3, 0, 1, 4, 6])
+        else:
+            sums = sums.permute([0, 2, 5, 3, 1, 4, 6])
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        dq = gl.convert_layout(sums.reshape([QUERIES, D]).to(dq_ptr.dtype.element_ty), layout)
         row = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout)), 1)
         column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
-        there = (row < len_q - first) & (column < D)
-        sees = there
-        if CAUSAL:
-            sees = there & (first + QUERIES - 1 + offset >= 0)
-        at = row * D + column
-        begin = head.to(gl.int64) * q_tiles * QUERIES + first
-        sums = gl.load(sums_ptr + begin * D + at, mask=sees, other=0.0)
-        begin = head.to(gl.int64) * len_q + first
-        gl.store(dq_ptr + begin * D + at, (sums * scale).to(dq_ptr.dtype.element_ty), mask=there)
+        at = (head.to(gl.int64) * len_q + first) * D + (row * D + column)
+        gl.store(dq_ptr + at, dq, mask=(row < len_q - first) & (column < D))
