@@ -107,7 +107,7 @@ def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr):
 @gluon.jit
 def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
     """Give what the it-th tile adds to dq to the adder."""
-    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, _flushed, dq_free, _drawn, _taken = bars
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
     part = it % ADDERS
     mbarrier.wait(dq_free.index(part), ((it // ADDERS) & 1) ^ 1)
     # the elements of a thread lie together, in which no two meet in a bank; so they lie in global memory too
@@ -116,6 +116,7 @@ def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
     )
     dq_s.index(part * 2 + WHICH)._reinterpret(gl.float32, [ROWS, ROWS], layout).store(dq)
     fence_async_shared()
+    mbarrier.arrive(dq_full.index(part))
 
 
 @gluon.jit
@@ -128,7 +129,7 @@ def _step(
 
     So none of the warpgroups waits for what the other does in the same tile.
     """
-    q_full, g_full, _k_full, _k_free, _x_full, _x_free, done, _flushed, _dq_free, _drawn, _taken = bars
+    q_full, g_full, _k_full, _k_free, _x_full, _x_free, done, _dq_full, _dq_free, _drawn, _taken = bars
     s_layout: gl.constexpr = s.type.layout
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     UNSHIFT: gl.constexpr = 2.0**-SHIFT
@@ -166,7 +167,6 @@ def _step(
     ds_s.index(it % 2 * 2 + WHICH).store(rounded)
     dv = warpgroup_mma_wait(1, deps=(dv,))  # its weights need registers no longer
     if FIRST:
-        fence_async_shared()
         dk = warpgroup_mma_wait(0, deps=(dk,))
         s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
     else:
@@ -175,6 +175,8 @@ def _step(
         s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         _hand_over(dq, dq_s, bars, it - 1, WHICH)
+    if FIRST:  # otherwise that of what is handed over serves for ds too
+        fence_async_shared()
     mbarrier.arrive(done.index(stage))
     s = warpgroup_mma_wait(0, deps=(s,))
     return s, dk, dv
@@ -196,7 +198,7 @@ def _consumer(
     WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    q_full, _g_full, k_full, k_free, x_full, x_free, done, flushed, _dq_free, drawn, taken = bars
+    q_full, _g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
     D: gl.constexpr = k_s.shape[4]
     UNSHIFT: gl.constexpr = 2.0**-SHIFT
     QUERIES: gl.constexpr = q_s.shape[3]
@@ -261,7 +263,6 @@ def _consumer(
             dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES),))
             mbarrier.arrive(k_free)
             _hand_over(dq, dq_s, bars, it - 1, WHICH)
-            mbarrier.arrive(flushed.index((it - 1) % ADDERS))
             served += 1
         # x is read anew from global memory: a read of shared memory may come after the barrier that frees it; dv
         # takes its place
@@ -304,7 +305,7 @@ def backward_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    flushed = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     dq_free = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -314,7 +315,7 @@ def backward_kernel(
         mbarrier.init(g_full.index(i), count=1)
     for i in gl.static_range(ADDERS):
         mbarrier.init(dq_free.index(i), count=1)
-        mbarrier.init(flushed.index(i), count=2)
+        mbarrier.init(dq_full.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(drawn.index(i), count=1)
         mbarrier.init(taken.index(i), count=2 + ADDERS)
@@ -322,7 +323,7 @@ def backward_kernel(
     mbarrier.init(k_free, count=2)
     mbarrier.init(x_full, count=1)
     mbarrier.init(x_free, count=2)
-    bars = (q_full, g_full, k_full, k_free, x_full, x_free, done, flushed, dq_free, drawn, taken)
+    bars = (q_full, g_full, k_full, k_free, x_full, x_free, done, dq_full, dq_free, drawn, taken)
     # the arguments are written out: in a variable, the compile-time ones would become run-time ones
     # fmt: off
     gl.warp_specialize(
@@ -346,12 +347,12 @@ def backward_kernel(
             (adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                0, QUERIES, CAUSAL, STAGES,
+                0, QUERIES, CAUSAL,
             )),
             (adder, (
                 dq_desc, dq_s, place_s, bars, turns_ptr,
                 offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-                1, QUERIES, CAUSAL, STAGES,
+                1, QUERIES, CAUSAL,
             )),
         ],
         [4, 1, 1, 1],

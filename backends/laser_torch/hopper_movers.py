@@ -81,7 +81,7 @@ def producer(
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings keys, x, queries and their cotangents, of one piece of work after the other."""
-    q_full, g_full, k_full, k_free, x_full, x_free, done, _flushed, _dq_free, drawn, taken = bars
+    q_full, g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
     QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     loads = 0
     served = 0
@@ -134,15 +134,14 @@ def producer(
 def adder(
     dq_desc, dq_s, place_s, bars, turns_ptr,
     offset, heads, group, q_tiles, k_tiles, tiles, head_span,
-    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
 
     One of several, that take tiles by turns: it takes a while until an addition is there for others to see.
     """
-    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, done, flushed, dq_free, drawn, taken = bars
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, drawn, taken = bars
     it = 0
-    ended = 0
     turn = 0
     index = _follow(turn, place_s, drawn, taken, True)
     while index < tiles:
@@ -155,11 +154,7 @@ def adder(
                     i = q_tiles - 1 - t
                     counter = turns_ptr + 1 + head * q_tiles + i
                     row = (head * q_tiles + i) * (2 * ROWS)
-                    # it comes with the next tile, or when the work is done
-                    end = (member == group - 1) & (i == first)
-                    mbarrier.wait(flushed.index(WHICH), ended & 1, pred=end)
-                    mbarrier.wait(done.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1, pred=end == 0)
-                    ended += end.to(gl.int32)
+                    mbarrier.wait(dq_full.index(WHICH), (it // ADDERS) & 1)
                     if k_tile == 0:  # nothing is there yet
                         for w in gl.static_range(2):
                             tma.async_copy_shared_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
