@@ -127,6 +127,16 @@ def _triton_why_not(problem: Problem) -> str | None:
     return None
 
 
+def _how(problem: Problem) -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from . import fused, fused_backward
+
+    return f"{fused.how(problem)}\n{fused_backward.how(problem)}"
+
+
 TRITON = Backend(
     name="torch-triton",
     summary="fused kernels in Triton: a flash kernel on exponentiated values, an exact one outside the fast range",
@@ -138,6 +148,7 @@ TRITON = Backend(
     requires=("torch", "triton"),
     why_not=_triton_why_not,
     priority=lambda problem: 40 if problem.device == "cuda" else 0,
+    how=_how,
     residual=_triton_residual,
 )
 

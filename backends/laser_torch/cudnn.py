@@ -22,6 +22,8 @@ WIDEST = 128  # of cuDNN's kernels for every architecture
 
 def why_not(problem: Problem) -> str | None:
     """Why cuDNN does not serve a problem, from its description alone; None if it does."""
+    if problem.gradient:
+        return "a gradient may be asked for: p·X rounded by cuDNN has no weights that sum to one"
     if problem.dtype != "bfloat16":
         return f"dtype {problem.dtype}: the recipe on cuDNN holds its error bound in bfloat16 alone"
     if max(problem.head_dim, problem.value_dim) > WIDEST or problem.head_dim % 8 or problem.value_dim % 8:

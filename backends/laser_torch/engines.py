@@ -12,14 +12,21 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import torch
 
 from laser_core import Problem
 
 Pass = Literal["forward", "backward"]
 VARIABLE = "LASER_TORCH_TABLE"  # the path of a table that is taken, whatever the device
+ENGINES: dict[Pass, tuple[str, ...]] = {  # where nothing was measured, the first of these that serves a problem
+    "forward": ("hopper", "triton", "cudnn"),
+    "backward": ("hopper", "triton"),
+}
 WIDTHS = (64, 128, 256)  # of tiles: head and value dims are padded to one
 
 
@@ -75,19 +82,28 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def choices(which: Pass, problem: Problem, found: dict[str, Any] | None, default: tuple[str, ...]) -> list[Choice]:
+def choose(which: Pass, problem: Problem, device: torch.device, why_not: Callable[[str], str | None]) -> Choice:
+    """The fastest engine that serves a pass of a problem on a device; ``why_not(engine)`` says why one does not."""
+    found = None
+    if device.type == "cuda":
+        found = table(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    return next(choice for choice in choices(which, problem, found) if why_not(choice.engine) is None)
+
+
+def choices(which: Pass, problem: Problem, found: dict[str, Any] | None) -> list[Choice]:
     """The engines for a pass, the fastest first, each once with its best tile; then those that were not measured.
 
-    Times are those of the nearest length that was measured with this dtype, width and causality.
+    Times are those of the nearest length that was measured with this width and causality, in bfloat16 without a
+    gradient: float16 is as fast, and what is kept for a gradient costs every engine the same.
     """
     order: dict[str, Choice] = {}
     rows = [] if found is None else _alike(which, problem, found["rows"])
     for row in sorted(rows, key=lambda row: row["ms"]):
         where = f"{row['ms']:.3g} ms at L = {row['length']} on {found['device']}, {found['date']}" if found else ""
-        tile = None if row["tile"] is None else tuple(row["tile"])
+        tile = None if row["tile"] is None else tuple(tuple(x) if isinstance(x, list) else x for x in row["tile"])
         order.setdefault(row["engine"], Choice(row["engine"], tile, where))
-    for engine in default:
-        order.setdefault(engine, Choice(engine, None, "not measured for this problem on a device like this"))
+    for engine in ENGINES[which]:
+        order.setdefault(engine, Choice(engine, None, "not measured: the first that serves the problem"))
     return list(order.values())
 
 
@@ -98,9 +114,11 @@ def width(problem: Problem) -> int | None:
 
 
 def _alike(which: Pass, problem: Problem, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a problem's pass, dtype, width and causality, at the measured length that is nearest to its own."""
-    key = (which, problem.dtype, width(problem), problem.causal is not None)
-    same = [row for row in rows if (row["pass"], row["dtype"], row["width"], row["causal"]) == key]
+    """The rows of a problem's pass, width and causality, at the measured length that is nearest to its own."""
+    if problem.dtype == "float32":
+        return []
+    key = (which, width(problem), problem.causal is not None)
+    same = [row for row in rows if "ms" in row and (row["pass"], row["width"], row["causal"]) == key]
     length = max(problem.key_length, 1)
     nearest = min({row["length"] for row in same}, key=lambda n: (abs(math.log2(n / length)), n), default=None)
     return [row for row in same if row["length"] == nearest]

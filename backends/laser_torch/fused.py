@@ -8,6 +8,7 @@ at once where there is none.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from laser_core import Forward, Inputs, Problem
 
-from . import hopper, triton_forward
-from .call import INTERPRETED, Call, Plan, Values, describe, padded, prepare, value_pass, workers
+from . import cudnn, engines, hopper, triton_finish, triton_forward
+from .call import INTERPRETED, Call, Plan, Values, describe, layout, padded, prepare, value_pass, workers
+from .engines import Choice
 from .launch import Launch, on
-from .tiles import forward_tile
+from .tiles import Tile, forward_tile, value_block
 
 FEW = 16  # rows that see fewer keys are computed exactly where X is in half precision
 
@@ -38,20 +40,57 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         return Forward(out, l, torch.zeros_like(out, dtype=torch.int16) if keeps else None)
     call = prepare(problem, inputs)
     with on(q.device):
-        values = value_pass(call, keys=False)
-        on_hopper = call.plan.prepared(_hopper)
-        if on_hopper is not None:
-            out, l, rest = hopper.forward(on_hopper, call.q, call.k, values.x, values.c, values.counter)
-            count = None
-        else:
-            out, l, rest, count = _portable_forward(call, values, keeps)
-        _exact_forward(call, values, out, rest, l, count)
+        out, l, rest = run(call, call.plan.prepared(_choice))
     if out.dtype != q.dtype:  # interpreted
         out, rest = split(out, q.dtype)
     if out.shape != problem.out_shape:  # several batch axes, or none
         out, l = out.view(problem.out_shape), l.view(problem.lse_shape)
         rest = None if rest is None else rest.view(problem.out_shape)
     return Forward(out, l, rest)
+
+
+def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output, l, and what is kept of the unrounded output, by an engine that serves the call."""
+    values, count = value_pass(call, keys=False), None
+    rest: Tensor | None = None
+    if choice.engine == "hopper":
+        made = call.plan.prepared(_hopper, choice.tile)
+        out, l, rest = hopper.forward(made, call.q, call.k, values.x, values.c, values.counter)
+    elif choice.engine == "cudnn":
+        out, l = _cudnn_forward(call, values)
+    else:
+        out, l, rest, count = _portable_forward(call, values, choice.tile)
+    _exact_forward(call, values, out, rest, l, count)
+    return out, l, rest
+
+
+def how(problem: Problem) -> str:
+    """Which engine would run the forward pass on the current device, and why."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    choice = engines.choose("forward", problem, device, lambda engine: why_not(engine, problem, device))
+    return f"forward: {choice.engine} ({choice.why})"
+
+
+def _choice(plan: Plan) -> Choice:
+    """The engine for a call."""
+
+    def refused(engine: str) -> str | None:
+        if engine != "triton" and INTERPRETED:
+            return "it cannot be interpreted"
+        if engine == "hopper" and not (plan.fits("q") and plan.fits("k")):
+            return "the hardware cannot copy tiles of the arrays as they lie"
+        return why_not(engine, plan.problem, plan.device)
+
+    return engines.choose("forward", plan.problem, plan.device, refused)
+
+
+def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
+    """Why an engine does not serve a problem on a device; None if it does."""
+    if engine == "triton":
+        return None
+    if engine == "cudnn":
+        return cudnn.why_not(problem) or cudnn.missing(device)
+    return hopper.why_not(problem) or hopper.missing(device)
 
 
 def split(o: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,38 +108,59 @@ def joined(out: Tensor, rest: Tensor) -> Tensor:
     return (out.float().view(torch.int32) + rest).view(torch.float32)
 
 
-def _hopper(plan: Plan) -> hopper.Prepared | None:
-    """The launch of the kernel for Hopper; None where it does not run the call."""
+def _hopper(plan: Plan, tile: tuple[Any, ...] | None) -> hopper.Prepared:
+    """The launch of the kernel for Hopper."""
     p = plan.problem
-    if INTERPRETED or hopper.why_not(p) or hopper.missing(plan.device) or not (plan.fits("q") and plan.fits("k")):
-        return None
     q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
     k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
     offset = hopper.causal_offset(p)
-    return hopper.prepare(q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p))
+    cut = None if tile is None else hopper.Tiles(*tile)
+    return hopper.prepare(q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p), cut)
 
 
-def _portable_forward(call: Call, values: Values, keeps: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _cudnn_forward(call: Call, values: Values) -> tuple[Tensor, Tensor]:
+    """Softmax attention by cuDNN over X, and o from what it returns."""
+    plan = call.plan
+    a, l = cudnn.attention(plan.problem, call.q, call.k, values.x)
+    out = torch.empty(a.shape, dtype=plan.dtype, device=plan.device)
+    plan.prepared(_finish_launch, layout(a))(a, values.c, out)
+    return out, l.contiguous()
+
+
+def _finish_launch(plan: Plan, lies: tuple[tuple[int, ...], bool]) -> Launch:
+    p, width = plan.problem, padded(plan.problem.value_dim)
+    block = value_block(width)
+    return Launch(
+        triton_finish.finish, plan.batch * p.query_heads * triton.cdiv(p.query_length, block),
+        (*lies[0][:3], p.query_heads, p.group, p.query_length, plan.o_scale),
+        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, num_warps=8,
+    )  # fmt: skip
+
+
+def _portable_forward(
+    call: Call, values: Values, cut: tuple[Any, ...] | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The flash kernel on X: o, l, the rest of o, and how many keys a query sees where a mask or bias decides it."""
     plan = call.plan
     p, device = plan.problem, plan.device
     out = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=device)
     l = torch.empty(out.shape[:3], dtype=torch.float32, device=device)
-    rest = torch.empty(out.shape, dtype=torch.int16, device=device) if keeps and plan.dtype != torch.float32 else None
+    keeps = keeps_rest(p) and plan.dtype != torch.float32
+    rest = torch.empty(out.shape, dtype=torch.int16, device=device) if keeps else None
     counted = call.mask is not None or call.bias is not None
     count = torch.empty(l.shape, dtype=torch.int32, device=device) if counted else None
-    tile = forward_tile(*plan.tile_of())
+    tile = forward_tile(*plan.tile_of()) if cut is None else Tile(*cut)
     k, x = (describe(plan, a, tile.block_k) if tile.tma else None for a in (call.k, values.x))
     tma = k is not None and x is not None
-    plan.prepared(_forward_launch, tma, rest is not None)(
+    plan.prepared(_forward_launch, tile, tma, keeps)(
         call.q, k if tma else call.k, x if tma else values.x, values.c, values.flags, count, call.mask, call.bias,
         call.query_lengths, call.key_lengths, out, rest, l,
     )  # fmt: skip
     return out, l, rest, count
 
 
-def _forward_launch(plan: Plan, tma: bool, keeps: bool) -> Launch:
-    p, tile = plan.problem, forward_tile(*plan.tile_of())
+def _forward_launch(plan: Plan, tile: Tile, tma: bool, keeps: bool) -> Launch:
+    p = plan.problem
     return Launch(
         triton_forward.forward, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.o_scale),

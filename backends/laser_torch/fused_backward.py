@@ -10,11 +10,12 @@ from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import hopper, hopper_gradient, triton_backward, triton_exact
+from . import engines, hopper, hopper_gradient, triton_backward, triton_exact
 from .call import INTERPRETED, Call, Plan, Values, describe, layout, matrix, padded, prepare, value_pass, workers
+from .engines import Choice
 from .fused import joined
 from .launch import Launch, on
-from .tiles import ROWS, backward_tiles, value_block
+from .tiles import ROWS, Tile, backward_tiles, value_block
 
 
 class Cotangents(NamedTuple):
@@ -47,17 +48,46 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     call = prepare(problem, inputs)
     with on(inputs.query.device):
         values = value_pass(call, keys=True)
-        side = _prepare_rows(call, values, forward, d_out, d_lse)
+        side = prepare_rows(call, values, forward, d_out, d_lse)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
-        on_hopper = call.plan.prepared(_hopper)
-        if on_hopper is not None:
-            dq, dk, dv = hopper_gradient.backward(on_hopper, call.q, call.k, values.x, side.g, side.rows, values.flags)
-        else:
-            dq, dk, dv = _portable_backward(call, values, side)  # dv is where X was
+        dq, dk, dv = run(call, values, side, call.plan.prepared(_choice))  # dv may be where X was
         if problem.beta != 0:
             _exact_backward(call, values, side, dq, dk, dv)
     dq, dk, dv = (a.view(x.shape).to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
     return Gradients(dq, dk, dv, dbias)
+
+
+def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of the heads inside the fast range, by an engine that serves the call."""
+    if choice.engine == "hopper":
+        made = call.plan.prepared(_hopper)
+        return hopper_gradient.backward(made, call.q, call.k, values.x, side.g, side.rows, values.flags)
+    return _portable_backward(call, values, side, choice.tile)
+
+
+def how(problem: Problem) -> str:
+    """Which engine would run the backward pass on the current device, and why."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    choice = engines.choose("backward", problem, device, lambda engine: why_not(engine, problem, device))
+    return f"backward: {choice.engine} ({choice.why})"
+
+
+def _choice(plan: Plan) -> Choice:
+    """The engine for a call."""
+
+    def refused(engine: str) -> str | None:
+        if engine == "hopper" and INTERPRETED:
+            return "it cannot be interpreted"
+        if engine == "hopper" and not (plan.fits("q") and plan.fits("k")):
+            return "the hardware cannot copy tiles of the arrays as they lie"
+        return why_not(engine, plan.problem, plan.device)
+
+    return engines.choose("backward", plan.problem, plan.device, refused)
+
+
+def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
+    """Why an engine does not serve a problem on a device; None if it does."""
+    return None if engine == "triton" else hopper.why_not(problem) or hopper.missing(device)
 
 
 def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +102,8 @@ def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None
     return out.contiguous(), rest.contiguous()
 
 
-def _prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Cotangents:
+def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Cotangents:
+    """G, and what the kernels want to know of each row."""
     plan = call.plan
     p = plan.problem
     do = matrix(d_out)
@@ -106,39 +137,42 @@ def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     )  # fmt: skip
 
 
-def _hopper(plan: Plan) -> hopper_gradient.Prepared | None:
-    """The launches of the kernel for Hopper; None where it does not run the call."""
+def _hopper(plan: Plan) -> hopper_gradient.Prepared:
+    """The launches of the kernel for Hopper."""
     p = plan.problem
-    if INTERPRETED or hopper.why_not(p) or hopper.missing(plan.device) or not (plan.fits("q") and plan.fits("k")):
-        return None
     q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
     k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
-    offset = hopper.causal_offset(p)
-    return hopper_gradient.prepare(q, k, plan.dtype, plan.device, p.beta or 1.0, p.scale, offset)
+    return hopper_gradient.prepare(q, k, plan.dtype, plan.device, p.beta or 1.0, p.scale, hopper.causal_offset(p))
 
 
-def _portable_backward(call: Call, values: Values, side: Cotangents) -> tuple[Tensor, Tensor, Tensor]:
+def _portable_backward(
+    call: Call, values: Values, side: Cotangents, cut: tuple[Any, ...] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of the heads inside the fast range, contiguous.
 
     dv takes the place of X, which the kernel that makes it reads no other rows of; so dq comes first.
     """
     plan = call.plan
     dq = torch.empty(call.q.shape, dtype=plan.dtype, device=plan.device)
-    for_keys, for_queries = backward_tiles(*plan.tile_of())
+    for_keys, for_queries = backward_tiles(*plan.tile_of()) if cut is None else (Tile(*part) for part in cut)
     common = (side.r, side.l2, values.flags, call.mask, call.bias, call.query_lengths, call.key_lengths)
     k, x = (describe(plan, a, for_queries.block_k) if for_queries.tma else None for a in (call.k, values.x))
     tma = k is not None and x is not None
-    plan.prepared(_queries_launch, tma)(call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq)
+    plan.prepared(_queries_launch, for_queries, tma)(
+        call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq
+    )
     dk = torch.empty(call.k.shape, dtype=plan.dtype, device=plan.device)
     dv = values.x
     q, g = (describe(plan, a, for_keys.block_q) if for_keys.tma else None for a in (call.q, side.g))
     tma = q is not None and g is not None
-    plan.prepared(_keys_launch, tma)(q if tma else call.q, call.k, values.x, g if tma else side.g, *common, dk, dv)
+    plan.prepared(_keys_launch, for_keys, tma)(
+        q if tma else call.q, call.k, values.x, g if tma else side.g, *common, dk, dv
+    )
     return dq, dk, dv
 
 
-def _keys_launch(plan: Plan, tma: bool) -> Launch:
-    p, (tile, _) = plan.problem, backward_tiles(*plan.tile_of())
+def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
+    p = plan.problem
     return Launch(
         triton_backward.backward_keys, plan.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
@@ -147,8 +181,8 @@ def _keys_launch(plan: Plan, tma: bool) -> Launch:
     )  # fmt: skip
 
 
-def _queries_launch(plan: Plan, tma: bool) -> Launch:
-    p, (_, tile) = plan.problem, backward_tiles(*plan.tile_of())
+def _queries_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
+    p = plan.problem
     return Launch(
         triton_backward.backward_queries, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
