@@ -9,8 +9,21 @@ from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import engines, triton_backward, triton_exact
-from .call import Call, Plan, Values, cdiv, describe, layout, matrix, padded, prepare, value_pass, workers
+from . import engines, hopper, hopper_gradient, triton_backward, triton_exact
+from .call import (
+    INTERPRETED,
+    Call,
+    Plan,
+    Values,
+    cdiv,
+    describe,
+    layout,
+    matrix,
+    padded,
+    prepare,
+    value_pass,
+    workers,
+)
 from .engines import Choice
 from .fused import joined
 from .launch import Launch, on
@@ -25,9 +38,18 @@ class Cotangents(NamedTuple):
     do: Tensor  # (B, Hq, Lq, E)
     dl: Tensor | None  # (B, Hq, Lq)
     g: Tensor  # (B, Hq, Lq, E)
-    r: Tensor  # (B·Hq, Lq up to a multiple of ROWS)
-    l2: Tensor
+    rows: Tensor  # (2, B·Hq, Lq up to a multiple of ROWS): r and l2
     lies: tuple[Any, ...]  # what a prepared launch depends on of these
+
+    @property
+    def r(self) -> Tensor:
+        """What ds has in common in a row."""
+        return self.rows[0]
+
+    @property
+    def l2(self) -> Tensor:
+        """The log-sum-exp in base 2."""
+        return self.rows[1]
 
 
 def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
@@ -48,6 +70,9 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
 
 def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of the heads inside the fast range, by an engine that serves the call."""
+    if choice.engine == "hopper":
+        made = call.plan.prepared(_hopper)
+        return hopper_gradient.backward(made, call.q, call.k, values.x, side.g, side.rows, values.flags)
     return _portable_backward(call, values, side, choice.tile)
 
 
@@ -60,12 +85,20 @@ def how(problem: Problem) -> str:
 
 def _choice(plan: Plan) -> Choice:
     """The engine for a call."""
-    return engines.choose("backward", plan.problem, plan.device, lambda e: why_not(e, plan.problem, plan.device))
+
+    def refused(engine: str) -> str | None:
+        if engine == "hopper" and INTERPRETED:
+            return "it cannot be interpreted"
+        if engine == "hopper" and not (plan.fits("q") and plan.fits("k")):
+            return "the hardware cannot copy tiles of the arrays as they lie"
+        return why_not(engine, plan.problem, plan.device)
+
+    return engines.choose("backward", plan.problem, plan.device, refused)
 
 
 def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
     """Why an engine does not serve a problem on a device; None if it does."""
-    return None
+    return None if engine == "triton" else hopper.why_not(problem) or hopper.missing(device)
 
 
 def _like(x: Tensor, gradient: Tensor) -> Tensor:
@@ -95,12 +128,11 @@ def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_
     o, rest = _output(forward, plan.dtype)
     lse = forward.lse.contiguous()
     g = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=plan.device)
-    rows = cdiv(p.query_length, ROWS) * ROWS
-    r, l2 = torch.empty((2, plan.batch * p.query_heads, rows), dtype=torch.float32, device=plan.device)
+    rows = torch.empty((2, plan.batch * p.query_heads, _padded_length(plan)), dtype=torch.float32, device=plan.device)
     begins = [x is None or layout(x)[1] for x in (lse, o, rest)]
     lies = (layout(do), None if dl is None else layout(dl), tuple(begins), plan.dtype)
-    side = Cotangents(o, rest, do, dl, g, r, l2, (*lies, rest is not None, o.dtype))
-    plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, r, l2)
+    side = Cotangents(o, rest, do, dl, g, rows, (*lies, rest is not None, o.dtype))
+    plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2)
     return side
 
 
@@ -121,6 +153,14 @@ def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
         (*_side_strides(lies), p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, rows),
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=lies[1] is not None, REST=lies[4], num_warps=8,
     )  # fmt: skip
+
+
+def _hopper(plan: Plan) -> hopper_gradient.Prepared:
+    """The launches of the kernel for Hopper."""
+    p = plan.problem
+    q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
+    k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
+    return hopper_gradient.prepare(q, k, plan.dtype, plan.device, p.beta or 1.0, p.scale, hopper.causal_offset(p))
 
 
 def _portable_backward(

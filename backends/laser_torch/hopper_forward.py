@@ -73,7 +73,8 @@ def _follow(turn, place_s, place_full, place_free, DYNAMIC: gl.constexpr):
     if DYNAMIC:
         slot = turn % 2
         mbarrier.wait(place_full.index(slot), (turn // 2) & 1)
-        index = gl.max(place_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        index = gl.max(place_s.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+        gl.thread_barrier()  # all warps have read
         mbarrier.arrive(place_free.index(slot))
     else:
         index = gl.program_id(0) + turn * gl.num_programs(0)
