@@ -5,17 +5,29 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
 from . import engines, hopper, hopper_gradient, triton_backward, triton_exact
-from .call import INTERPRETED, Call, Plan, Values, describe, layout, matrix, padded, prepare, value_pass, workers
+from .call import (
+    INTERPRETED,
+    Call,
+    Plan,
+    Values,
+    cdiv,
+    describe,
+    layout,
+    matrix,
+    padded,
+    prepare,
+    value_pass,
+    workers,
+)
 from .engines import Choice
 from .fused import joined
 from .launch import Launch, on
-from .tiles import ROWS, Tile, backward_tiles, value_block
+from .tiles import ROWS, Tile, backward_tiles, row_block
 
 
 class Cotangents(NamedTuple):
@@ -42,19 +54,18 @@ class Cotangents(NamedTuple):
 
 def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
     """The gradients; no synchronisation with the device."""
-    arguments = (inputs.query, inputs.key, inputs.value)
     if 0 in problem.score_shape:
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
     with on(inputs.query.device):
-        values = value_pass(call, keys=True)
+        choice = call.plan.prepared(_choice)
+        values = value_pass(call, keys=choice.engine != "triton")  # those kernels clean what they read
         side = prepare_rows(call, values, forward, d_out, d_lse)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
-        dq, dk, dv = run(call, values, side, call.plan.prepared(_choice))  # dv may be where X was
+        dq, dk, dv = run(call, values, side, choice)  # dv may be where X was
         if problem.beta != 0:
             _exact_backward(call, values, side, dq, dk, dv)
-    dq, dk, dv = (a.view(x.shape).to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
-    return Gradients(dq, dk, dv, dbias)
+    return Gradients(_like(inputs.query, dq), _like(inputs.key, dk), _like(inputs.value, dv), dbias)
 
 
 def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +101,12 @@ def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
     return None if engine == "triton" else hopper.why_not(problem) or hopper.missing(device)
 
 
+def _like(x: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its argument: those of the kernels have one batch axis."""
+    same = gradient.shape == x.shape and gradient.dtype == x.dtype
+    return gradient if same else gradient.view(x.shape).to(x.dtype)
+
+
 def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The output, and the rest of it where it is kept apart."""
     out, rest = forward.out, forward.residual
@@ -112,7 +129,8 @@ def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_
     lse = forward.lse.contiguous()
     g = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=plan.device)
     rows = torch.empty((2, plan.batch * p.query_heads, _padded_length(plan)), dtype=torch.float32, device=plan.device)
-    lies = (layout(do), None if dl is None else layout(dl), layout(lse)[1], layout(o)[1])
+    begins = [x is None or layout(x)[1] for x in (lse, o, rest)]
+    lies = (layout(do), None if dl is None else layout(dl), tuple(begins), plan.dtype)
     side = Cotangents(o, rest, do, dl, g, rows, (*lies, rest is not None, o.dtype))
     plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2)
     return side
@@ -124,12 +142,12 @@ def _side_strides(lies: tuple[Any, ...]) -> list[int]:
 
 
 def _padded_length(plan: Plan) -> int:
-    return int(triton.cdiv(plan.problem.query_length, ROWS) * ROWS)
+    return cdiv(plan.problem.query_length, ROWS) * ROWS
 
 
 def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, width, rows = plan.problem, padded(plan.problem.value_dim), _padded_length(plan)
-    block = value_block(width)
+    block = row_block(width)
     return Launch(
         triton_backward.prepare_rows, plan.batch * p.query_heads * (rows // block),
         (*_side_strides(lies), p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, rows),
@@ -174,7 +192,7 @@ def _portable_backward(
 def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
     p = plan.problem
     return Launch(
-        triton_backward.backward_keys, plan.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),
+        triton_backward.backward_keys, plan.batch * p.key_value_heads * cdiv(p.key_length, tile.block_k),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         SHIFT=0 if p.beta == 0 else plan.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
@@ -184,7 +202,7 @@ def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
 def _queries_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
     p = plan.problem
     return Launch(
-        triton_backward.backward_queries, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
+        triton_backward.backward_queries, plan.batch * p.query_heads * cdiv(p.query_length, tile.block_q),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -215,14 +233,14 @@ def _exact_constants(plan: Plan, lies: tuple[Any, ...]) -> dict[str, Any]:
 
 def _exact_queries_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, heads = plan.problem, plan.batch * plan.problem.query_heads
-    count = workers(heads, triton.cdiv(p.query_length, 16))
+    count = workers(heads, cdiv(p.query_length, 16))
     scalars = _exact_scalars(plan, lies, count)
     return Launch(triton_exact.exact_queries, heads * count, scalars, **_exact_constants(plan, lies))
 
 
 def _exact_keys_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, heads = plan.problem, plan.batch * plan.problem.key_value_heads
-    count = workers(heads, triton.cdiv(p.key_length, 16) * (triton.cdiv(p.value_dim, 16) + 1))
+    count = workers(heads, cdiv(p.key_length, 16) * (cdiv(p.value_dim, 16) + 1))
     scalars = _exact_scalars(plan, lies, count)
     return Launch(triton_exact.exact_keys, heads * count, scalars, **_exact_constants(plan, lies))
 
@@ -247,7 +265,7 @@ def _bias_launch(plan: Plan, lies: tuple[Any, ...]) -> tuple[Launch, tuple[int, 
     shape = (1,) * (len(p.score_shape) - len(own)) + own
     own_batch = plan.batch if any(n != 1 for n in shape[:-3]) else 1
     block_q, block_k = 32, 32
-    tiles = triton.cdiv(shape[-2], block_q) * triton.cdiv(shape[-1], block_k)
+    tiles = cdiv(shape[-2], block_q) * cdiv(shape[-1], block_k)
     scalars = _exact_scalars(plan, lies, shape[-3], plan.batch // own_batch, p.query_heads // shape[-3])
     launch = Launch(
         triton_exact.backward_bias, own_batch * shape[-3] * tiles, scalars,
