@@ -1,0 +1,344 @@
+"""The backward pass of heads inside the fast range, for Hopper GPUs: one kernel in Pallas, lowered by Mosaic GPU.
+
+    p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
+
+with G = do·2^(c − βo·log2e), X = 2^(βv·log2e − c) and r = dl − Σ_e do/β. A program owns a block of keys and walks over the
+queries that see it, from the last tile to the first, so that each tile pair costs five matrix products. dk and dv stay
+in registers; the program adds its part of dq to global memory when its turn comes, block after block of keys. So every
+sum has one order, and the same bits come out of every run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Array: TypeAlias = jax.Array
+
+_WARPGROUPS = 2  # that compute; each owns 64 keys
+_BLOCK_K = 64 * _WARPGROUPS
+
+
+class Tuning(NamedTuple):
+    """What may be chosen for speed alone."""
+
+    block_q: int
+    stages: int = 2  # of q and g in shared memory
+    registers: int = 240  # of a thread that computes
+
+    @classmethod
+    def of(cls, head_dim: int) -> Tuning:
+        """The choice for one head dimension."""
+        return cls(64) if head_dim > 64 else cls(128)
+
+
+class _Walk(NamedTuple):
+    """The sizes of a problem in whole tiles, and the queries that see a block of keys."""
+
+    group: int
+    tiles: int  # of queries
+    blocks: int  # of keys
+    block_q: int
+    key_length: int  # without padding
+    causal_offset: int | None
+
+    def range(self, n0: Array) -> tuple[Array, Array]:
+        """The first tile that sees some of the keys from n0 on, and the first of those that see them all."""
+        # the first block of keys gives every tile of dq its first value, seen or not
+        if self.causal_offset is None:
+            first = full = jnp.int32(0)
+        else:
+            row = n0 - self.causal_offset
+            first = jnp.where(n0 == 0, 0, jnp.clip(lax.div(row, self.block_q), 0, self.tiles))
+            full = jnp.clip(lax.div(row + (_BLOCK_K - 1 + self.block_q - 1), self.block_q), 0, self.tiles)
+        if self.key_length % _BLOCK_K:
+            full = jnp.where(n0 + _BLOCK_K > self.key_length, self.tiles, full)
+        return first, full
+
+
+def _kernel(
+    q: Any, k: Any, x: Any, g: Any, r: Any, l2: Any, dq: Any, dk: Any, dv: Any, *scratch: Any,
+    walk: _Walk, tuning: Tuning, scale: float, inverse_beta: float, shift: int, interpreted: bool,
+) -> None:  # fmt: skip
+    (ks, xs, qs, gs, rs, ls, dss, dqs), ps, owned, q_full, g_full, empty, ds_full, dq_full, dq_empty = scratch
+    heads_kv, block = lax.axis_index("head"), lax.axis_index("block")
+    warpgroup = lax.axis_index("warpgroup")
+    block_q, stages = tuning.block_q, tuning.stages
+    head_dim, dtype = q.shape[1], q.dtype
+    n0 = block * _BLOCK_K
+    key_rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0, _BLOCK_K)
+    first, full = walk.range(n0)
+    full = jnp.maximum(first, full)
+    each = walk.tiles - first  # tiles of each query head
+    total = each * walk.group
+    rows_q = q.shape[0]
+    turns = None if interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((rows_q // block_q,)))
+
+    def tile_of(step: Array) -> Array:
+        """The tile of a step, among those of all heads."""
+        member = lax.div(step, each)
+        return (heads_kv * walk.group + member + 1) * walk.tiles - 1 - (step - member * each)
+
+    @pl.when(warpgroup < _WARPGROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(tuning.registers, action="increase")
+        own = pl.ds(warpgroup * 64, 64)
+
+        def accumulate(dk_acc: Any, dv_acc: Any) -> None:
+            plgpu.barrier_wait(owned)
+
+            def step(index: Array, tile: Array, masked: bool) -> None:
+                slot = lax.rem(index, jnp.int32(stages))
+                twin = lax.rem(index, jnp.int32(2))
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(g_full.at[slot])
+
+                def weights(s_acc: Any, dp_acc: Any) -> Array:
+                    plgpu.wgmma(s_acc, ks.at[own], qs.at[slot].T)
+                    plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot].T)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                    l = plgpu.load(ls.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                    p = jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(l, s.shape, [1]))
+                    if masked:
+                        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA)
+                        j = iota(0) + (n0 + warpgroup * 64)
+                        seen = j < walk.key_length
+                        if walk.causal_offset is not None:
+                            seen &= j <= iota(1) + (tile * block_q + walk.causal_offset)
+                        p = jnp.where(seen, p, 0.0)
+                    p16 = p.astype(dtype)
+                    if interpreted:
+                        ps[own, :] = p16
+                        plgpu.commit_smem()
+                        plgpu.wgmma(dv_acc, ps.at[own], gs.at[slot])
+                    else:
+                        plgpu.wgmma(dv_acc, p16, gs.at[slot])
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+                    row = plgpu.load(rs.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                    return (p * (dp * inverse_beta + lax.broadcast_in_dim(row, s.shape, [1]))).astype(dtype)
+
+                tile_shape = plgpu.ACC((64, block_q), jnp.float32)
+                ds = pl.run_scoped(weights, tile_shape, tile_shape)
+                dss[twin, own, :] = ds
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ds_full)
+                plgpu.barrier_wait(ds_full)
+
+                def queries(dq_acc: Any) -> Array:
+                    if head_dim == 64:
+                        plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
+                    else:
+                        plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
+                    plgpu.wgmma(dk_acc, dss.at[twin, own] if interpreted else ds, qs.at[slot])
+                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
+
+                part = pl.run_scoped(queries, plgpu.ACC((64, 64), jnp.float32))
+                plgpu.barrier_arrive(empty.at[slot])
+                plgpu.barrier_wait(dq_empty)
+                dqs[warpgroup] = part
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(dq_full)
+
+            @pl.loop(0, walk.group)
+            def _member(member: Array) -> None:
+                start = member * each
+
+                @pl.loop(0, walk.tiles - full)
+                def _full(step_: Array) -> None:
+                    step(start + step_, walk.tiles - 1 - step_, False)
+
+                @pl.loop(walk.tiles - full, each)
+                def _masked(step_: Array) -> None:
+                    step(start + step_, walk.tiles - 1 - step_, True)
+
+            plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
+            values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
+            x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            xs[own, :] = (values * (x_tile * 2.0**-shift)).astype(dtype)
+            plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
+            plgpu.barrier_wait(ds_full)
+            ks[own, :] = (plgpu.wgmma_accumulator_load(dk_acc, wait_n=0) * scale).astype(dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0 + warpgroup * 64, 64)
+            plgpu.copy_smem_to_gmem(xs.at[own], dv.at[rows])
+            plgpu.copy_smem_to_gmem(ks.at[own], dk.at[rows])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(
+            accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, x.shape[1]), jnp.float32)
+        )
+
+    @pl.when(warpgroup == _WARPGROUPS)
+    def _move() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+
+        @plgpu.warp_map
+        def _warps(warp: Array) -> None:
+            @pl.when(warp == 0)
+            def _load() -> None:
+                plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
+                plgpu.copy_gmem_to_smem(x.at[key_rows], xs, owned)
+
+                @pl.loop(0, total)
+                def _tile(step: Array) -> None:
+                    slot = lax.rem(step, jnp.int32(stages))
+
+                    @pl.when(step >= stages)
+                    def _() -> None:
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    rows = pl.ds(tile_of(step) * block_q, block_q)
+                    plgpu.copy_gmem_to_smem(q.at[rows], qs.at[slot], q_full.at[slot])
+                    plgpu.copy_gmem_to_smem(l2.at[rows], ls.at[slot], q_full.at[slot])
+                    plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
+                    plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
+
+                @pl.loop(jnp.maximum(total - stages, 0), total)
+                def _drain(step: Array) -> None:
+                    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+
+            @pl.when(warp == 1)
+            def _store() -> None:
+                plgpu.barrier_arrive(dq_empty)
+
+                @pl.loop(0, total)
+                def _tile(step: Array) -> None:
+                    tile = tile_of(step)
+                    plgpu.barrier_wait(dq_full)
+                    row = tile * block_q
+                    if interpreted:
+                        row += block * rows_q
+                    else:
+                        plgpu.semaphore_wait(turns.at[tile], block, decrement=False, memory_scope="gpu")
+                    places = [
+                        dq.at[pl.ds(row + part * 64, 64)] if head_dim == 64
+                        else dq.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
+                        for part in range(_WARPGROUPS)
+                    ]
+
+                    @pl.when((block == 0) | interpreted)
+                    def _first() -> None:
+                        for part, place in enumerate(places):
+                            plgpu.copy_smem_to_gmem(dqs.at[part], place)
+
+                    if not interpreted:
+                        @pl.when(block > 0)
+                        def _next() -> None:
+                            for part, place in enumerate(places):
+                                plgpu.copy_smem_to_gmem(dqs.at[part], place, reduction_op="add")
+
+                    plgpu.wait_smem_to_gmem(0)
+                    if not interpreted:
+                        plgpu.semaphore_signal(turns.at[tile], 1, memory_scope="gpu")
+                    plgpu.barrier_arrive(dq_empty)
+
+
+def _pad(a: Array, length: int, fill: float = 0.0) -> Array:
+    """With ``length`` rows, and all rows of all heads in one axis."""
+    rows = a.shape[2]
+    if rows != length:
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, length - rows)] + [(0, 0)] * (a.ndim - 3), constant_values=fill)
+    return a.reshape(-1, *a.shape[3:])
+
+
+@functools.partial(
+    jax.jit, static_argnames=("scale", "causal_offset", "inverse_beta", "shift", "tuning", "interpret")
+)
+def backward(
+    q: Array, k: Array, x: Array, g: Array, r: Array, l2: Array, *,
+    scale: float, causal_offset: int | None = None, inverse_beta: float = 1.0, shift: int = 0,
+    tuning: Tuning | None = None, interpret: Any = None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Gradients of query, key and value.
+
+        p = 2^(scale·log2e·q·kᵀ − l2)    ds = p ∘ (g·xᵀ/β + r)    dq = scale·ds·k    dk = scale·dsᵀ·q    dv = x ∘ (pᵀ·g)
+
+    Args:
+        q: ``(B, Hq, Lq, D)``, bfloat16 or float16, D 64 or 128; finite, as all operands but l2.
+        k: ``(B, Hkv, Lk, D)``; query head h belongs to head h // (Hq/Hkv) of it.
+        x: ``(B, Hkv, Lk, E)``, 2^(βv·log2e − c); E = D.
+        g: ``(B, Hq, Lq, E)``, do·2^(c − βo·log2e).
+        r: ``(B, Hq, Lq)``, float32: dl − Σ_e do/β.
+        l2: ``(B, Hq, Lq)``, float32: log-sum-exp of the scores in base 2; +∞ where nothing flows through a row.
+        scale: Of the scores.
+        causal_offset: Query i sees the keys up to i + causal_offset; None: all keys.
+        inverse_beta: 1/β.
+        shift: p is held as p·2^shift in float16.
+        tuning: Tile sizes.
+        interpret: Parameters of the interpreter of Pallas.
+
+    Returns:
+        dq, dk, dv like q, k, x; dk and dv summed over the query heads of a group.
+    """
+    batch, heads, length_q, head_dim = q.shape
+    heads_kv, length_k, value_dim = x.shape[1:]
+    tuning = tuning or Tuning.of(head_dim)
+    block_q = tuning.block_q
+    tiles, blocks = pl.cdiv(length_q, block_q), pl.cdiv(length_k, _BLOCK_K)
+    walk = _Walk(heads // heads_kv, tiles, blocks, block_q, length_k, causal_offset)
+    padded_q, padded_k = tiles * block_q, blocks * _BLOCK_K
+
+    wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=wide)
+    stages = tuning.stages
+    scratch = [
+        [
+            tile((_BLOCK_K, head_dim)),
+            tile((_BLOCK_K, value_dim)),
+            tile((stages, block_q, head_dim)),
+            tile((stages, block_q, value_dim)),
+            plgpu.SMEM((stages, block_q), jnp.float32),
+            plgpu.SMEM((stages, block_q), jnp.float32),
+            tile((2, _BLOCK_K, block_q)),
+            plgpu.SMEM(
+                (_WARPGROUPS, 64, 64), jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
+        ],
+        tile((_BLOCK_K, block_q)) if interpret is not None else None,
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        plgpu.Barrier(),
+    ]  # fmt: skip
+    parts = 1 if interpret is None else blocks  # the interpreter knows neither turns nor sums in global memory
+    kernel = plgpu.kernel(
+        functools.partial(
+            _kernel, walk=walk, tuning=tuning, scale=scale, inverse_beta=inverse_beta * 2.0**-shift, shift=shift,
+            interpreted=interpret is not None,
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct((parts * batch * heads * padded_q, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads_kv * padded_k, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((batch * heads_kv * padded_k, value_dim), q.dtype),
+        ),
+        scratch_types=scratch,
+        grid=(batch * heads_kv, blocks),
+        grid_names=("head", "block"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="laser_backward",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({} if interpret is None else {"interpret": interpret}),
+    )  # fmt: skip
+    dq, dk, dv = kernel(
+        _pad(q, padded_q), _pad(k, padded_k), _pad(x, padded_k), _pad(g, padded_q),
+        _pad(r * 2.0**-shift, padded_q), _pad(l2 - shift, padded_q, math.inf),
+    )  # fmt: skip
+    if interpret is not None:
+        first = jax.vmap(walk.range)(jnp.arange(blocks) * _BLOCK_K)[0]
+        written = (jnp.arange(tiles) >= first[:, None])[:, None, :, None, None]
+        dq = jnp.where(written, dq.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
+    dq = (dq.reshape(batch, heads, padded_q, head_dim)[:, :, :length_q] * scale).astype(q.dtype)
+    shape = (batch, heads_kv, padded_k, -1)
+    return dq, dk.reshape(shape)[:, :, :length_k], dv.reshape(shape)[:, :, :length_k]
