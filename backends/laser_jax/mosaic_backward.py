@@ -31,12 +31,15 @@ class Tuning(NamedTuple):
 
     block_q: int
     stages: int = 2  # of q and g in shared memory
+    late: bool = False  # dk of a tile is still computed while the next one begins
+    parts: int = 1  # of dq on its way to global memory
+    early: bool = True  # dv is computed beside ds
     registers: int = 240  # of a thread that computes
 
     @classmethod
     def of(cls, head_dim: int) -> Tuning:
         """The choice for one head dimension."""
-        return cls(64) if head_dim > 64 else cls(128)
+        return cls(64, late=True) if head_dim > 64 else cls(128, late=True)
 
 
 class _Walk(NamedTuple):
@@ -100,33 +103,56 @@ def _kernel(
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(g_full.at[slot])
 
-                def weights(s_acc: Any, dp_acc: Any) -> Array:
-                    plgpu.wgmma(s_acc, ks.at[own], qs.at[slot].T)
-                    plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot].T)
+                def weights(half: int, s_acc: Any, dp_acc: Any) -> Array:
+                    columns = pl.ds(half * 64, 64)
+                    plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, columns].T)
+                    plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    l = plgpu.load(ls.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                    if tuning.late and half == 0:
+                        @pl.when(index > 0)
+                        def _() -> None:
+                            plgpu.barrier_arrive(empty.at[lax.rem(index + (stages - 1), jnp.int32(stages))])
+                    l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
                     p = jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(l, s.shape, [1]))
                     if masked:
                         iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA)
                         j = iota(0) + (n0 + warpgroup * 64)
                         seen = j < walk.key_length
                         if walk.causal_offset is not None:
-                            seen &= j <= iota(1) + (tile * block_q + walk.causal_offset)
+                            seen &= j <= iota(1) + (tile * block_q + half * 64 + walk.causal_offset)
                         p = jnp.where(seen, p, 0.0)
                     p16 = p.astype(dtype)
-                    if interpreted:
-                        ps[own, :] = p16
-                        plgpu.commit_smem()
-                        plgpu.wgmma(dv_acc, ps.at[own], gs.at[slot])
-                    else:
-                        plgpu.wgmma(dv_acc, p16, gs.at[slot])
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                    row = plgpu.load(rs.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
-                    return (p * (dp * inverse_beta + lax.broadcast_in_dim(row, s.shape, [1]))).astype(dtype)
 
-                tile_shape = plgpu.ACC((64, block_q), jnp.float32)
-                ds = pl.run_scoped(weights, tile_shape, tile_shape)
-                dss[twin, own, :] = ds
+                    def values() -> None:
+                        if interpreted:
+                            ps[own, :] = p16
+                            plgpu.commit_smem()
+                        plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p16, gs.at[slot, columns])
+
+                    if tuning.early:
+                        values()
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int(tuning.early))
+                    row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                    if inverse_beta != 1:
+                        dp *= inverse_beta
+                    ds = (p * (dp + lax.broadcast_in_dim(row, s.shape, [1]))).astype(dtype)
+                    if not tuning.early:
+                        values()
+                    dss[twin, own, columns] = ds
+                    return ds
+
+                def keys(half: int, ds: Array) -> None:
+                    columns = pl.ds(half * 64, 64)
+                    plgpu.wgmma(dk_acc, dss.at[twin, own, columns] if interpreted else ds, qs.at[slot, columns])
+
+                halves = block_q // 64
+                tile_acc = plgpu.ACC((64, 64), jnp.float32)
+                for half in range(halves):
+                    ds = pl.run_scoped(functools.partial(weights, half), tile_acc, tile_acc)
+                    if half < halves - 1:
+                        if interpreted:
+                            plgpu.commit_smem()
+                        keys(half, ds)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ds_full)
                 plgpu.barrier_wait(ds_full)
@@ -136,15 +162,17 @@ def _kernel(
                         plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
                     else:
                         plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
-                    plgpu.wgmma(dk_acc, dss.at[twin, own] if interpreted else ds, qs.at[slot])
-                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
+                    keys(halves - 1, ds)
+                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1 if tuning.late else 0)
 
                 part = pl.run_scoped(queries, plgpu.ACC((64, 64), jnp.float32))
-                plgpu.barrier_arrive(empty.at[slot])
-                plgpu.barrier_wait(dq_empty)
-                dqs[warpgroup] = part
+                if not tuning.late:
+                    plgpu.barrier_arrive(empty.at[slot])
+                place = lax.rem(index, jnp.int32(tuning.parts))
+                plgpu.barrier_wait(dq_empty.at[place])
+                dqs[place, warpgroup] = part
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full)
+                plgpu.barrier_arrive(dq_full.at[place])
 
             @pl.loop(0, walk.group)
             def _member(member: Array) -> None:
@@ -158,8 +186,13 @@ def _kernel(
                 def _masked(step_: Array) -> None:
                     step(start + step_, walk.tiles - 1 - step_, True)
 
-            plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
+            if tuning.late:
+                @pl.when(total > 0)
+                def _() -> None:
+                    plgpu.barrier_arrive(empty.at[lax.rem(total + (stages - 1), jnp.int32(stages))])
+            for part in range(tuning.parts):  # every phase of a barrier is waited for
+                plgpu.barrier_wait(dq_empty.at[part])
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             xs[own, :] = (values * (x_tile * 2.0**-shift)).astype(dtype)
             plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
@@ -175,69 +208,77 @@ def _kernel(
             accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, x.shape[1]), jnp.float32)
         )
 
-    @pl.when(warpgroup == _WARPGROUPS)
-    def _move() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+    def load() -> None:
+        plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
+        plgpu.copy_gmem_to_smem(x.at[key_rows], xs, owned)
 
-        @plgpu.warp_map
-        def _warps(warp: Array) -> None:
-            @pl.when(warp == 0)
-            def _load() -> None:
-                plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
-                plgpu.copy_gmem_to_smem(x.at[key_rows], xs, owned)
+        @pl.loop(0, total)
+        def _tile(step: Array) -> None:
+            slot = lax.rem(step, jnp.int32(stages))
 
-                @pl.loop(0, total)
-                def _tile(step: Array) -> None:
-                    slot = lax.rem(step, jnp.int32(stages))
+            @pl.when(step >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(empty.at[slot])
 
-                    @pl.when(step >= stages)
-                    def _() -> None:
-                        plgpu.barrier_wait(empty.at[slot])
+            rows = pl.ds(tile_of(step) * block_q, block_q)
+            plgpu.copy_gmem_to_smem(q.at[rows], qs.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(l2.at[rows], ls.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
+            plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
 
-                    rows = pl.ds(tile_of(step) * block_q, block_q)
-                    plgpu.copy_gmem_to_smem(q.at[rows], qs.at[slot], q_full.at[slot])
-                    plgpu.copy_gmem_to_smem(l2.at[rows], ls.at[slot], q_full.at[slot])
-                    plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
-                    plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
+        @pl.loop(jnp.maximum(total - stages, 0), total)
+        def _drain(step: Array) -> None:
+            plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
 
-                @pl.loop(jnp.maximum(total - stages, 0), total)
-                def _drain(step: Array) -> None:
-                    plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+    def store() -> None:
+        for part in range(tuning.parts):
+            plgpu.barrier_arrive(dq_empty.at[part])
 
-            @pl.when(warp == 1)
-            def _store() -> None:
-                plgpu.barrier_arrive(dq_empty)
+        @pl.loop(0, total)
+        def _tile(step: Array) -> None:
+            tile = tile_of(step)
+            slot = lax.rem(step, jnp.int32(tuning.parts))
+            plgpu.barrier_wait(dq_full.at[slot])
+            row = tile * block_q
+            if interpreted:
+                row += block * rows_q
+            else:
+                plgpu.semaphore_wait(turns.at[tile], block, decrement=False, memory_scope="gpu")
+            places = [
+                dq.at[pl.ds(row + part * 64, 64)] if head_dim == 64
+                else dq.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
+                for part in range(_WARPGROUPS)
+            ]
 
-                @pl.loop(0, total)
-                def _tile(step: Array) -> None:
-                    tile = tile_of(step)
-                    plgpu.barrier_wait(dq_full)
-                    row = tile * block_q
-                    if interpreted:
-                        row += block * rows_q
-                    else:
-                        plgpu.semaphore_wait(turns.at[tile], block, decrement=False, memory_scope="gpu")
-                    places = [
-                        dq.at[pl.ds(row + part * 64, 64)] if head_dim == 64
-                        else dq.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
-                        for part in range(_WARPGROUPS)
-                    ]
+            @pl.when((block == 0) | interpreted)
+            def _first() -> None:
+                for part, place in enumerate(places):
+                    plgpu.copy_smem_to_gmem(dqs.at[slot, part], place)
 
-                    @pl.when((block == 0) | interpreted)
-                    def _first() -> None:
-                        for part, place in enumerate(places):
-                            plgpu.copy_smem_to_gmem(dqs.at[part], place)
+            if not interpreted:
+                @pl.when(block > 0)
+                def _next() -> None:
+                    for part, place in enumerate(places):
+                        plgpu.copy_smem_to_gmem(dqs.at[slot, part], place, reduction_op="add")
 
-                    if not interpreted:
-                        @pl.when(block > 0)
-                        def _next() -> None:
-                            for part, place in enumerate(places):
-                                plgpu.copy_smem_to_gmem(dqs.at[part], place, reduction_op="add")
+            plgpu.wait_smem_to_gmem(0)
+            if not interpreted:
+                plgpu.semaphore_signal(turns.at[tile], 1, memory_scope="gpu")
+            plgpu.barrier_arrive(dq_empty.at[slot])
 
-                    plgpu.wait_smem_to_gmem(0)
-                    if not interpreted:
-                        plgpu.semaphore_signal(turns.at[tile], 1, memory_scope="gpu")
-                    plgpu.barrier_arrive(dq_empty)
+    if interpreted:  # it runs the warps of a warpgroup one after the other
+        pl.when(warpgroup == _WARPGROUPS)(load)
+        pl.when(warpgroup == _WARPGROUPS + 1)(store)
+    else:
+
+        @pl.when(warpgroup == _WARPGROUPS)
+        def _move() -> None:
+            plgpu.set_max_registers(32, action="decrease")
+
+            @plgpu.warp_map
+            def _warps(warp: Array) -> None:
+                pl.when(warp == 0)(load)
+                pl.when(warp == 1)(store)
 
 
 def _pad(a: Array, length: int, fill: float = 0.0) -> Array:
@@ -298,18 +339,18 @@ def backward(
             plgpu.SMEM((stages, block_q), jnp.float32),
             tile((2, _BLOCK_K, block_q)),
             plgpu.SMEM(
-                (_WARPGROUPS, 64, 64), jnp.float32,
+                (tuning.parts, _WARPGROUPS, 64, 64), jnp.float32,
                 transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
             ),
         ],
-        tile((_BLOCK_K, block_q)) if interpret is not None else None,
+        tile((_BLOCK_K, 64)) if interpret is not None else None,
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=tuning.parts),
+        plgpu.Barrier(num_barriers=tuning.parts),
     ]  # fmt: skip
     parts = 1 if interpret is None else blocks  # the interpreter knows neither turns nor sums in global memory
     kernel = plgpu.kernel(
@@ -325,7 +366,7 @@ def backward(
         scratch_types=scratch,
         grid=(batch * heads_kv, blocks),
         grid_names=("head", "block"),
-        num_threads=_WARPGROUPS + 1,
+        num_threads=_WARPGROUPS + (1 if interpret is None else 2),
         thread_name="warpgroup",
         kernel_name="laser_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
