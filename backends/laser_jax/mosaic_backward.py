@@ -34,6 +34,7 @@ class Tuning(NamedTuple):
     late: bool = False  # dk of a tile is still computed while the next one begins
     parts: int = 1  # of dq on its way to global memory
     early: bool = True  # dv is computed beside ds
+    delay: bool = False  # dq of a tile is computed beside ds of the next one
     registers: int = 240  # of a thread that computes
 
     @classmethod
@@ -97,13 +98,26 @@ def _kernel(
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
             plgpu.barrier_wait(owned)
 
+            def queries(dq_acc: Any, twin: Array) -> None:
+                if head_dim == 64:
+                    plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
+                else:
+                    plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
+
+            def hand_over(index: Array, part: Array) -> None:
+                place = lax.rem(index, jnp.int32(tuning.parts))
+                plgpu.barrier_wait(dq_empty.at[place])
+                dqs[place, warpgroup] = part
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(dq_full.at[place])
+
             def step(index: Array, tile: Array, masked: bool) -> None:
                 slot = lax.rem(index, jnp.int32(stages))
                 twin = lax.rem(index, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(g_full.at[slot])
 
-                def weights(half: int, s_acc: Any, dp_acc: Any) -> Array:
+                def weights(half: int, between: Any, s_acc: Any, dp_acc: Any) -> Array:
                     columns = pl.ds(half * 64, 64)
                     plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, columns].T)
                     plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
@@ -132,6 +146,9 @@ def _kernel(
                     if tuning.early:
                         values()
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int(tuning.early))
+                    if tuning.delay:
+                        p = p16.astype(jnp.float32)
+                    between()
                     row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
                     if inverse_beta != 1:
                         dp *= inverse_beta
@@ -147,32 +164,52 @@ def _kernel(
 
                 halves = block_q // 64
                 tile_acc = plgpu.ACC((64, 64), jnp.float32)
-                for half in range(halves):
-                    ds = pl.run_scoped(functools.partial(weights, half), tile_acc, tile_acc)
-                    if half < halves - 1:
-                        if interpreted:
-                            plgpu.commit_smem()
-                        keys(half, ds)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ds_full)
-                plgpu.barrier_wait(ds_full)
 
-                def queries(dq_acc: Any) -> Array:
-                    if head_dim == 64:
-                        plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
-                    else:
-                        plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
-                    keys(halves - 1, ds)
-                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1 if tuning.late else 0)
+                def all_weights(between: Any) -> Array:
+                    for half in range(halves):
+                        hook = between if half == 0 else lambda: None
+                        ds = pl.run_scoped(functools.partial(weights, half, hook), tile_acc, tile_acc)
+                        if half < halves - 1:
+                            if interpreted:
+                                plgpu.commit_smem()
+                            keys(half, ds)
+                    plgpu.commit_smem()
+                    return ds
 
-                part = pl.run_scoped(queries, plgpu.ACC((64, 64), jnp.float32))
-                if not tuning.late:
-                    plgpu.barrier_arrive(empty.at[slot])
-                place = lax.rem(index, jnp.int32(tuning.parts))
-                plgpu.barrier_wait(dq_empty.at[place])
-                dqs[place, warpgroup] = part
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full.at[place])
+                if tuning.delay:
+
+                    def whole(dq_acc: Any) -> Array:
+                        def between() -> None:
+                            @pl.when(index > 0)
+                            def _() -> None:
+                                plgpu.barrier_wait(ds_full)
+
+                            queries(dq_acc, 1 - twin)
+
+                        ds = all_weights(between)
+                        keys(halves - 1, ds)
+                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
+
+                    part = pl.run_scoped(whole, tile_acc)
+                    plgpu.barrier_arrive(ds_full)
+
+                    @pl.when(index > 0)
+                    def _() -> None:
+                        hand_over(index - 1, part)
+                else:
+                    ds = all_weights(lambda: None)
+                    plgpu.barrier_arrive(ds_full)
+                    plgpu.barrier_wait(ds_full)
+
+                    def rest(dq_acc: Any) -> Array:
+                        queries(dq_acc, twin)
+                        keys(halves - 1, ds)
+                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1 if tuning.late else 0)
+
+                    part = pl.run_scoped(rest, tile_acc)
+                    if not tuning.late:
+                        plgpu.barrier_arrive(empty.at[slot])
+                    hand_over(index, part)
 
             @pl.loop(0, walk.group)
             def _member(member: Array) -> None:
@@ -185,6 +222,18 @@ def _kernel(
                 @pl.loop(walk.tiles - full, each)
                 def _masked(step_: Array) -> None:
                     step(start + step_, walk.tiles - 1 - step_, True)
+
+            if tuning.delay:
+
+                @pl.when(total > 0)
+                def _() -> None:
+                    plgpu.barrier_wait(ds_full)
+
+                    def last(dq_acc: Any) -> Array:
+                        queries(dq_acc, lax.rem(total + 1, jnp.int32(2)))
+                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
+
+                    hand_over(total - 1, pl.run_scoped(last, plgpu.ACC((64, 64), jnp.float32)))
 
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
             if tuning.late:
