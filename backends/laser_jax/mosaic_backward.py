@@ -53,18 +53,12 @@ class _Walk(NamedTuple):
     key_length: int  # without padding
     causal_offset: int | None
 
-    def range(self, n0: Array) -> tuple[Array, Array]:
-        """The first tile that sees some of the keys from n0 on, and the first of those that see them all."""
-        # the first block of keys gives every tile of dq its first value, seen or not
+    def first(self, n0: Array) -> Array:
+        """The first tile that sees some of the keys from n0 on."""
         if self.causal_offset is None:
-            first = full = jnp.int32(0)
-        else:
-            row = n0 - self.causal_offset
-            first = jnp.where(n0 == 0, 0, jnp.clip(lax.div(row, self.block_q), 0, self.tiles))
-            full = jnp.clip(lax.div(row + (_BLOCK_K - 1 + self.block_q - 1), self.block_q), 0, self.tiles)
-        if self.key_length % _BLOCK_K:
-            full = jnp.where(n0 + _BLOCK_K > self.key_length, self.tiles, full)
-        return first, full
+            return jnp.int32(0)
+        first = jnp.clip(lax.div(n0 - self.causal_offset, self.block_q), 0, self.tiles)
+        return jnp.where(n0 == 0, 0, first)  # the first keys give every tile of dq its first value, seen or not
 
 
 def _kernel(
@@ -78,9 +72,7 @@ def _kernel(
     head_dim, dtype = q.shape[1], q.dtype
     n0 = block * _BLOCK_K
     key_rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0, _BLOCK_K)
-    first, full = walk.range(n0)
-    full = jnp.maximum(first, full)
-    each = walk.tiles - first  # tiles of each query head
+    each = walk.tiles - walk.first(n0)  # tiles of each query head
     total = each * walk.group
     rows_q = q.shape[0]
     turns = None if interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((rows_q // block_q,)))
@@ -98,6 +90,10 @@ def _kernel(
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
             plgpu.barrier_wait(owned)
 
+            def place(axis: int) -> Array:
+                """Places in a tile along an axis."""
+                return plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+
             def queries(dq_acc: Any, twin: Array) -> None:
                 if head_dim == 64:
                     plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
@@ -111,7 +107,7 @@ def _kernel(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(dq_full.at[place])
 
-            def step(index: Array, tile: Array, masked: bool) -> None:
+            def step(index: Array, tile: Array) -> None:
                 slot = lax.rem(index, jnp.int32(stages))
                 twin = lax.rem(index, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot])
@@ -128,13 +124,15 @@ def _kernel(
                             plgpu.barrier_arrive(empty.at[lax.rem(index + (stages - 1), jnp.int32(stages))])
                     l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
                     p = jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(l, s.shape, [1]))
-                    if masked:
-                        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, s.shape, layout=plgpu.Layout.WGMMA)
-                        j = iota(0) + (n0 + warpgroup * 64)
-                        seen = j < walk.key_length
-                        if walk.causal_offset is not None:
-                            seen &= j <= iota(1) + (tile * block_q + half * 64 + walk.causal_offset)
+                    # every tile is masked: a loop of its own for those that need it costs the registers of products
+                    j = place(0)
+                    if walk.causal_offset is not None:
+                        i = place(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - warpgroup * 64)
+                        seen = lax.broadcast_in_dim(j, s.shape, [0]) <= lax.broadcast_in_dim(i, s.shape, [1])
                         p = jnp.where(seen, p, 0.0)
+                    if walk.key_length % _BLOCK_K:
+                        end = walk.key_length - n0 - warpgroup * 64
+                        p = jnp.where(lax.broadcast_in_dim(j, s.shape, [0]) < end, p, 0.0)
                     p16 = p.astype(dtype)
 
                     def values() -> None:
@@ -215,13 +213,9 @@ def _kernel(
             def _member(member: Array) -> None:
                 start = member * each
 
-                @pl.loop(0, walk.tiles - full)
-                def _full(step_: Array) -> None:
-                    step(start + step_, walk.tiles - 1 - step_, False)
-
-                @pl.loop(walk.tiles - full, each)
-                def _masked(step_: Array) -> None:
-                    step(start + step_, walk.tiles - 1 - step_, True)
+                @pl.loop(0, each)
+                def _tile(step_: Array) -> None:
+                    step(start + step_, walk.tiles - 1 - step_)
 
             if tuning.delay:
 
@@ -426,7 +420,7 @@ def backward(
         _pad(r * 2.0**-shift, padded_q), _pad(l2 - shift, padded_q, math.inf),
     )  # fmt: skip
     if interpret is not None:
-        first = jax.vmap(walk.range)(jnp.arange(blocks) * _BLOCK_K)[0]
+        first = jax.vmap(walk.first)(jnp.arange(blocks) * _BLOCK_K)
         written = (jnp.arange(tiles) >= first[:, None])[:, None, :, None, None]
         dq = jnp.where(written, dq.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
     dq = (dq.reshape(batch, heads, padded_q, head_dim)[:, :, :length_q] * scale).astype(q.dtype)
