@@ -119,20 +119,21 @@ def _kernel(
                     plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                     if tuning.late and half == 0:
+
                         @pl.when(index > 0)
                         def _() -> None:
                             plgpu.barrier_arrive(empty.at[lax.rem(index + (stages - 1), jnp.int32(stages))])
+
                     l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
                     p = jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(l, s.shape, [1]))
                     # every tile is masked: a loop of its own for those that need it costs the registers of products
-                    j = place(0)
                     if walk.causal_offset is not None:
                         i = place(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - warpgroup * 64)
-                        seen = lax.broadcast_in_dim(j, s.shape, [0]) <= lax.broadcast_in_dim(i, s.shape, [1])
+                        seen = lax.broadcast_in_dim(place(0), s.shape, [0]) <= lax.broadcast_in_dim(i, s.shape, [1])
                         p = jnp.where(seen, p, 0.0)
                     if walk.key_length % _BLOCK_K:
                         end = walk.key_length - n0 - warpgroup * 64
-                        p = jnp.where(lax.broadcast_in_dim(j, s.shape, [0]) < end, p, 0.0)
+                        p = jnp.where(lax.broadcast_in_dim(place(0), s.shape, [0]) < end, p, 0.0)
                     p16 = p.astype(dtype)
 
                     def values() -> None:
@@ -231,9 +232,11 @@ def _kernel(
 
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
             if tuning.late:
+
                 @pl.when(total > 0)
                 def _() -> None:
                     plgpu.barrier_arrive(empty.at[lax.rem(total + (stages - 1), jnp.int32(stages))])
+
             for part in range(tuning.parts):  # every phase of a barrier is waited for
                 plgpu.barrier_wait(dq_empty.at[part])
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -247,9 +250,7 @@ def _kernel(
             plgpu.copy_smem_to_gmem(ks.at[own], dk.at[rows])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(
-            accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, x.shape[1]), jnp.float32)
-        )
+        pl.run_scoped(accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, x.shape[1]), jnp.float32))
 
     def load() -> None:
         plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
@@ -288,8 +289,7 @@ def _kernel(
             else:
                 plgpu.semaphore_wait(turns.at[tile], block, decrement=False, memory_scope="gpu")
             places = [
-                dq.at[pl.ds(row + part * 64, 64)] if head_dim == 64
-                else dq.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
+                dq.at[pl.ds(row + part * 64, 64)] if head_dim == 64 else dq.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
                 for part in range(_WARPGROUPS)
             ]
 
@@ -299,6 +299,7 @@ def _kernel(
                     plgpu.copy_smem_to_gmem(dqs.at[slot, part], place)
 
             if not interpreted:
+
                 @pl.when(block > 0)
                 def _next() -> None:
                     for part, place in enumerate(places):
@@ -316,7 +317,8 @@ def _kernel(
 
         @pl.when(warpgroup == _WARPGROUPS)
         def _move() -> None:
-            plgpu.set_max_registers(32, action="decrease")
+            # a program has 168 for each thread, and waits for ever for more
+            plgpu.set_max_registers(_WARPGROUPS * (168 - tuning.registers) + 168, action="decrease")
 
             @plgpu.warp_map
             def _warps(warp: Array) -> None:
@@ -332,9 +334,7 @@ def _pad(a: Array, length: int, fill: float = 0.0) -> Array:
     return a.reshape(-1, *a.shape[3:])
 
 
-@functools.partial(
-    jax.jit, static_argnames=("scale", "causal_offset", "inverse_beta", "shift", "tuning", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("scale", "causal_offset", "inverse_beta", "shift", "tuning", "interpret"))
 def backward(
     q: Array, k: Array, x: Array, g: Array, r: Array, l2: Array, *,
     scale: float, causal_offset: int | None = None, inverse_beta: float = 1.0, shift: int = 0,
