@@ -1,6 +1,7 @@
 """Compile forms of the Mosaic backward kernel for sm_90a, without a device; print as JSON what came out.
 
-By test_mosaic_backward, with MOSAIC_GPU_DUMP_TO a folder, MOSAIC_GPU_DUMP_PTX and MOSAIC_GPU_DUMP_PTXAS 1, and JAX_PLATFORMS cpu.
+Run by test_mosaic_backward, with MOSAIC_GPU_DUMP_TO a folder, MOSAIC_GPU_DUMP_PTX and MOSAIC_GPU_DUMP_PTXAS 1, and
+JAX_PLATFORMS cpu.
 """
 
 from __future__ import annotations

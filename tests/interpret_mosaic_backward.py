@@ -1,4 +1,4 @@
-"""Run the Mosaic backward kernel in JAX's interpreter, against the equations, looking for races. By test_mosaic_backward."""
+"""Run the Mosaic backward kernel in JAX's interpreter, against the equations. Run by test_mosaic_backward."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(name: str) -> None:
         l = np.log(np.exp(s).sum(-1, keepdims=True))
     l[np.isneginf(l)] = math.inf
     p = np.exp(s - l)
-    g_ = g_.reshape(p.shape[:-1] + (width,))
+    g_ = g_.reshape((*p.shape[:-1], width))
     ds = p * (np.einsum("bkgie,bkje->bkgij", g_, x_) / beta + r_.reshape(p.shape[:-1])[..., None])
     want = (
         scale * np.einsum("bkgij,bkjd->bkgid", ds, k_).reshape(q.shape),
@@ -55,7 +55,8 @@ def check(name: str) -> None:
     unit = float(jnp.finfo(dtype).eps) / 2
     for label, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
         error = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
-        assert a.dtype == q.dtype and error <= 2 * unit, (name, label, error)
+        assert a.dtype == q.dtype
+        assert error <= 2 * unit, (name, label, error)
     assert not gpu_callbacks.get_races().races_found, name
 
 

@@ -36,6 +36,7 @@ class Tuning(NamedTuple):
     early: bool = True  # dv is computed beside ds
     delay: bool = False  # dq of a tile is computed beside ds of the next one
     registers: int = 240  # of a thread that computes
+    heads: int = 1  # whose blocks of keys come in turn; their queries should fit in the L2 cache together
 
     @classmethod
     def of(cls, head_dim: int) -> Tuning:
@@ -50,6 +51,7 @@ class _Walk(NamedTuple):
     tiles: int  # of queries
     blocks: int  # of keys
     block_q: int
+    span: int  # heads in turn
     key_length: int  # without padding
     causal_offset: int | None
 
@@ -66,7 +68,8 @@ def _kernel(
     walk: _Walk, tuning: Tuning, scale: float, inverse_beta: float, shift: int, interpreted: bool,
 ) -> None:  # fmt: skip
     (ks, xs, qs, gs, rs, ls, dss, dqs), ps, owned, q_full, g_full, empty, ds_full, dq_full, dq_empty = scratch
-    heads_kv, block = lax.axis_index("head"), lax.axis_index("block")
+    heads_kv = lax.axis_index("section") * walk.span + lax.axis_index("head")
+    block = lax.axis_index("block")
     warpgroup = lax.axis_index("warpgroup")
     block_q, stages = tuning.block_q, tuning.stages
     head_dim, dtype = q.shape[1], q.dtype
@@ -366,7 +369,8 @@ def backward(
     tuning = tuning or Tuning.of(head_dim)
     block_q = tuning.block_q
     tiles, blocks = pl.cdiv(length_q, block_q), pl.cdiv(length_k, _BLOCK_K)
-    walk = _Walk(heads // heads_kv, tiles, blocks, block_q, length_k, causal_offset)
+    span = math.gcd(batch * heads_kv, tuning.heads)
+    walk = _Walk(heads // heads_kv, tiles, blocks, block_q, span, length_k, causal_offset)
     padded_q, padded_k = tiles * block_q, blocks * _BLOCK_K
 
     wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -407,8 +411,8 @@ def backward(
             jax.ShapeDtypeStruct((batch * heads_kv * padded_k, value_dim), q.dtype),
         ),
         scratch_types=scratch,
-        grid=(batch * heads_kv, blocks),
-        grid_names=("head", "block"),
+        grid=(batch * heads_kv // span, blocks, span),  # a block waits for earlier ones of its head alone
+        grid_names=("section", "block", "head"),
         num_threads=_WARPGROUPS + (1 if interpret is None else 2),
         thread_name="warpgroup",
         kernel_name="laser_backward",
