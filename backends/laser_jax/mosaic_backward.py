@@ -36,12 +36,14 @@ class Tuning(NamedTuple):
     early: bool = True  # dv is computed beside ds
     delay: bool = False  # dq of a tile is computed beside ds of the next one
     registers: int = 240  # of a thread that computes
+    columns: int = 64  # queries whose scores are held at a time
+    bare: bool = False  # no barriers beside our own
     heads: int = 1  # whose blocks of keys come in turn; their queries should fit in the L2 cache together
 
     @classmethod
     def of(cls, head_dim: int) -> Tuning:
         """The choice for one head dimension."""
-        return cls(64, late=True) if head_dim > 64 else cls(128, late=True)
+        return cls(64 if head_dim > 64 else 128, late=True, early=False)
 
 
 class _Walk(NamedTuple):
@@ -71,7 +73,7 @@ def _kernel(
     heads_kv = lax.axis_index("section") * walk.span + lax.axis_index("head")
     block = lax.axis_index("block")
     warpgroup = lax.axis_index("warpgroup")
-    block_q, stages = tuning.block_q, tuning.stages
+    block_q, stages, width = tuning.block_q, tuning.stages, tuning.columns
     head_dim, dtype = q.shape[1], q.dtype
     n0 = block * _BLOCK_K
     key_rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0, _BLOCK_K)
@@ -85,17 +87,17 @@ def _kernel(
         member = lax.div(step, each)
         return (heads_kv * walk.group + member + 1) * walk.tiles - 1 - (step - member * each)
 
-    @pl.when(warpgroup < _WARPGROUPS)
-    def _compute() -> None:
+    def compute(part: int) -> None:
         plgpu.set_max_registers(tuning.registers, action="increase")
-        own = pl.ds(warpgroup * 64, 64)
+        own = pl.ds(part * 64, 64)
 
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
             plgpu.barrier_wait(owned)
 
             def place(axis: int) -> Array:
                 """Places in a tile along an axis."""
-                return plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+                size = width if axis else 64
+                return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
 
             def queries(dq_acc: Any, twin: Array) -> None:
                 if head_dim == 64:
@@ -103,10 +105,10 @@ def _kernel(
                 else:
                     plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
 
-            def hand_over(index: Array, part: Array) -> None:
+            def hand_over(index: Array, value: Array) -> None:
                 place = lax.rem(index, jnp.int32(tuning.parts))
                 plgpu.barrier_wait(dq_empty.at[place])
-                dqs[place, warpgroup] = part
+                dqs[place, part] = value
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(dq_full.at[place])
 
@@ -117,7 +119,7 @@ def _kernel(
                 plgpu.barrier_wait(g_full.at[slot])
 
                 def weights(half: int, between: Any, s_acc: Any, dp_acc: Any) -> Array:
-                    columns = pl.ds(half * 64, 64)
+                    columns = pl.ds(half * width, width)
                     plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, columns].T)
                     plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
@@ -131,11 +133,11 @@ def _kernel(
                     p = jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(l, s.shape, [1]))
                     # every tile is masked: a loop of its own for those that need it costs the registers of products
                     if walk.causal_offset is not None:
-                        i = place(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - warpgroup * 64)
+                        i = place(1) + (tile * block_q + (half * width + walk.causal_offset) - n0 - part * 64)
                         seen = lax.broadcast_in_dim(place(0), s.shape, [0]) <= lax.broadcast_in_dim(i, s.shape, [1])
                         p = jnp.where(seen, p, 0.0)
                     if walk.key_length % _BLOCK_K:
-                        end = walk.key_length - n0 - warpgroup * 64
+                        end = walk.key_length - n0 - part * 64
                         p = jnp.where(lax.broadcast_in_dim(place(0), s.shape, [0]) < end, p, 0.0)
                     p16 = p.astype(dtype)
 
@@ -161,11 +163,11 @@ def _kernel(
                     return ds
 
                 def keys(half: int, ds: Array) -> None:
-                    columns = pl.ds(half * 64, 64)
+                    columns = pl.ds(half * width, width)
                     plgpu.wgmma(dk_acc, dss.at[twin, own, columns] if interpreted else ds, qs.at[slot, columns])
 
-                halves = block_q // 64
-                tile_acc = plgpu.ACC((64, 64), jnp.float32)
+                halves = block_q // width
+                tile_acc, dq_tile = plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, 64), jnp.float32)
 
                 def all_weights(between: Any) -> Array:
                     for half in range(halves):
@@ -192,12 +194,12 @@ def _kernel(
                         keys(halves - 1, ds)
                         return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
 
-                    part = pl.run_scoped(whole, tile_acc)
+                    value = pl.run_scoped(whole, dq_tile)
                     plgpu.barrier_arrive(ds_full)
 
                     @pl.when(index > 0)
                     def _() -> None:
-                        hand_over(index - 1, part)
+                        hand_over(index - 1, value)
                 else:
                     ds = all_weights(lambda: None)
                     plgpu.barrier_arrive(ds_full)
@@ -208,10 +210,10 @@ def _kernel(
                         keys(halves - 1, ds)
                         return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1 if tuning.late else 0)
 
-                    part = pl.run_scoped(rest, tile_acc)
+                    value = pl.run_scoped(rest, dq_tile)
                     if not tuning.late:
                         plgpu.barrier_arrive(empty.at[slot])
-                    hand_over(index, part)
+                    hand_over(index, value)
 
             @pl.loop(0, walk.group)
             def _member(member: Array) -> None:
@@ -240,15 +242,15 @@ def _kernel(
                 def _() -> None:
                     plgpu.barrier_arrive(empty.at[lax.rem(total + (stages - 1), jnp.int32(stages))])
 
-            for part in range(tuning.parts):  # every phase of a barrier is waited for
-                plgpu.barrier_wait(dq_empty.at[part])
+            for slot in range(tuning.parts):  # every phase of a barrier is waited for
+                plgpu.barrier_wait(dq_empty.at[slot])
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             xs[own, :] = (values * (x_tile * 2.0**-shift)).astype(dtype)
             plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
             plgpu.barrier_wait(ds_full)
             ks[own, :] = (plgpu.wgmma_accumulator_load(dk_acc, wait_n=0) * scale).astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0 + warpgroup * 64, 64)
+            rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0 + part * 64, 64)
             plgpu.copy_smem_to_gmem(xs.at[own], dv.at[rows])
             plgpu.copy_smem_to_gmem(ks.at[own], dk.at[rows])
             plgpu.wait_smem_to_gmem(0)
@@ -313,6 +315,8 @@ def _kernel(
                 plgpu.semaphore_signal(turns.at[tile], 1, memory_scope="gpu")
             plgpu.barrier_arrive(dq_empty.at[slot])
 
+    for part in range(_WARPGROUPS):  # each has code of its own: places in shared memory are constants in it
+        pl.when(warpgroup == part)(functools.partial(compute, part))
     if interpreted:  # it runs the warps of a warpgroup one after the other
         pl.when(warpgroup == _WARPGROUPS)(load)
         pl.when(warpgroup == _WARPGROUPS + 1)(store)
@@ -390,7 +394,7 @@ def backward(
                 transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
             ),
         ],
-        tile((_BLOCK_K, 64)) if interpret is not None else None,
+        tile((_BLOCK_K, tuning.columns)) if interpret is not None else None,
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -416,7 +420,7 @@ def backward(
         num_threads=_WARPGROUPS + (1 if interpret is None else 2),
         thread_name="warpgroup",
         kernel_name="laser_backward",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=tuning.bare),
         **({} if interpret is None else {"interpret": interpret}),
     )  # fmt: skip
     dq, dk, dv = kernel(
