@@ -24,26 +24,9 @@ Array: TypeAlias = jax.Array
 
 _WARPGROUPS = 2  # that compute; each owns 64 keys
 _BLOCK_K = 64 * _WARPGROUPS
-
-
-class Tuning(NamedTuple):
-    """What may be chosen for speed alone."""
-
-    block_q: int
-    stages: int = 2  # of q and g in shared memory
-    late: bool = False  # dk of a tile is still computed while the next one begins
-    parts: int = 1  # of dq on its way to global memory
-    early: bool = True  # dv is computed beside ds
-    delay: bool = False  # dq of a tile is computed beside ds of the next one
-    registers: int = 240  # of a thread that computes
-    columns: int = 64  # queries whose scores are held at a time
-    bare: bool = False  # no barriers beside our own
-    heads: int = 1  # whose blocks of keys come in turn; their queries should fit in the L2 cache together
-
-    @classmethod
-    def of(cls, head_dim: int) -> Tuning:
-        """The choice for one head dimension."""
-        return cls(64 if head_dim > 64 else 128, late=True, early=False)
+_STAGES = 2  # of q and g in shared memory
+_REGISTERS = 240, 24  # of a thread that computes and of one that moves data: 168 each are there, and more never come
+_TOGETHER = 32 << 20  # bytes of q, g and dq of heads whose programs run at a time: they should stay in the L2 cache
 
 
 class _Walk(NamedTuple):
@@ -67,13 +50,13 @@ class _Walk(NamedTuple):
 
 def _kernel(
     q: Any, k: Any, x: Any, g: Any, r: Any, l2: Any, dq: Any, dk: Any, dv: Any, *scratch: Any,
-    walk: _Walk, tuning: Tuning, scale: float, inverse_beta: float, shift: int, interpreted: bool,
+    walk: _Walk, scale: float, inverse_beta: float, shift: int, interpreted: bool,
 ) -> None:  # fmt: skip
     (ks, xs, qs, gs, rs, ls, dss, dqs), ps, owned, q_full, g_full, empty, ds_full, dq_full, dq_empty = scratch
     heads_kv = lax.axis_index("section") * walk.span + lax.axis_index("head")
     block = lax.axis_index("block")
     warpgroup = lax.axis_index("warpgroup")
-    block_q, stages, width = tuning.block_q, tuning.stages, tuning.columns
+    block_q = walk.block_q
     head_dim, dtype = q.shape[1], q.dtype
     n0 = block * _BLOCK_K
     key_rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0, _BLOCK_K)
@@ -88,162 +71,100 @@ def _kernel(
         return (heads_kv * walk.group + member + 1) * walk.tiles - 1 - (step - member * each)
 
     def compute(part: int) -> None:
-        plgpu.set_max_registers(tuning.registers, action="increase")
+        plgpu.set_max_registers(_REGISTERS[0], action="increase")
         own = pl.ds(part * 64, 64)
 
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
             plgpu.barrier_wait(owned)
 
-            def place(axis: int) -> Array:
-                """Places in a tile along an axis."""
-                size = width if axis else 64
-                return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+            def places(axis: int) -> Array:
+                """Along an axis of a tile of scores."""
+                return plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
 
-            def queries(dq_acc: Any, twin: Array) -> None:
-                if head_dim == 64:
-                    plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
-                else:
-                    plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
-
-            def hand_over(index: Array, value: Array) -> None:
-                place = lax.rem(index, jnp.int32(tuning.parts))
-                plgpu.barrier_wait(dq_empty.at[place])
-                dqs[place, part] = value
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full.at[place])
+            def along(x: Array, axis: int) -> Array:
+                return lax.broadcast_in_dim(x, (64, 64), [axis])
 
             def step(index: Array, tile: Array) -> None:
-                slot = lax.rem(index, jnp.int32(stages))
-                twin = lax.rem(index, jnp.int32(2))
+                slot, twin = lax.rem(index, jnp.int32(_STAGES)), lax.rem(index, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(g_full.at[slot])
 
-                def weights(half: int, between: Any, s_acc: Any, dp_acc: Any) -> Array:
-                    columns = pl.ds(half * width, width)
+                def weights(half: int, s_acc: Any, dp_acc: Any) -> Array:
+                    """dsᵀ of 64 queries; their part of dv is begun."""
+                    columns = pl.ds(half * 64, 64)
                     plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, columns].T)
                     plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    if tuning.late and half == 0:
+                    if half == 0:  # dk of the tile before is complete
 
                         @pl.when(index > 0)
                         def _() -> None:
-                            plgpu.barrier_arrive(empty.at[lax.rem(index + (stages - 1), jnp.int32(stages))])
+                            plgpu.barrier_arrive(empty.at[lax.rem(index + (_STAGES - 1), jnp.int32(_STAGES))])
 
                     l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
-                    p = jnp.exp2(s * (scale * math.log2(math.e)) - lax.broadcast_in_dim(l, s.shape, [1]))
-                    # every tile is masked: a loop of its own for those that need it costs the registers of products
+                    p = jnp.exp2(s * (scale * math.log2(math.e)) - along(l, 1))
+                    # every tile is masked: a second loop without would cost the registers that products need
                     if walk.causal_offset is not None:
-                        i = place(1) + (tile * block_q + (half * width + walk.causal_offset) - n0 - part * 64)
-                        seen = lax.broadcast_in_dim(place(0), s.shape, [0]) <= lax.broadcast_in_dim(i, s.shape, [1])
-                        p = jnp.where(seen, p, 0.0)
+                        last = places(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - part * 64)
+                        p = jnp.where(along(places(0), 0) <= along(last, 1), p, 0.0)
                     if walk.key_length % _BLOCK_K:
-                        end = walk.key_length - n0 - part * 64
-                        p = jnp.where(lax.broadcast_in_dim(place(0), s.shape, [0]) < end, p, 0.0)
-                    p16 = p.astype(dtype)
-
-                    def values() -> None:
-                        if interpreted:
-                            ps[own, :] = p16
-                            plgpu.commit_smem()
-                        plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p16, gs.at[slot, columns])
-
-                    if tuning.early:
-                        values()
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=int(tuning.early))
-                    if tuning.delay:
-                        p = p16.astype(jnp.float32)
-                    between()
-                    row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                        p = jnp.where(along(places(0), 0) < walk.key_length - n0 - part * 64, p, 0.0)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                     if inverse_beta != 1:
                         dp *= inverse_beta
-                    ds = (p * (dp + lax.broadcast_in_dim(row, s.shape, [1]))).astype(dtype)
-                    if not tuning.early:
-                        values()
+                    row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                    ds, p = (p * (dp + along(row, 1))).astype(dtype), p.astype(dtype)
+                    if interpreted:
+                        ps[own, :] = p
+                        plgpu.commit_smem()
+                    plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p, gs.at[slot, columns])
                     dss[twin, own, columns] = ds
                     return ds
 
                 def keys(half: int, ds: Array) -> None:
-                    columns = pl.ds(half * width, width)
+                    columns = pl.ds(half * 64, 64)
                     plgpu.wgmma(dk_acc, dss.at[twin, own, columns] if interpreted else ds, qs.at[slot, columns])
 
-                halves = block_q // width
-                tile_acc, dq_tile = plgpu.ACC((64, width), jnp.float32), plgpu.ACC((64, 64), jnp.float32)
+                halves = block_q // 64
+                tile_acc = plgpu.ACC((64, 64), jnp.float32)
+                for half in range(halves):
+                    ds = pl.run_scoped(functools.partial(weights, half), tile_acc, tile_acc)
+                    if half < halves - 1:
+                        if interpreted:
+                            plgpu.commit_smem()
+                        keys(half, ds)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ds_full)
+                plgpu.barrier_wait(ds_full)
 
-                def all_weights(between: Any) -> Array:
-                    for half in range(halves):
-                        hook = between if half == 0 else lambda: None
-                        ds = pl.run_scoped(functools.partial(weights, half, hook), tile_acc, tile_acc)
-                        if half < halves - 1:
-                            if interpreted:
-                                plgpu.commit_smem()
-                            keys(half, ds)
-                    plgpu.commit_smem()
-                    return ds
+                def queries(dq_acc: Any) -> Array:
+                    """This warpgroup's part of dq, while dk is still being computed."""
+                    if head_dim == 64:
+                        plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
+                    else:
+                        plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
+                    keys(halves - 1, ds)
+                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
 
-                if tuning.delay:
-
-                    def whole(dq_acc: Any) -> Array:
-                        def between() -> None:
-                            @pl.when(index > 0)
-                            def _() -> None:
-                                plgpu.barrier_wait(ds_full)
-
-                            queries(dq_acc, 1 - twin)
-
-                        ds = all_weights(between)
-                        keys(halves - 1, ds)
-                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-
-                    value = pl.run_scoped(whole, dq_tile)
-                    plgpu.barrier_arrive(ds_full)
-
-                    @pl.when(index > 0)
-                    def _() -> None:
-                        hand_over(index - 1, value)
-                else:
-                    ds = all_weights(lambda: None)
-                    plgpu.barrier_arrive(ds_full)
-                    plgpu.barrier_wait(ds_full)
-
-                    def rest(dq_acc: Any) -> Array:
-                        queries(dq_acc, twin)
-                        keys(halves - 1, ds)
-                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1 if tuning.late else 0)
-
-                    value = pl.run_scoped(rest, dq_tile)
-                    if not tuning.late:
-                        plgpu.barrier_arrive(empty.at[slot])
-                    hand_over(index, value)
+                dq_part = pl.run_scoped(queries, tile_acc)
+                plgpu.barrier_wait(dq_empty)
+                dqs[part] = dq_part
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(dq_full)
 
             @pl.loop(0, walk.group)
             def _member(member: Array) -> None:
-                start = member * each
-
                 @pl.loop(0, each)
-                def _tile(step_: Array) -> None:
-                    step(start + step_, walk.tiles - 1 - step_)
-
-            if tuning.delay:
-
-                @pl.when(total > 0)
-                def _() -> None:
-                    plgpu.barrier_wait(ds_full)
-
-                    def last(dq_acc: Any) -> Array:
-                        queries(dq_acc, lax.rem(total + 1, jnp.int32(2)))
-                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
-
-                    hand_over(total - 1, pl.run_scoped(last, plgpu.ACC((64, 64), jnp.float32)))
+                def _tile(index: Array) -> None:
+                    step(member * each + index, walk.tiles - 1 - index)
 
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
-            if tuning.late:
 
-                @pl.when(total > 0)
-                def _() -> None:
-                    plgpu.barrier_arrive(empty.at[lax.rem(total + (stages - 1), jnp.int32(stages))])
+            @pl.when(total > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(empty.at[lax.rem(total + (_STAGES - 1), jnp.int32(_STAGES))])
 
-            for slot in range(tuning.parts):  # every phase of a barrier is waited for
-                plgpu.barrier_wait(dq_empty.at[slot])
+            plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             xs[own, :] = (values * (x_tile * 2.0**-shift)).astype(dtype)
             plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
@@ -263,9 +184,9 @@ def _kernel(
 
         @pl.loop(0, total)
         def _tile(step: Array) -> None:
-            slot = lax.rem(step, jnp.int32(stages))
+            slot = lax.rem(step, jnp.int32(_STAGES))
 
-            @pl.when(step >= stages)
+            @pl.when(step >= _STAGES)
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
@@ -275,19 +196,17 @@ def _kernel(
             plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
             plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
 
-        @pl.loop(jnp.maximum(total - stages, 0), total)
+        @pl.loop(jnp.maximum(total - _STAGES, 0), total)
         def _drain(step: Array) -> None:
-            plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(stages))])
+            plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(_STAGES))])
 
     def store() -> None:
-        for part in range(tuning.parts):
-            plgpu.barrier_arrive(dq_empty.at[part])
+        plgpu.barrier_arrive(dq_empty)
 
         @pl.loop(0, total)
         def _tile(step: Array) -> None:
             tile = tile_of(step)
-            slot = lax.rem(step, jnp.int32(tuning.parts))
-            plgpu.barrier_wait(dq_full.at[slot])
+            plgpu.barrier_wait(dq_full)
             row = tile * block_q
             if interpreted:
                 row += block * rows_q
@@ -301,19 +220,19 @@ def _kernel(
             @pl.when((block == 0) | interpreted)
             def _first() -> None:
                 for part, place in enumerate(places):
-                    plgpu.copy_smem_to_gmem(dqs.at[slot, part], place)
+                    plgpu.copy_smem_to_gmem(dqs.at[part], place)
 
             if not interpreted:
 
                 @pl.when(block > 0)
                 def _next() -> None:
                     for part, place in enumerate(places):
-                        plgpu.copy_smem_to_gmem(dqs.at[slot, part], place, reduction_op="add")
+                        plgpu.copy_smem_to_gmem(dqs.at[part], place, reduction_op="add")
 
             plgpu.wait_smem_to_gmem(0)
             if not interpreted:
                 plgpu.semaphore_signal(turns.at[tile], 1, memory_scope="gpu")
-            plgpu.barrier_arrive(dq_empty.at[slot])
+            plgpu.barrier_arrive(dq_empty)
 
     for part in range(_WARPGROUPS):  # each has code of its own: places in shared memory are constants in it
         pl.when(warpgroup == part)(functools.partial(compute, part))
@@ -324,8 +243,7 @@ def _kernel(
 
         @pl.when(warpgroup == _WARPGROUPS)
         def _move() -> None:
-            # a program has 168 for each thread, and waits for ever for more
-            plgpu.set_max_registers(_WARPGROUPS * (168 - tuning.registers) + 168, action="decrease")
+            plgpu.set_max_registers(_REGISTERS[1], action="decrease")
 
             @plgpu.warp_map
             def _warps(warp: Array) -> None:
@@ -341,11 +259,11 @@ def _pad(a: Array, length: int, fill: float = 0.0) -> Array:
     return a.reshape(-1, *a.shape[3:])
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal_offset", "inverse_beta", "shift", "tuning", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "causal_offset", "inverse_beta", "shift", "interpret"))
 def backward(
     q: Array, k: Array, x: Array, g: Array, r: Array, l2: Array, *,
     scale: float, causal_offset: int | None = None, inverse_beta: float = 1.0, shift: int = 0,
-    tuning: Tuning | None = None, interpret: Any = None,
+    interpret: Any = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of query, key and value.
 
@@ -362,7 +280,6 @@ def backward(
         causal_offset: Query i sees the keys up to i + causal_offset; None: all keys.
         inverse_beta: 1/β.
         shift: p is held as p·2^shift in float16.
-        tuning: Tile sizes.
         interpret: Parameters of the interpreter of Pallas.
 
     Returns:
@@ -370,43 +287,42 @@ def backward(
     """
     batch, heads, length_q, head_dim = q.shape
     heads_kv, length_k, value_dim = x.shape[1:]
-    tuning = tuning or Tuning.of(head_dim)
-    block_q = tuning.block_q
+    block_q = 64 if head_dim > 64 else 128
     tiles, blocks = pl.cdiv(length_q, block_q), pl.cdiv(length_k, _BLOCK_K)
-    span = math.gcd(batch * heads_kv, tuning.heads)
+    together = max(1, _TOGETHER // (tiles * block_q * (6 * head_dim + 2 * value_dim)))
+    span = math.gcd(batch * heads_kv, 1 << (together.bit_length() - 1))
     walk = _Walk(heads // heads_kv, tiles, blocks, block_q, span, length_k, causal_offset)
     padded_q, padded_k = tiles * block_q, blocks * _BLOCK_K
 
     wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=wide)
-    stages = tuning.stages
     scratch = [
         [
             tile((_BLOCK_K, head_dim)),
             tile((_BLOCK_K, value_dim)),
-            tile((stages, block_q, head_dim)),
-            tile((stages, block_q, value_dim)),
-            plgpu.SMEM((stages, block_q), jnp.float32),
-            plgpu.SMEM((stages, block_q), jnp.float32),
+            tile((_STAGES, block_q, head_dim)),
+            tile((_STAGES, block_q, value_dim)),
+            plgpu.SMEM((_STAGES, block_q), jnp.float32),
+            plgpu.SMEM((_STAGES, block_q), jnp.float32),
             tile((2, _BLOCK_K, block_q)),
             plgpu.SMEM(
-                (tuning.parts, _WARPGROUPS, 64, 64), jnp.float32,
+                (_WARPGROUPS, 64, 64), jnp.float32,
                 transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
             ),
         ],
-        tile((_BLOCK_K, tuning.columns)) if interpret is not None else None,
+        tile((_BLOCK_K, 64)) if interpret is not None else None,
         plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=tuning.parts),
-        plgpu.Barrier(num_barriers=tuning.parts),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        plgpu.Barrier(),
     ]  # fmt: skip
     parts = 1 if interpret is None else blocks  # the interpreter knows neither turns nor sums in global memory
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, walk=walk, tuning=tuning, scale=scale, inverse_beta=inverse_beta * 2.0**-shift, shift=shift,
+            _kernel, walk=walk, scale=scale, inverse_beta=inverse_beta * 2.0**-shift, shift=shift,
             interpreted=interpret is not None,
         ),
         out_type=(
@@ -420,7 +336,7 @@ def backward(
         num_threads=_WARPGROUPS + (1 if interpret is None else 2),
         thread_name="warpgroup",
         kernel_name="laser_backward",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=tuning.bare),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )  # fmt: skip
     dq, dk, dv = kernel(
