@@ -225,14 +225,6 @@ def _module(tiles: Operands, device: int) -> Any:
 
 
 @functools.cache
-def processors(device: int) -> int:
-    """Multiprocessors of a device."""
-    import cupy
-
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
-
-
-@functools.cache
 def _encode() -> Any:
     """The driver's function that writes a tensor map: CuPy has no binding of it."""
     return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
@@ -320,7 +312,7 @@ def forward_alone(
     few = x.empty(x.heads, -(-problem.query_length // 16), dtype=xp.uint32)
     counter = xp.zeros(1, dtype=xp.int32)
     blocks = -(-problem.query_length // tiles.queries)
-    grid = min(x.heads * blocks, processors(x.q.device.id))
+    grid = min(x.heads * blocks, x.machine.processors)
     section = max(1, L2_BYTES // (2 * problem.key_length * sum(tiles.widths))) * problem.group
     maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys))]
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section, x.heads)))
@@ -395,6 +387,6 @@ def backward_alone(
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
     side = (v.c, records, r.scales, v.flags, sums, zeros[:count], zeros[count:], dk, dv)
     sizes = (np.int32(work), np.int32(k_tiles), np.int32(q_tiles))
-    blocks, shape = min(work, processors(x.q.device.id)), {"threads": tiles.THREADS, "shared": tiles.shared}
+    blocks, shape = min(work, x.machine.processors), {"threads": tiles.THREADS, "shared": tiles.shared}
     _run(x, tiles, "hopper_backward", blocks, *maps, x.v, *side, *sizes, **shape)
     _run(x, tiles, "hopper_queries", count, sums, r.scales, v.flags, dq, np.int32(q_tiles))
