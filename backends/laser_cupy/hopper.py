@@ -139,9 +139,10 @@ class ForwardTiles(Operands):
     @classmethod
     def of(cls, problem: Problem) -> ForwardTiles:
         """The tiles for a problem: docs/cuda-hopper-log.md says what they rest on."""
-        build = Build.of(problem)
+        build, half = Build.of(problem), problem.dtype == "float16"
         small = max(build.columns, build.value_dim) <= 64
-        return cls(problem.dtype == "float16", build.columns, build.value_dim, stages=4 if small else 2)
+        tiles = cls(half, build.columns, build.value_dim, turns=True)
+        return dataclasses.replace(tiles, consumers=3, stages=4, lazy=0 if half else 8) if small else tiles
 
     @property
     def queries(self) -> int:

@@ -124,7 +124,7 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 
 // o, its float32 form, l and the rows in which few keys carry the weight, from acc, m and l of 64 rows
 __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float (&acc)[ET / 8][4], const Row (&state)[2],
-                                       float factor, int own, const int* c, u16* out, float* residual,
+                                       float factor, int own, const int2 (&c)[ET / 8], u16* out, float* residual,
                                        float* lse, u32* few, int* needed) {
   const int t = threadIdx.x % 4;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
@@ -147,9 +147,9 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
   const int strip = (own - threadIdx.x % 32 / 4) / 16, strips = (pr.query_length + 15) / 16;
   if (threadIdx.x % 32 == 0 && strip < strips) {
     few[(i64)at.query * strips + strip] = some;
-    if (some) atomicMax(needed + at.key, least(at.k_end, strip * 16 + 15 + pr.high + 1));
+    // the portable kernel has 128 queries in a block at most, and 64 keys in a tile: what it reads has to be finite
+    if (some) atomicMax(needed + at.key, (least(at.k_end, (strip * 16 | 127) + 1 + pr.high) + 63) / 64 * 64);
   }
-  c += (i64)at.key * CP;
 #pragma unroll
   for (int n = 0; n < ET / 8; n += 2) {
 #pragma unroll
@@ -158,7 +158,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
       for (int r = 0; r < 4; r++) {
         int n_a;
         const float a = acc[n + part][r], log_a = log2_split(a, n_a);
-        const int h = r / 2, channel = (n + part) * 8 + t * 2 + r % 2, whole = n_a - n_l[h] + (channel < EP ? c[channel] : 0);
+        const int h = r / 2, whole = n_a - n_l[h] + (r % 2 ? c[n + part].y : c[n + part].x);
         const float o = a == 0.f ? minus_infinity : ((float)whole + (log_a - log_l[h])) * per_beta;
         acc[n + part][r] = seen[h] ? o : 0.f;
       }
@@ -206,7 +206,16 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
     const int own = place.i0 + row, i0 = place.i0 + which * 64, i1 = least(i0 + 64, pr.query_length);
     float acc[ET / 8][4] = {}, shrink[2];
     Row state[2];
-    if (span.first < span.end) {
+    int2 own_c[ET / 8];
+    auto load_c = [&] {
+#pragma unroll
+      for (int n = 0; n < ET / 8; n++) {
+        const int e = n * 8 + threadIdx.x % 4 * 2;
+        own_c[n] = e < EP ? *(const int2*)(c + (i64)at.key * CP + e) : make_int2(0, 0);
+      }
+    };
+    if (span.first == span.end) load_c();
+    else {
       float s[KEYS / 8][4];
       u32 p[KEYS / 16][4];
       auto weights = [&](int tile) {  // p from s
@@ -266,12 +275,13 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
       products_fence();
       multiply_columns(acc, p, sm.x[x_ring.stage]);
       products_commit();
+      load_c();  // while these products run
       products_wait<0>();
       pin(acc);
       if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
       x_ring.next();
     }
-    finish(pr, at, acc, state, factor, own, c, out, residual, lse, few, needed);
+    finish(pr, at, acc, state, factor, own, own_c, out, residual, lse, few, needed);
   }
 }
 

@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
     PROBLEM, const u16* v, const int* c, const int* needed, u16* x, int rest, int workers) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x / workers, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
-  const int needs = rest ? needed[kv] : needed[kv] ? p.key_length : 0;
+  const int needs = rest ? least(needed[kv], p.key_length) : needed[kv] ? p.key_length : 0;
   if (own >= ROWS) return;
   const Head at = head_of(p, kv * p.group);
   for (int j = blockIdx.x % workers * ROWS + own; j < needs; j += workers * ROWS) {
