@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from laser_core import Problem
@@ -182,5 +183,10 @@ def source(*parts: str, hardware: str = "hardware.cu") -> str:
     """The source of some parts, or of all kernels, in one piece."""
     files = dict.fromkeys(file for part in parts or PARTS for file in PARTS[part][0])
     names = (hardware, *(f"{name}.cu" for name in ("float32", "common", *files)))
+    return joined(names)
+
+
+def joined(names: Sequence[str]) -> str:
+    """Files of this folder in one piece."""
     folder = Path(__file__).parent
     return "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in names)
