@@ -8,9 +8,10 @@ from torch import Tensor
 from laser_core import Forward, Problem
 
 from . import fused, fused_backward
-from .call import Call, prepare_packed, value_pass
+from .call import Call, Plan, prepare_packed, value_pass
 from .engines import Choice
 from .launch import on
+from .tiles import Tile, backward_tiles
 
 
 def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor) -> Call:
@@ -19,10 +20,16 @@ def prepare(problem: Problem, query: Tensor, key: Tensor, value: Tensor, starts_
     return prepare_packed(problem, query, key, value, *starts)
 
 
+def _by_pointers(plan: Plan) -> bool:
+    """Whether the tiles of other calls are made for hardware that copies them by itself, and smaller ones do better."""
+    dtype, head_dim, value_dim, large = plan.tile_of()
+    return large and dtype != torch.float32 and 64 < max(head_dim, value_dim) <= 128
+
+
 def forward(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """``o (Tq, Hq, E)``, ``l (Hq, Tq)`` and the rest of o."""
     with on(call.plan.device):
-        out, l, rest = fused.run(call, Choice("triton", None, ""))
+        out, l, rest = fused.run(call, Choice("triton", Tile(64, 64, 4, 3) if _by_pointers(call.plan) else None, ""))
     if out.dtype != dtype:  # interpreted
         out, rest = fused.split(out, dtype)
     return out, l, rest
@@ -30,11 +37,13 @@ def forward(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | No
 
 def backward(call: Call, state: Forward, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, packed."""
-    plan = call.plan
+    plan, tiles = call.plan, None
+    if _by_pointers(plan):
+        tiles = (Tile(32, 64, 4, 2), backward_tiles(*plan.tile_of())[1])
     with on(plan.device):
         values = value_pass(call, keys=False)  # the kernels clean what they read
         side = fused_backward.prepare_rows(call, values, state, d_out, d_lse)
-        dq, dk, dv = fused_backward.run(call, values, side, Choice("triton", None, ""))
+        dq, dk, dv = fused_backward.run(call, values, side, Choice("triton", tiles, ""))
         if plan.problem.beta != 0:
             fused_backward._exact_backward(call, values, side, dq, dk, dv)
     return dq, dk, dv
