@@ -44,3 +44,9 @@ def missing() -> str | None:
     if tuple(int(part) for part in version("jax").split(".")[:2]) < (0, 11):
         return f"needs jax 0.11 or later for its Mosaic GPU kernels; {version('jax')} is installed"
     return None
+
+
+def causal_offset(problem: Problem) -> int | None:
+    """Query i of a problem that is served sees the keys ≤ i + offset; None: all keys."""
+    high = problem.band[1]
+    return None if high is None or high >= problem.key_length - 1 else max(high, -problem.query_length)
