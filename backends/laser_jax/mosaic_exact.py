@@ -37,7 +37,9 @@ class Form(NamedTuple):
     interpreted: bool
 
 
-def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, o: Array, rest: Array, l: Array) -> tuple[Array, ...]:
+def rewrite(
+    form: Form, q: Array, k: Array, v: Array, flags: Array, o: Array, rest: Array, l: Array
+) -> tuple[Array, ...]:
     """o, its remainder and l, mended.
 
     Args:
@@ -124,7 +126,9 @@ def _tile(form: Form, at: tuple[Array, ...], flag: Array, first: Array, channel:
             t = s_j + lax.broadcast_in_dim(v_j.astype(jnp.float32) * form.beta, top.shape, [1])
             return m, l, *_add(top, acc, jnp.where(s_j == -jnp.inf, -jnp.inf, t))
 
-        return lax.fori_loop(0, jnp.minimum(end - start, BLOCK), key, state)
+        state = lax.fori_loop(0, jnp.minimum(end - start, BLOCK), key, state)
+        plgpu.commit_smem()  # all have read their values before the next ones come
+        return state
 
     def constant(shape: tuple[int, ...], value: float, layout: Any) -> Array:
         filled: Array = plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

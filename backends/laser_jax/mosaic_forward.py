@@ -180,7 +180,9 @@ def _block(form: Form, group: int, place: _Place, refs: tuple[Ref, ...], scoped:
             (k_full, k_free, x_full, x_free, turn))  # fmt: skip
 
 
-def _produce(form: Form, place: _Place, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars: tuple[Ref, ...]) -> None:
+def _produce(
+    form: Form, place: _Place, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars: tuple[Ref, ...]
+) -> None:
     """Bring the tiles of q, then those of k and x as they become free."""
     q_ref, k_ref, x_ref = sources
     q_s, k_s, x_s = tiles
