@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from importlib.metadata import version
 
 from laser_core import Problem
 
