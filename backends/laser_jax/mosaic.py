@@ -149,6 +149,8 @@ def exact_forward(call: Call, o: Array, rest: Array, l: Array) -> tuple[Array, .
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     from . import mosaic_backward
 
     if 0 in problem.score_shape:
@@ -170,7 +172,7 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     dq, dk, dv = mosaic_backward.backward(
         call.q, call.k, call.x, padded(rows.g, call.width), r, l2,
         scale=p.scale, causal_offset=causal_offset(p), inverse_beta=1 / beta, shift=LIMITS[p.dtype].shift,
-        interpret=mosaic_backward.INTERPRET if p.device == "cpu" else None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if p.device == "cpu" else None,
     )  # fmt: skip
     dq, dk = dq[..., : p.query_length, : p.head_dim], dk[..., : p.key_length, : p.head_dim]
     total = (dq, dk, dv[..., : p.key_length, : p.value_dim])
