@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.metadata import version
 
 from laser_core import Problem
 
@@ -38,8 +39,6 @@ def missing() -> str | None:
     """What this installation lacks for the kernels."""
     if importlib.util.find_spec("jax") is None:
         return "needs jax, which is not installed"
-    from importlib.metadata import version
-
     if tuple(int(part) for part in version("jax").split(".")[:2]) < (0, 11):
         return f"needs jax 0.11 or later for its Mosaic GPU kernels; {version('jax')} is installed"
     return None
