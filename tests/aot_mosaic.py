@@ -15,12 +15,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin then does without a driver
 DUMP = tempfile.TemporaryDirectory()
 os.environ |= {"MOSAIC_GPU_DUMP_TO": DUMP.name, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from laser_jax import mosaic_exact, mosaic_forward, mosaic_values
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from laser_jax import mosaic_exact, mosaic_forward, mosaic_values  # noqa: E402
 
 H200 = """
 gpu_device_info {
@@ -72,7 +72,7 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
     offset = 0 if causal else None
     if name == "forward":
         cut = mosaic_forward.tiles(causal, width)
-        form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, 15 if dtype == jnp.float16 else 0, 132, False)
+        form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, 15 if dtype == jnp.float16 else 0, 132, True, False)
         return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, ((*heads, width), jnp.float32))
     if name == "values":
 
@@ -82,7 +82,7 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
 
         return compiled(values, array, array, ((*heads, width), jnp.float32), (heads, jnp.int32))
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)
-    results = (array, array, ((*heads, L), jnp.float32))
+    results = (array, ((*heads, L), jnp.float32), array)
     return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, (heads, jnp.int32), *results)
 
 

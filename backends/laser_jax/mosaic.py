@@ -97,16 +97,14 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         out = jnp.zeros(problem.out_shape, problem.dtype)
         return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), jnp.zeros_like(out))
     call = Call.of(problem, inputs)
-    o, rest, l = exact_forward(call, *fast_forward(call))
-    o, rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, rest))
-    l = l[..., : problem.query_length]
-    return Forward(
-        jnp.reshape(o, problem.out_shape), jnp.reshape(l, problem.lse_shape), jnp.reshape(rest, problem.out_shape)
-    )
+    o, l, *rest = exact_forward(call, *fast_forward(call))
+    o, *rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, *rest))
+    o, *rest = (jnp.reshape(x, problem.out_shape) for x in (o, *rest))
+    return Forward(o, jnp.reshape(l[..., : problem.query_length], problem.lse_shape), rest[0] if rest else None)
 
 
-def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array]:
-    """The flash kernel, for all heads: o, its remainder and l, of the padded shapes."""
+def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | None]:
+    """The flash kernel, for all heads: o, l and, if it is kept, the remainder of o, of the padded shapes."""
     from . import mosaic_forward
 
     p = call.problem
@@ -120,6 +118,7 @@ def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array]:
         beta=p.beta or 0.0,
         shift=LIMITS[p.dtype].shift,
         processors=_processors(p),
+        keeps=p.gradient,
         interpreted=p.device == "cpu",
     )
     return mosaic_forward.forward(form, call.q, call.k, call.x, call.c)
@@ -131,7 +130,7 @@ def _processors(problem: Problem) -> int:
     return int(getattr(found[0], "core_count", 132)) if found else 3 if problem.device == "cpu" else 132
 
 
-def exact_forward(call: Call, o: Array, rest: Array, l: Array) -> tuple[Array, ...]:
+def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
     """The same with heads that have a flag, and rows that see few keys, from the definition."""
     from . import mosaic_exact
 
@@ -143,7 +142,7 @@ def exact_forward(call: Call, o: Array, rest: Array, l: Array) -> tuple[Array, .
     form = mosaic_exact.Form(
         p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, few, interpreted=p.device == "cpu"
     )
-    return mosaic_exact.rewrite(form, call.q, call.k, call.v, call.flags, o, rest, l)
+    return mosaic_exact.rewrite(form, call.q, call.k, call.v, call.flags, o, l, *([] if rest is None else [rest]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -37,10 +37,8 @@ class Form(NamedTuple):
     interpreted: bool
 
 
-def rewrite(
-    form: Form, q: Array, k: Array, v: Array, flags: Array, o: Array, rest: Array, l: Array
-) -> tuple[Array, ...]:
-    """o, its remainder and l, mended.
+def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Array) -> tuple[Array, ...]:
+    """o, l and, if it is there, the remainder of o, mended.
 
     Args:
         form: What is compiled in.
@@ -48,17 +46,16 @@ def rewrite(
         k: (B, Hkv, Lk, W).
         v: (B, Hkv, Lk, W).
         flags: (B, Hkv), int32.
-        o: (B, Hq, Lq, W).
-        rest: Like o.
-        l: (B, Hq, Lq), float32.
+        results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, like o.
     """
     batch, heads, rows, width = q.shape
     group = heads // k.shape[1]
     tiles, parts = pl.cdiv(rows, BLOCK), width // BLOCK
     share = min(tiles * parts, max(1, pl.cdiv(1024, batch * heads)))
-    results = tuple(map(jax.new_ref, (o, rest, l)))
+    written = tuple(map(jax.new_ref, results))
+    scratch = _scratch(width, q.dtype, len(results) > 2)
 
-    def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, flags_ref: Ref, o_ref: Ref, rest_ref: Ref, l_ref: Ref) -> None:
+    def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, flags_ref: Ref, *results: Ref) -> None:
         b, h = lax.axis_index("batch"), lax.axis_index("head")
         flag = flags_ref[b, lax.div(h, group)]
 
@@ -71,36 +68,36 @@ def rewrite(
             def _() -> None:
                 pl.run_scoped(
                     lambda *scoped: _tile(form, (b, h, lax.div(h, group)), flag, first, lax.rem(work, parts) * BLOCK,
-                        (q_ref, k_ref, v_ref), (o_ref, rest_ref, l_ref), scoped),
-                    *_scratch(width, q.dtype),
+                        (q_ref, k_ref, v_ref), results, scoped),
+                    *scratch,
                 )  # fmt: skip
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
     pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
-    )(q, k, v, flags, *results)  # fmt: skip
-    return tuple(map(jax.freeze, results))
+    )(q, k, v, flags, *written)  # fmt: skip
+    return tuple(map(jax.freeze, written))
 
 
-def _scratch(width: int, dtype: Any) -> list[Any]:
+def _scratch(width: int, dtype: Any, rest: bool) -> list[Any]:
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     operand = plgpu.SMEM((BLOCK, width), dtype, transforms=layout)
     part = plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout)
-    return [operand, operand, plgpu.SMEM((BLOCK, BLOCK), dtype), plgpu.SMEM((BLOCK, BLOCK), jnp.float32), part, part,
-        plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier(), plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=3)]  # fmt: skip
+    results = [part, plgpu.SMEM((BLOCK,), jnp.float32), *([part] * rest)]
+    return [operand, operand, plgpu.SMEM((BLOCK, BLOCK), dtype), plgpu.SMEM((BLOCK, BLOCK), jnp.float32),
+        plgpu.Barrier(), plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=len(results)), *results]  # fmt: skip
 
 
 def _tile(form: Form, at: tuple[Array, ...], flag: Array, first: Array, channel: Array, inputs: tuple[Ref, ...],
     results: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:  # fmt: skip
     """Some rows and channels of one head."""
     q_ref, k_ref, v_ref = inputs
-    q_s, k_s, v_s, s_s, o_s, rest_s, l_s, q_full, kv_full, old_full = scoped
+    q_s, k_s, v_s, s_s, q_full, kv_full, old_full, *own = scoped
     b, h, h_kv = at
     rows, channels = pl.ds(first, BLOCK), pl.ds(channel, BLOCK)
-    places = [ref.at[b, h, rows, channels] for ref in results[:2]] + [results[2].at[b, h, rows]]
+    places = [ref.at[b, h, rows] if i == 1 else ref.at[b, h, rows, channels] for i, ref in enumerate(results)]
     plgpu.copy_gmem_to_smem(q_ref.at[b, h, rows], q_s, q_full)
-    for place, tile in zip(places, (o_s, rest_s, l_s), strict=True):
+    for place, tile in zip(places, own, strict=True):
         plgpu.copy_gmem_to_smem(place, tile, old_full)
     plgpu.barrier_wait(q_full)
 
@@ -139,7 +136,7 @@ def _tile(form: Form, at: tuple[Array, ...], flag: Array, first: Array, channel:
         constant((BLOCK, BLOCK), -jnp.inf, both), constant((BLOCK, BLOCK), 0.0, both))  # fmt: skip
     m, l, top, acc = lax.fori_loop(0, lax.div(end + (BLOCK - 1), BLOCK), keys, nothing)
     plgpu.barrier_wait(old_full)
-    _store(form, flag, first, (m, l, top, acc), (o_s, rest_s, l_s), places)
+    _store(form, flag, first, (m, l, top, acc), own, places)
 
 
 def _scores(form: Form, q_s: Ref, k_s: Ref, first: Array, start: Array) -> Array:
@@ -166,11 +163,11 @@ def _add(top: Array, total: Array, t: Array) -> tuple[Array, Array]:
     return higher, total * jnp.exp2((top - about) * _LOG2E) + jnp.exp2((t - about) * _LOG2E)
 
 
-def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tiles: tuple[Ref, ...],
+def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tiles: list[Ref],
     places: list[Ref]) -> None:  # fmt: skip
     """What is to be written, over what is there."""
     m, l, top, acc = state
-    o_s, rest_s, l_s = tiles
+    o_s, l_s, *rest_s = tiles
     whole = (flag & OUTSIDE) != 0
     empty = l == 0
     l = m + lax.log2(jnp.where(empty, 1.0, l)) * _LN2
@@ -187,13 +184,13 @@ def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tile
     keep = (row >= wanted[0]) & (row < wanted[1])
     rounded = o.astype(o_s.dtype)
     rest = (o - rounded.astype(jnp.float32)).astype(o_s.dtype)
-    for tile, new in ((o_s, rounded), (rest_s, rest)):
+    for tile, new in zip((o_s, *rest_s), (rounded, rest), strict=False):
         old = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
         tile[...] = jnp.where(keep, new, jnp.where(jnp.abs(o) < jnp.inf, old, new))
     row = plgpu.broadcasted_iota(jnp.int32, l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
     old = plgpu.load(l_s, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     l_s[...] = jnp.where((row >= wanted[0]) & (row < wanted[1]), l, jnp.where(l == l, old, l))
     plgpu.commit_smem()
-    for tile, place in zip((o_s, rest_s, l_s), places, strict=True):
+    for tile, place in zip(tiles, places, strict=True):
         plgpu.copy_smem_to_gmem(tile, place)
     plgpu.wait_smem_to_gmem(0)

@@ -51,6 +51,7 @@ class Form(NamedTuple):
     beta: float
     shift: int  # weights are scaled up by so many bits
     processors: int
+    keeps: bool  # what rounding takes from o
     interpreted: bool
 
 
@@ -74,8 +75,8 @@ class _State(NamedTuple):
     p: Array  # (ROWS, block_k), weights of the last tile
 
 
-def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, Array, Array]:
-    """o in the dtype of q, what rounding took from it in that dtype, and the log-sum-exp.
+def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, Array, Array | None]:
+    """o in the dtype of q, the log-sum-exp, and what rounding took from o in that dtype, if that is kept.
 
     Args:
         form: What is compiled in.
@@ -85,7 +86,7 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         c: (B, Hkv, E), float32, integers.
 
     Returns:
-        o and its remainder, (B, Hq, Lq, E); l (B, Hq, Lq up to a multiple of 128), float32.
+        o (B, Hq, Lq, E); l (B, Hq, Lq up to a multiple of 128), float32; the remainder, like o.
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
@@ -96,14 +97,12 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         scratch = _scratch(form, q.shape[-1], width, dtype)
         pl.run_scoped(lambda *scoped: _block(work, refs, scoped), *scratch, collective_axes="wg")
 
+    out = jax.ShapeDtypeStruct((batch, heads, rows, width), dtype)
+    # a copy of one axis is not cut off where that axis ends
+    lse = jax.ShapeDtypeStruct((batch, heads, work.q_tiles * CONSUMERS * ROWS), jnp.float32)
     kernel = plgpu.kernel(
         block,
-        out_type=[
-            jax.ShapeDtypeStruct((batch, heads, rows, width), dtype),
-            jax.ShapeDtypeStruct((batch, heads, rows, width), dtype),
-            # a copy of one axis is not cut off where that axis ends
-            jax.ShapeDtypeStruct((batch, heads, work.q_tiles * CONSUMERS * ROWS), jnp.float32),
-        ],
+        out_type=[out, lse, *([out] * form.keeps)],
         grid=(min(form.processors, work.number),),
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
@@ -111,8 +110,8 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, rest, l = kernel(q, k, x, c)
-    return o, rest, l
+    o, l, *rest = kernel(q, k, x, c)
+    return o, l, rest[0] if rest else None
 
 
 def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
@@ -130,8 +129,8 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         tiles(cut.stages, cut.block_k, d),
         tiles(cut.stages, cut.block_k, e),
         tiles(CONSUMERS, ROWS, e),
-        tiles(CONSUMERS, ROWS, e),
         plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        tiles(CONSUMERS, ROWS, e) if form.keeps else None,
         tiles(CONSUMERS, ROWS, cut.block_k) if form.interpreted else None,
         plgpu.Barrier(num_barriers=CONSUMERS),
         plgpu.Barrier(num_barriers=CONSUMERS),
@@ -192,7 +191,7 @@ class _Work(NamedTuple):
 
 def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     q_ref, k_ref, x_ref, c_ref, *results = refs
-    q_s, k_s, x_s, o_s, rest_s, l_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
+    q_s, k_s, x_s, o_s, l_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
 
@@ -206,7 +205,7 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     def _() -> None:
         if not form.interpreted:
             plgpu.set_max_registers(240, action="increase")
-        own = [s if s is None else s.at[which] for s in (q_s, o_s, rest_s, l_s, p_s)]
+        own = [s if s is None else s.at[which] for s in (q_s, o_s, l_s, rest_s, p_s)]
         tiles = _Tiles(own[0], k_s, x_s, *own[1:])
         bars = _Bars(q_full.at[which], q_free.at[which], k_full, k_free, x_full, x_free, turn)
         plgpu.barrier_arrive(bars.q_free)
@@ -234,8 +233,8 @@ class _Tiles(NamedTuple):
     k: Ref
     x: Ref
     o: Ref
-    rest: Ref
     l: Ref
+    rest: Ref
     p: Ref
 
 
@@ -427,10 +426,11 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
     tiles.l[...] = l
     tiles.o[...] = rounded
-    tiles.rest[...] = (o - rounded.astype(jnp.float32)).astype(tiles.o.dtype)
+    if form.keeps:
+        tiles.rest[...] = (o - rounded.astype(jnp.float32)).astype(tiles.o.dtype)
     plgpu.commit_smem()
     at = (place.batch, place.head, pl.ds(first, ROWS))
-    for tile, ref in zip((tiles.o, tiles.rest, tiles.l), results, strict=True):
+    for tile, ref in zip((tiles.o, tiles.l, tiles.rest), results, strict=False):
         plgpu.copy_smem_to_gmem(tile, ref.at[at])
 
 

@@ -175,5 +175,6 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
     pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}))(v, c, hard, out)  # fmt: skip
+        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
+    )(v, c, hard, out)  # fmt: skip
     return jax.freeze(out)
