@@ -130,6 +130,15 @@ def _processors(problem: Problem) -> int:
     return int(getattr(found[0], "core_count", 132)) if found else 3 if problem.device == "cpu" else 132
 
 
+def _interpreter(problem: Problem) -> Any:
+    """JAX's, for problems on the CPU."""
+    if problem.device != "cpu":
+        return None
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.10 has none
+
+
 def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
     """The same with heads that have a flag, and rows that see few keys, from the definition."""
     from . import mosaic_exact
@@ -148,8 +157,6 @@ def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[A
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     from . import mosaic_backward
 
     if 0 in problem.score_shape:
@@ -171,10 +178,10 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     dq, dk, dv = mosaic_backward.backward(
         call.q, call.k, call.x, padded(rows.g, call.width), r, l2,
         scale=p.scale, causal_offset=causal_offset(p), inverse_beta=1 / beta, shift=LIMITS[p.dtype].shift,
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if p.device == "cpu" else None,
+        interpret=_interpreter(p),
     )  # fmt: skip
     dq, dk = dq[..., : p.query_length, : p.head_dim], dk[..., : p.key_length, : p.head_dim]
-    total = (dq, dk, dv[..., : p.key_length, : p.value_dim])
+    total: tuple[Array, ...] = (dq, dk, dv[..., : p.key_length, : p.value_dim])
 
     def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
         o_, l_, do_ = (call.cut(x, at) for x in (out, l, do))

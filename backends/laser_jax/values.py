@@ -1,4 +1,4 @@
-"""Around a kernel that attends over exponentiated values: the passes over values and over queries, in XLA.
+"""Around a kernel that attends over exponentiated values: what it is told of values and queries, in XLA.
 
 X = 2^(βv·log2e − c) with an integer c per head and channel; ``laser_core._values`` explains it. In base 2 throughout.
 """
@@ -41,28 +41,6 @@ LIMITS = {
 }
 
 
-class Values(NamedTuple):
-    """What the value pass makes of the values."""
-
-    x: Array  # (..., Lk, E), 2^(βv·log2e − c) in the dtype of v, finite
-    c: Array  # (..., E), float32, integers
-    outside: Array  # (...), boolean: some channel spans more than the fast range
-    broken: Array  # (...), boolean: some βv is not finite
-
-
-def value_pass(v: Array, beta: float, limits: Limits) -> Values:
-    """X, its integer references, and which heads are outside the fast range; ``v (..., Lk, E)``.
-
-    The exponent is split into integer and fraction first, so that X for another c is the same bits times a power of 2.
-    """
-    y, fine = _exponents(v, beta)
-    low, high, total, broken = _judge(v, beta)
-    c, outside = decide(low, high, total if needs_sum(v.shape[-2], limits) else None, v.shape[-2], limits)
-    x = jnp.where(fine, _scaled_exp2(y, c[..., None, :]), 0)
-    largest = float(jnp.finfo(v.dtype).max)
-    return Values(jnp.clip(x, 0, largest).astype(v.dtype), c, outside, broken)
-
-
 def needs_sum(keys: int, limits: Limits) -> bool:
     """Whether the number of keys alone does not settle ``limits.sum``."""
     return limits.range + math.log2(max(keys, 1)) > limits.sum
@@ -87,32 +65,6 @@ def decide(low: Array, high: Array, total: Array | None, keys: int, limits: Limi
     hard = some & ~((low >= limits.easy[0]) & (high <= limits.easy[1])) & ~outside[..., None]
     middle = jnp.ceil(high) - limits.top if limits.top else jnp.floor(low + (high - low) * 0.5 + 0.5)
     return jnp.where(hard, middle, 0), outside
-
-
-def _exponents(v: Array, beta: float) -> tuple[Array, Array]:
-    """βv·log2e, 0 where βv is not finite, and where it is."""
-    natural = v.astype(jnp.float32) * beta
-    fine = jnp.isfinite(natural)
-    return jnp.clip(jnp.where(fine, natural, 0), -1e38, 1e38) * _LOG2E, fine
-
-
-def _judge(v: Array, beta: float) -> tuple[Array, Array, Array, Array]:
-    """Per channel the least and the greatest exponent of what is finite, and Σ2^y; per head, whether all is.
-
-    In two steps of which the first is short: XLA then makes one loop of all that it reads.
-    """
-    *heads, keys, width = v.shape
-    short = 32
-    if keys % short:
-        v = jnp.pad(v, [(0, 0)] * len(heads) + [(0, -keys % short), (0, 0)], constant_values=jnp.inf)
-    y, fine = _exponents(jnp.reshape(v, (*heads, -1, short, width)), beta)
-    low = jnp.min(jnp.where(fine, y, jnp.inf), axis=-2)
-    high = jnp.max(jnp.where(fine, y, -jnp.inf), axis=-2)
-    total = jnp.sum(jnp.where(fine, jnp.exp2(jnp.clip(y, -126, 126)), 0), axis=-2)
-    number = jnp.sum(fine, axis=-2, dtype=jnp.int32)
-    low, high, total, number = jax.lax.optimization_barrier((low, high, total, number))
-    broken = jnp.sum(number, axis=(-2, -1)) != keys * width
-    return jnp.min(low, axis=-2), jnp.max(high, axis=-2), jnp.sum(total, axis=-2), broken
 
 
 def _scaled_exp2(y: Array, c: Array) -> Array:
