@@ -17,9 +17,8 @@ from laser_core import _problem, laser_attention, laser_attention_vjp
 PROBLEMS: dict[str, tuple[Any, ...]] = {
     "causal": (1, 2, 1, 200, 130, 64, 64, "bfloat16", 0, 1, {"is_causal": "bottom_right"}),
     "full": (1, 1, 1, 70, 264, 40, 64, "float16", 0, 1, {"beta": -2.0}),
-    "far": (1, 2, 2, 70, 72, 64, 64, "float16", 0, 12, {"is_causal": True}),
     "reference": (1, 1, 1, 40, 136, 64, 64, "bfloat16", 40, 1, {"is_causal": True}),
-    "infinite": (1, 2, 1, 30, 90, 64, 64, "bfloat16", 0, 1, {}),
+    "odd": (1, 2, 2, 70, 72, 64, 64, "float16", 0, 1, {"is_causal": True}),  # a head outside the range, and infinities
 }
 
 
@@ -29,8 +28,8 @@ def check(name: str) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=s) for s in ((b, hq, lq, d), (b, hkv, lk, d), (b, hkv, lk, e)))
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v * deviation + mean))
-    if name == "infinite":
-        k, v = k.at[0, 0, 5, 3].set(jnp.inf), v.at[0, 0, 7, 2].set(jnp.nan)
+    if name == "odd":
+        k, v = k.at[0, 1, 5, 3].set(jnp.inf), v.at[0, 0].multiply(12).at[0, 1, 7, 2].set(jnp.nan)
     problem, inputs = _problem.describe(q, k, v, return_lse=True, **options)
     assert laser_jax.MOSAIC.refuses(problem) is None
     done = laser_jax.MOSAIC.forward(problem, inputs)
