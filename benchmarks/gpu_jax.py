@@ -24,6 +24,7 @@ from bench import environment
 from laser_core import explain, laser_attention
 
 SHAPES = ((4, 16, 4096, 128), (4, 32, 4096, 64), (1, 16, 16384, 128), (16, 16, 1024, 128))
+CASES = [(shape, causal) for shape in SHAPES for causal in (True, False)]
 RANGES = (1, 3, 5, 10, 20, 50, 100, 400)  # standard deviations of the values
 BUSY = 0.02  # seconds of calls that are launched together
 ROWS = 8  # queries of a head that are compared with float64
@@ -212,7 +213,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=7, help="timings of each, in turns (default: %(default)s)")
     parser.add_argument("--backend", help="which to measure (default: what the automatic choice takes)")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of them (default: all)")
+    parser.add_argument("--cases", type=int, nargs="*", choices=range(len(CASES)), default=range(len(CASES)),
+        help="which shapes, causal and full in turn (default: all)")  # fmt: skip
+    parser.add_argument("--no-accuracy", action="store_true", help="leave out the table of growing ranges")
     parser.add_argument("--out", type=Path, help="result file to write, after every shape (default: none)")
     options = parser.parse_args()
     result = environment() | {"device": jax.devices()[0].device_kind, "product": ceiling()}
@@ -226,10 +229,9 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    for shape in SHAPES[: options.shapes]:
-        for causal in (True, False):
-            keep("records", measure(shape, causal, "bfloat16", options.turns, options.backend))
-    for dtype in ("bfloat16", "float16"):
+    for case in options.cases:
+        keep("records", measure(*CASES[case], "bfloat16", options.turns, options.backend))
+    for dtype in () if options.no_accuracy else ("bfloat16", "float16"):
         keep("accuracy", accuracy(dtype, options.backend))
 
 

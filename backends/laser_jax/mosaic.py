@@ -49,10 +49,10 @@ class Call(NamedTuple):
         keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
         total = needs_sum(keys, limits)
         x, known = mosaic_values.measure(k, v, keys, beta, total, interpreted)
-        low, high = jnp.min(known[..., 0, :], axis=2), jnp.max(known[..., 1, :], axis=2)
-        sums = jnp.sum(known[..., 3, :], axis=2) if total else None
-        c, outside = decide(low, high, sums, keys, limits)
-        broken = jnp.any(known[..., 2, :] > 0, axis=(-2, -1))
+        most = jnp.max(known[:, :, :, :3], axis=2)
+        sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
+        c, outside = decide(-most[:, :, 0], most[:, :, 1], sums, keys, limits)
+        broken = jnp.any(most[:, :, 2] > 0, axis=-1)
         x = mosaic_values.refer(x, v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
         flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
         return cls(problem, q, k, v, x, c, flags.astype(jnp.int32))

@@ -21,7 +21,7 @@ Ref: TypeAlias = Any
 ROWS = 64  # of a tile
 TILES = 2  # of a block
 COLUMNS = 64
-LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
+LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns; the least exponent is negative, for max to take
 _LOG2E = math.log2(math.e)
 
 
@@ -37,7 +37,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
         interpreted: By JAX, on the CPU.
 
     Returns:
-        x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: the least and the greatest exponent of what is finite,
+        x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: −1 times the least exponent of what is finite, the greatest,
         the number of entries of k and v that are not finite, and Σx where asked for.
     """
     batch, heads, keys, width = v.shape
@@ -69,10 +69,10 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
                     v_s.at[t, :, columns][...] = _rounded(x, v.dtype)
                     k_fine = _is_finite(k_t.astype(jnp.float32))
                     odd = jnp.where(fine, 0.0, 1.0) + jnp.where(k_fine, 0.0, 1.0)  # what is beyond the end is zero
-                    part = (jnp.where(counts, y, jnp.inf), jnp.where(counts, y, -jnp.inf), odd, *([x] * total))
+                    part = (jnp.where(counts, -y, -jnp.inf), jnp.where(counts, y, -jnp.inf), odd, *([x] * total))
                     known = part if known is None else _merge(known, part)
                 assert known is not None
-                known_s.at[LOW, columns][...] = known[0].min(axis=0)
+                known_s.at[LOW, columns][...] = known[0].max(axis=0)
                 known_s.at[HIGH, columns][...] = known[1].max(axis=0)
                 known_s.at[ODD, columns][...] = known[2].sum(axis=0)
                 if total:
@@ -111,7 +111,7 @@ def _rounded(x: Array, dtype: Any) -> Array:
 
 
 def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1]), *(x + y for x, y in zip(a[2:], b[2:], strict=True))
+    return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]), *(x + y for x, y in zip(a[2:], b[2:], strict=True))
 
 
 def exponents(v: Array, beta: float) -> tuple[Array, Array]:

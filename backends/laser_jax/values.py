@@ -62,7 +62,7 @@ def decide(low: Array, high: Array, total: Array | None, keys: int, limits: Limi
         spread = jnp.where(tame, jnp.log2(jnp.where(tame, total, 1)) - low, spread)
     some = high >= low
     outside = jnp.any(some & ~((high - low <= limits.range) & (spread <= limits.sum)), axis=-1)
-    hard = some & ~((low >= limits.easy[0]) & (high <= limits.easy[1])) & ~outside[..., None]
+    hard = some & ~((low >= limits.easy[0]) & (high <= limits.easy[1]))
     middle = jnp.ceil(high) - limits.top if limits.top else jnp.floor(low + (high - low) * 0.5 + 0.5)
     return jnp.where(hard, middle, 0), outside
 
