@@ -2,11 +2,11 @@
 
     o_ie = (log Σ_j p_ij x_je − log Σ_j p_ij + c_e·ln2)/β          l_i = log Σ_j exp(s_ij)
 
-A block is a producer warpgroup, which brings tiles through the tensor memory accelerator, and two consumers of 64 query
-rows each. A consumer issues the score product of key tile j, then the product of the weights of tile j+1 with x, and
-works out the weights of tile j while the latter runs. Key tiles go from the last to the first, so that the tiles that
-need a mask (the diagonal and the ragged end) come first and the rest of the loop has none. There is a block for every
-processor, which works on one tile of queries after another: the next one's q, k and x come while one is stored.
+A block is a producer warpgroup, which brings tiles through the tensor memory accelerator, and two or three consumers of
+64 query rows each. A consumer issues the score product of key tile j, then the product of the weights of tile j+1 with
+x, and works out the weights of tile j while the latter runs. Key tiles go from the last to the first, so that the tiles
+that need a mask (the diagonal and the ragged end) come first and the rest of the loop has none. There is a block for
+every processor, which works on one tile of queries after another: the next one's q, k and x come while one is stored.
 
 Device code only, in JAX 0.11 or later.
 """
@@ -27,7 +27,7 @@ Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
 ROWS = 64  # of a consumer
-CONSUMERS = 2
+REGISTERS = {2: (24, 240), 3: (32, 160)}  # of the producer's threads and the consumers', by the number of these
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 
@@ -38,6 +38,7 @@ class Tiles(NamedTuple):
     block_k: int
     stages: int
     turns: bool
+    consumers: int = 2
 
 
 class Form(NamedTuple):
@@ -86,11 +87,11 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         c: (B, Hkv, E), float32, integers.
 
     Returns:
-        o (B, Hq, Lq, E); l (B, Hq, Lq up to a multiple of 128), float32; the remainder, like o.
+        o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; the remainder, like o.
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
-    work = _Work(form, batch * heads, heads, heads // kv_heads, pl.cdiv(rows, CONSUMERS * ROWS))
+    work = _Work(form, batch * heads, heads, heads // kv_heads, pl.cdiv(rows, form.cut.consumers * ROWS))
     dtype = q.dtype
 
     def block(*refs: Ref) -> None:
@@ -99,13 +100,13 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
 
     out = jax.ShapeDtypeStruct((batch, heads, rows, width), dtype)
     # a copy of one axis is not cut off where that axis ends
-    lse = jax.ShapeDtypeStruct((batch, heads, work.q_tiles * CONSUMERS * ROWS), jnp.float32)
+    lse = jax.ShapeDtypeStruct((batch, heads, work.q_tiles * form.cut.consumers * ROWS), jnp.float32)
     kernel = plgpu.kernel(
         block,
         out_type=[out, lse, *([out] * form.keeps)],
         grid=(min(form.processors, work.number),),
         grid_names=("block",),
-        num_threads=CONSUMERS + 1,
+        num_threads=form.cut.consumers + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
@@ -123,22 +124,22 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         return plgpu.SMEM((number, rows, columns), dtype, transforms=layout)
 
     full = plgpu.Barrier(num_barriers=cut.stages)
-    free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=cut.stages)
+    free = plgpu.Barrier(num_arrivals=cut.consumers, num_barriers=cut.stages)
     return [
-        tiles(CONSUMERS, ROWS, d),
+        tiles(cut.consumers, ROWS, d),
         tiles(cut.stages, cut.block_k, d),
         tiles(cut.stages, cut.block_k, e),
-        tiles(CONSUMERS, ROWS, e),
-        plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        tiles(CONSUMERS, ROWS, e) if form.keeps else None,
-        tiles(CONSUMERS, ROWS, cut.block_k) if form.interpreted else None,
-        plgpu.Barrier(num_barriers=CONSUMERS),
-        plgpu.Barrier(num_barriers=CONSUMERS),
+        tiles(cut.consumers, ROWS, e),
+        plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
+        tiles(cut.consumers, ROWS, e) if form.keeps else None,
+        tiles(cut.consumers, ROWS, cut.block_k) if form.interpreted else None,
+        plgpu.Barrier(num_barriers=cut.consumers),
+        plgpu.Barrier(num_barriers=cut.consumers),
         full,
         free,
         full,
         free,
-        plgpu.Barrier(num_barriers=CONSUMERS) if cut.turns else None,
+        plgpu.Barrier(num_barriers=cut.consumers) if cut.turns else None,
     ]
 
 
@@ -178,11 +179,11 @@ class _Work(NamedTuple):
         if form.offset is not None:
             half = lax.div(within, 2)
             tile = jnp.where(lax.rem(within, 2) == 0, self.q_tiles - 1 - half, half)
-        first = tile * (CONSUMERS * ROWS)
+        first = tile * (form.cut.consumers * ROWS)
         block = form.cut.block_k
         total, full = jnp.int32(pl.cdiv(form.key_length, block)), jnp.int32(form.key_length // block)
         if form.offset is not None:
-            last = first + (CONSUMERS * ROWS + form.offset)  # one beyond what the last row sees
+            last = first + (form.cut.consumers * ROWS + form.offset)  # one beyond what the last row sees
             total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(last, 0) + (block - 1), block)), 1)
             full = jnp.minimum(full, lax.div(jnp.maximum(first + form.offset + 1, 0), block))
         b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
@@ -194,17 +195,18 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     q_s, k_s, x_s, o_s, l_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
+    consumers = form.cut.consumers
 
-    @pl.when(which == CONSUMERS)
+    @pl.when(which == consumers)
     def _() -> None:
         if not form.interpreted:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(REGISTERS[consumers][0], action="decrease")
         _produce(work, (q_ref, k_ref, x_ref), (q_s, k_s, x_s), (q_full, q_free, k_full, k_free, x_full, x_free))
 
-    @pl.when(which < CONSUMERS)
+    @pl.when(which < consumers)
     def _() -> None:
         if not form.interpreted:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[consumers][1], action="increase")
         own = [s if s is None else s.at[which] for s in (q_s, o_s, l_s, rest_s, p_s)]
         tiles = _Tiles(own[0], k_s, x_s, *own[1:])
         bars = _Bars(q_full.at[which], q_free.at[which], k_full, k_free, x_full, x_free, turn)
@@ -213,7 +215,7 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(x_free.at[slot])
         if turn is not None:
-            pl.when(which == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            pl.when(which == consumers - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
 
         def one(index: Array, used: Array) -> Array:
             place = work.place(index)
@@ -259,7 +261,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
 
     def one(index: Array, used: Array) -> Array:
         place = work.place(index)
-        for w in range(CONSUMERS):
+        for w in range(work.form.cut.consumers):
             rows = pl.ds(place.first + w * ROWS, ROWS)
             plgpu.barrier_wait(q_free.at[w])
             plgpu.copy_gmem_to_smem(q_ref.at[place.batch, place.head, rows], q_s.at[w], q_full.at[w])
@@ -275,7 +277,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         return used + place.total
 
     used = lax.fori_loop(0, work.turns(), one, jnp.int32(0))
-    for w in range(CONSUMERS):  # every arrival is waited for
+    for w in range(work.form.cut.consumers):  # every arrival is waited for
         plgpu.barrier_wait(q_free.at[w])
 
     @pl.loop(used, used + stages)
@@ -297,7 +299,7 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     def pass_turn() -> None:
         if bars.turn is not None:
-            plgpu.barrier_arrive(bars.turn.at[1 - which])
+            plgpu.barrier_arrive(bars.turn.at[lax.rem(which + 1, form.cut.consumers)])
 
     def scores(i: Array, masked: bool, s: Array) -> Array:
         return _mask(form, s, first, (place.total - 1 - i) * block) if masked else s
