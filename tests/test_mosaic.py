@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import laser_jax
@@ -64,6 +65,16 @@ def test_says_which_jax_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert "0.10.2 is installed" in str(laser_jax.MOSAIC.refuses(FINE))
     assert "device cpu" in str(laser_jax.MOSAIC.refuses(dataclasses.replace(FINE, device="cpu")))
+
+
+def test_says_which_gpu_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(capability: str) -> SimpleNamespace:
+        devices = [SimpleNamespace(compute_capability=capability)]
+        return SimpleNamespace(default_backend=lambda: "gpu", devices=lambda: devices)
+
+    for capability, reason in (("9.0", None), ("8.0", "GPU of compute capability 8.0 (supported: 9.0, Hopper)")):
+        monkeypatch.setitem(sys.modules, "jax", found(capability))
+        assert served.wrong_device() == reason
 
 
 def test_causal_offset() -> None:

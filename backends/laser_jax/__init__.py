@@ -106,7 +106,7 @@ MOSAIC = Backend(
     devices=("cuda", "cpu") if served.INTERPRETING else ("cuda",),
     dtypes=("float16", "bfloat16"),
     requires=("jax",),
-    why_not=lambda problem: served.missing() or served.why_not(problem),
+    why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
     priority=lambda problem: 50 if problem.device == "cuda" else -10,  # JAX's interpreter is for tests
     residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from importlib.metadata import version
 
 from laser_core import Problem
@@ -42,6 +43,15 @@ def missing() -> str | None:
     if tuple(int(part) for part in version("jax").split(".")[:2]) < (0, 11):
         return f"needs jax 0.11 or later for its Mosaic GPU kernels; {version('jax')} is installed"
     return None
+
+
+def wrong_device() -> str | None:
+    """Why the GPUs that JAX has found cannot run the kernels; None where they can, or none has been looked for."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.default_backend() != "gpu":
+        return None
+    found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    return None if found == "9.0" else f"GPU of compute capability {found} (supported: 9.0, Hopper)"
 
 
 def causal_offset(problem: Problem) -> int | None:
