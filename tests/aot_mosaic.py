@@ -56,11 +56,12 @@ def compiled(run: Callable[..., Any], *arrays: tuple[tuple[int, ...], Any]) -> l
         assert registers
         assert spilled
         assert threads
+        tiles = r"cp\.async\.bulk\.tensor\S*"
         found.append({
             "registers": int(registers[1]), "threads": int(threads[1]), "spilled": int(spilled[1]),
             "shared": int(shared[1]), "serialized": "C7510" in told or "C7513" in told or "serialized" in told,
-            "wgmma": ptx.count("wgmma.mma_async"), "load": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\.mbar", ptx)),
-            "store": len(re.findall(r"cp\.async\.bulk\.tensor\S*global\.shared", ptx)),
+            "wgmma": ptx.count("wgmma.mma_async"), "load": len(re.findall(tiles + r"global\.mbar", ptx)),
+            "store": len(re.findall(tiles + r"global\.shared", ptx)),
         })  # fmt: skip
     return found
 
