@@ -23,6 +23,7 @@ from .tiles import Array, Start
 from .values import LIMITS, decide, needs_sum, row_pass
 
 FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
+_LOG2E = math.log2(math.e)
 OUTSIDE, BROKEN = 1, 2  # flags of a head: beyond the fast range; NaN or infinity
 
 
@@ -51,8 +52,8 @@ class Call(NamedTuple):
         x, known = mosaic_values.measure(k, v, keys, beta, total, interpreted)
         most = jnp.max(known[:, :, :, :3], axis=2)
         sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
-        c, outside = decide(-most[:, :, 0], most[:, :, 1], sums, keys, limits)
-        broken = jnp.any(most[:, :, 2] > 0, axis=-1)
+        c, outside = decide(most[:, :, 0] * -_LOG2E, most[:, :, 1] * _LOG2E, sums, keys, limits)
+        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
         x = mosaic_values.refer(x, v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
         flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
         return cls(problem, q, k, v, x, c, flags.astype(jnp.int32))

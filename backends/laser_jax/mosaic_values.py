@@ -20,8 +20,9 @@ Ref: TypeAlias = Any
 
 ROWS = 64  # of a tile
 TILES = 2  # of a block
-COLUMNS = 64
-LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns; the least exponent is negative, for max to take
+COLUMNS = 32  # worked on at a time: few, so that many blocks find registers
+_MAGIC = 1.5 * 2.0**23  # added to a float, it leaves the nearest integer in the low bits
+LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
 _LOG2E = math.log2(math.e)
 
 
@@ -37,8 +38,8 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
         interpreted: By JAX, on the CPU.
 
     Returns:
-        x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: −1 times the least exponent of what is finite, the greatest,
-        the number of entries of k and v that are not finite, and Σx where asked for.
+        x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: the greatest −βv and the greatest βv of what is finite, zero
+        or NaN where something of k or βv is not finite, and Σx where asked for.
     """
     batch, heads, keys, width = v.shape
     blocks = pl.cdiv(keys, ROWS * TILES)
@@ -62,14 +63,16 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
                 known: tuple[Array, ...] | None = None
                 for t in range(TILES):
                     v_t, k_t = (plgpu.load(s.at[t, :, columns], layout=plgpu.Layout.WGMMA) for s in (v_s, k_s))
-                    row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
-                    y, fine = exponents(v_t, beta)
-                    counts = (row < length - (first + t * ROWS)) & fine
-                    x = jnp.where(counts, scaled_exp2(y, None), 0.0)
+                    v32, k32 = (a.astype(jnp.float32) for a in (v_t, k_t))
+                    natural = v32 if beta == 1 else v32 * beta
+                    counts = _is_finite(natural)
+                    if length % (ROWS * TILES):
+                        row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
+                        counts = counts & (row < length - (first + t * ROWS))
+                    low, high = (jnp.where(counts, a, -jnp.inf) for a in (-natural, natural))
+                    x = jnp.where(counts, scaled_exp2(natural * _LOG2E, None), 0.0)
                     v_s.at[t, :, columns][...] = _rounded(x, v.dtype)
-                    k_fine = _is_finite(k_t.astype(jnp.float32))
-                    odd = jnp.where(fine, 0.0, 1.0) + jnp.where(k_fine, 0.0, 1.0)  # what is beyond the end is zero
-                    part = (jnp.where(counts, -y, -jnp.inf), jnp.where(counts, y, -jnp.inf), odd, *([x] * total))
+                    part = (low, high, natural * 0.0 + k32 * 0.0, *([x] * total))
                     known = part if known is None else _merge(known, part)
                 assert known is not None
                 known_s.at[LOW, columns][...] = known[0].max(axis=0)
@@ -93,13 +96,13 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
         ],
         grid=(blocks, heads, batch),
         grid_names=("block", "head", "batch"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=6144),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
     )(k, v)
     return x, known
 
 
-_LAYOUT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_LAYOUT = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
 
 
 def _is_finite(x: Array) -> Array:
@@ -107,27 +110,24 @@ def _is_finite(x: Array) -> Array:
 
 
 def _rounded(x: Array, dtype: Any) -> Array:
-    return jnp.minimum(x, float(jnp.finfo(dtype).max)).astype(dtype)
+    return (jnp.minimum(x, 65504.0) if dtype == jnp.float16 else x).astype(dtype)
 
 
 def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]), *(x + y for x, y in zip(a[2:], b[2:], strict=True))
 
 
-def exponents(v: Array, beta: float) -> tuple[Array, Array]:
-    """βv·log2e, 0 where βv is not finite, and where it is."""
-    natural = v.astype(jnp.float32) * beta
-    fine = _is_finite(natural)
-    y = jnp.where(fine, natural, 0.0)
-    return jnp.minimum(jnp.maximum(y, -1e38), 1e38) * _LOG2E, fine
-
-
 def scaled_exp2(y: Array, c: Array | None) -> Array:
-    """2^(y − c), the same bits times a power of two for every integer c."""
-    n = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)
-    exponent = n if c is None else n - c
-    exponent = (jnp.minimum(jnp.maximum(exponent, -126.0), 127.0)).astype(jnp.int32) + 127
-    return jnp.exp2(y - n) * lax.bitcast_convert_type(lax.shift_left(exponent, 23), jnp.float32)
+    """2^(y − c), the same bits times a power of two for every integer c; clipped where they are far."""
+    if c is None:
+        y = jnp.minimum(jnp.maximum(y, -125.0), 126.0)
+    shifted = lax.optimization_barrier(y + _MAGIC)  # XLA, in the interpreter, would make y of (y + a) − a
+    whole = shifted - _MAGIC
+    fraction = lax.bitcast_convert_type(jnp.exp2(y - whole), jnp.int32)
+    if c is not None:
+        shifted = jnp.minimum(jnp.maximum(whole - c, -125.0), 126.0) + _MAGIC
+    exponent = lax.shift_left(lax.bitcast_convert_type(shifted, jnp.int32), 23)
+    return lax.bitcast_convert_type(fraction + exponent, jnp.float32)
 
 
 def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, interpreted: bool) -> Array:
@@ -161,8 +161,9 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
                     v_t = plgpu.load(tile.at[:, columns], layout=plgpu.Layout.WGMMA)
                     c_t = plgpu.load(c_ref.at[b, h, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
                     row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
-                    y, fine = exponents(v_t, beta)
-                    counts = (row < length - index * ROWS) & fine
+                    natural = v_t.astype(jnp.float32) * beta
+                    counts = _is_finite(natural) & (row < length - index * ROWS)
+                    y = jnp.minimum(jnp.maximum(jnp.where(counts, natural, 0.0) * _LOG2E, -1000.0), 1000.0)
                     x = jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c_t, y.shape, [1])), 0.0)
                     tile.at[:, columns][...] = _rounded(x, v.dtype)
                 plgpu.commit_smem()
