@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def laser_attention(
     if binding is not None:
         out, lse = binding.attention(problem, inputs, backend)
     else:
+        problem = dataclasses.replace(problem, gradient=False)  # nothing records it
         out, lse, _ = _run(_registry.select(problem, backend), problem, inputs)
     return (out, lse) if return_lse else out
 

@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import laser_cupy
 import numpy as np
 import pytest
-from laser_cupy import emulated, host
+from laser_cupy import build, decode, dlpack, emulated
+from laser_cupy.build import Build
 
 import laser_core
 from laser_core import Problem
@@ -70,11 +72,14 @@ def test_it_is_registered() -> None:
         ({}, None),
         ({"beta": -3.0, "causal": "bottom_right", "window": (5, None), "logits_soft_cap": 2.0}, None),
         ({"mask_shape": (100, 90), "query_lengths": True, "key_value_lengths": True, "return_lse": True}, None),
-        ({"beta": 0.5}, "beta = 0.5"),
-        ({"beta": None, "beta_shape": (64,)}, "beta is an array"),
-        ({"bias_shape": (100, 90)}, "bias"),
-        ({"head_dim": 160}, "head dim D = 160"),
-        ({"value_dim": 129}, "value dim E = 129"),
+        ({"beta": 0.5, "bias_shape": (100, 90)}, None),
+        ({"beta": None, "beta_shape": (4, 64)}, None),
+        ({"head_dim": 80, "value_dim": 256}, None),
+        ({"dtype": "float32", "head_dim": 128, "value_dim": 128}, None),
+        ({"head_dim": 257}, "head dim D = 257"),
+        ({"value_dim": 257}, "value dim E = 257"),
+        ({"beta": 0.5, "value_dim": 136}, "value dim E = 136 with |beta| < 1"),
+        ({"dtype": "float32", "head_dim": 256, "value_dim": 256}, "head dim D = 256 and value dim E = 256 of float32"),
         ({"key_length": 2**30}, "Lk = 1073741824"),
     ],
 )
@@ -84,17 +89,17 @@ def test_what_it_refuses(change: dict[str, object], reason: str | None) -> None:
 
 
 def test_a_build_is_validated() -> None:
-    with pytest.raises(ValueError, match="head_dim: got 48; allowed"):
-        host.Build(False, 48, 64)
-    assert host.Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == host.Build(False, 64, 32)
+    with pytest.raises(ValueError, match="value_dim: got 40; allowed: 16, 32"):
+        Build("bfloat16", 40, 40)
+    assert Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == Build("bfloat16", 40, 32)
 
 
 def test_tile_sizes_are_those_of_the_kernels() -> None:
-    text = host.source()
-    for name in ("THREADS", "BLOCK", "INNER"):
+    text = build.source()
+    for name in ("THREADS", "BLOCK", "ROWS"):
         found = re.search(rf"^#define {name} (\d+)", text, re.MULTILINE)
         assert found
-        assert int(found[1]) == getattr(host, name)
+        assert int(found[1]) == getattr(decode if name == "ROWS" else build, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- emulator
@@ -136,22 +141,23 @@ def test_lengths_of_every_integer_dtype(dtype: str, cache: Path, monkeypatch: py
 
 
 @needs_emulator
-@pytest.mark.parametrize(("strips", "keys"), [(2, 32), (2, 64), (1, 32)])
+@pytest.mark.parametrize(("strips", "keys"), [(2, 32), (1, 32)])
 def test_tile_sizes_do_not_matter(strips: int, keys: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))
     x = np.random.default_rng(0).standard_normal((1, 1, 200, 16)).astype(np.float16)
     problem, inputs = laser_core._problem.describe(x, x, x, is_causal=True, window_size=(90, None))
     one = emulated.EMULATED.forward(problem, inputs)
-    other_build = dataclasses.replace(host.Build.of(problem), strips=strips, keys=keys)
-    monkeypatch.setattr(host.Build, "of", lambda problem: other_build)
+    other_build = dataclasses.replace(Build.of(problem), strips=strips, keys=keys)
+    monkeypatch.setattr(Build, "of", lambda problem: other_build)
     two = emulated.EMULATED.forward(problem, inputs)
     np.testing.assert_allclose(two.residual, one.residual, atol=2**-10)
     np.testing.assert_allclose(two.lse, one.lse, atol=1e-5)
 
 
 SABOTAGE = {
-    "barrier before x": "    __syncthreads();  // x is there, and nobody reads k any more\n",
-    "barrier before k": "    __syncthreads();  // k is there, and nobody reads x any more\n",
+    "barrier after q": "  __syncthreads();  // nobody reads q any more\n",
+    "barrier before rest": "      __syncthreads();  // rest is there\n",
+    "barrier after rest": "      __syncthreads();  // nobody reads rest any more\n",
 }
 
 
@@ -162,7 +168,7 @@ def test_the_emulator_notices_a_missing_barrier(
 ) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
     monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))
-    text = host.source(hardware="emulator.h")
+    text = build.source(hardware="emulator.h")
     assert text.count(SABOTAGE[name]) == 1
     x = np.random.default_rng(0).standard_normal((1, 1, 200, 16)).astype(ml_dtypes.bfloat16)
     problem, inputs = laser_core._problem.describe(x, x, x)
@@ -171,7 +177,7 @@ def test_the_emulator_notices_a_missing_barrier(
         return np.asarray(emulated.EMULATED.forward(problem, inputs).residual)
 
     right = out()
-    monkeypatch.setattr(host, "source", lambda hardware: text.replace(SABOTAGE[name], ""))
+    monkeypatch.setattr(emulated, "source", lambda hardware: text.replace(SABOTAGE[name], ""))
     wrong = []
     for seed in range(4):
         monkeypatch.setenv("LASER_EMULATOR_SEED", str(seed))
@@ -179,17 +185,92 @@ def test_the_emulator_notices_a_missing_barrier(
     assert any(wrong)
 
 
+# ------------------------------------------------------------------------------------------------------------- decode
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [
+        ("normal", {"is_causal": "bottom_right", "window_size": (250, None)}),
+        ("normal", {"beta": -2.5, "logits_soft_cap": 3.0, "attn_mask": (2, 1, 3, 300), "bias": (4, 1, 300)}),
+        ("normal", {"beta": 0, "key_value_seq_lengths": [300, 11], "query_seq_lengths": [3, 1]}),
+        ("wide", {}),  # beyond what can be exponentiated on the fly
+        ("odd", {"is_causal": "top_left", "beta": -1.0}),  # NaN and infinite values, most of them hidden
+        ("odd", {"beta": 2.0}),
+    ],
+)
+def test_decode(dtype: str, value: str, options: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in several runs, against the definition in float64."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
+    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(cache))
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape).astype(kind) for shape in ((2, 4, 3, 16), (2, 2, 300, 16), (2, 2, 300, 24)))
+    if value == "wide":
+        v = (v.astype(np.float32) * 100).astype(kind)
+    if value == "odd":
+        v[0, 0, 1, 0], v[0, 1, 200, 1], v[1, 0, 2, 2], v[1, 1, 150, 3] = np.inf, np.nan, -np.inf, np.inf
+    options = dict(options)
+    if "attn_mask" in options:
+        options["attn_mask"] = rng.random(options["attn_mask"]) < 0.5
+        options["bias"] = rng.standard_normal(options["bias"]).astype(kind)
+    options |= {n: np.asarray(x) for n, x in options.items() if n.endswith("lengths")}
+    problem, inputs = laser_core._problem.describe(q, k, v, **options)
+    assert decode.fits(problem)
+    found = emulated.EMULATED.forward(problem, inputs)
+    wide = {n: x.astype(np.float64) if n == "bias" else x for n, x in options.items()}
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
+    o, l = laser_core.laser_attention(*arrays, **wide, return_lse=True, backend="reference")
+    np.testing.assert_allclose(found.lse, l, atol=1e-4, rtol=1e-4)
+    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    np.testing.assert_allclose(found.out.astype(np.float64), o, atol=3 * unit, rtol=unit)
+
+
+def test_runs_of_keys_fill_the_device() -> None:
+    assert decode.splits(1, 131072, 1584) == 512
+    assert decode.splits(1584, 8192, 1584) == 1
+    assert decode.splits(8, 100, 1584) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- DLPack
+
+
+def test_bfloat16_goes_through_dlpack_without_a_copy() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
+    torch = pytest.importorskip("torch", reason="needs another library with bfloat16")
+    x = torch.arange(6.0).reshape(2, 3).bfloat16()
+    taken = dlpack.take(x, np)
+    assert taken.dtype == ml_dtypes.bfloat16
+    assert taken.ctypes.data == x.data_ptr()
+    back = torch.from_dlpack(dlpack.Renamed(taken))
+    assert back.dtype == torch.bfloat16
+    assert back.data_ptr() == x.data_ptr()
+    assert dlpack.take(torch.tensor([True, False]), np).dtype == np.bool_
+
+
+def test_arrays_that_cannot_be_exchanged_are_refused() -> None:
+    torch = pytest.importorskip("torch", reason="needs two kinds of arrays")
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="query: got an array that is not on a CUDA device"):
+        laser_cupy.laser_attention(x, x, x)
+    with pytest.raises(ValueError, match="query: got a tensor that requires a gradient"):
+        laser_cupy.laser_attention(x.clone().requires_grad_(), x, x)
+    with pytest.raises(TypeError, match="query: got list; allowed: an array that speaks DLPack"):
+        laser_cupy.laser_attention([1.0], x, x)
+
+
 # -------------------------------------------------------------------------------------------------------------- NVRTC
 
 BUILDS = (
-    (80, "80", host.Build(False, 128, 128)),
-    (80, "80", host.Build(True, 64, 64, cap=True)),
-    (90, "90a", host.Build(True, 128, 128)),
-    (100, "100", host.Build(False, 128, 128)),
+    (80, "80", Build("bfloat16", 128, 128)),
+    (80, "80", Build("float32", 64, 64, expm1=True, cap=True, keys=32, inner=16)),
+    (90, "90a", Build("float16", 64, 64)),
+    (100, "100", Build("bfloat16", 64, 64)),
 )
 REGISTERS = 255
 STACK = 96  # bytes: at 128, 128 forward is held to a third of the registers, and backward_keys has two accumulators
-SHARED = 99 << 10  # what every device from sm_80 on lends to a block
 
 
 def _tool(name: str) -> str | None:
@@ -202,9 +283,9 @@ def _tool(name: str) -> str | None:
     return found
 
 
-@pytest.mark.parametrize(("capability", "arch", "build"), BUILDS, ids=[f"sm_{arch}-{b}" for _, arch, b in BUILDS])
+@pytest.mark.parametrize(("capability", "arch", "compiled"), BUILDS, ids=[f"sm_{arch}-{b}" for _, arch, b in BUILDS])
 def test_every_kernel_compiles(
-    capability: int, arch: str, build: host.Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, arch: str, compiled: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cupy", reason="CuPy compiles the kernels")
     from cupy.cuda import compiler, nvrtc
@@ -218,11 +299,11 @@ def test_every_kernel_compiles(
     monkeypatch.setattr(  # there is no device to ask
         compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: (f"-arch=sm_{capability}", "cubin")
     )
-    options = (*cuda.OPTIONS, *build.definitions, f"-arch=sm_{arch}")
-    cubin, _ = compiler.compile_using_nvrtc(host.source(), options, arch=str(capability))
-    for kernel in host.KERNELS:
+    options = (*cuda.OPTIONS, *compiled.definitions, f"-arch=sm_{arch}")
+    cubin, _ = compiler.compile_using_nvrtc(build.source(), options, arch=str(capability))
+    for kernel in build.KERNELS:
         assert kernel.encode() in cubin
-        assert build.shared(kernel) <= SHARED
+        assert compiled.shared(kernel) <= build.SHARED
 
     report, disassemble = _tool("cuobjdump"), _tool("nvdisasm")
     if report is None or disassemble is None:
@@ -231,7 +312,7 @@ def test_every_kernel_compiles(
     path.write_bytes(cubin + bytes(8))  # CuPy cuts trailing zeros
     usage = subprocess.run([report, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"Function (\w+):\s*\n\s*(REG:\d+ STACK:\d+)", usage))
-    assert set(found) == set(host.KERNELS)
+    assert set(found) == set(build.KERNELS)
     for kernel, used in found.items():
         registers, stack = (int(n) for n in re.findall(r"\d+", used))
         assert registers <= REGISTERS, kernel

@@ -7,28 +7,34 @@
 // log p of one pair; −infinity where hidden or where nothing flows. `slope` is that of the cap
 __device__ __forceinline__ float log_weight(const Problem& p, const Head& at, float product, float mark, float l, int i,
                                             int j, float& slope) {
+  float bias;
   slope = 1.f;
-  if (!visible(p, at, i, j) || l == INF) return -INF;
-  return (score(p, product, slope) + mark - l) * LN2;
+  if (!visible(p, at, i, j, bias) || l == INF) return -INF;
+  return (score(p, product, slope) + bias - l + mark) / UNIT;
+}
+
+// (w - p)/beta of one channel, and w
+__device__ __forceinline__ float slope_of(float log_p, float weight, float beta, float v, float o, float& w) {
+  const float z = v - o, y = beta * z;
+  w = expf(log_p + y);
+  return fabsf(y) <= 1.f ? weight * z * expm1_over(y) : (w - weight) / beta;
 }
 
 // ds of one pair, without the slope of the cap
-__device__ __forceinline__ float score_gradient(const Problem& p, float log_p, float dl, const u16* v, const float* o,
-                                                const u16* d_out) {
+__device__ __forceinline__ float score_gradient(const Problem& p, int head, float log_p, float dl, const element* v,
+                                                const float* o, const element* d_out) {
   const float weight = expf(log_p);
-  float sum = 0.f;
+  float sum = 0.f, w;
   for (int e = 0; e < p.value_dim; e++) {
     const float one = widen(d_out[e]);
-    if (one == 0.f) continue;
-    const float y = p.beta * (widen(v[e]) - o[e]);
-    sum = fmaf(one, fabsf(y) <= 1.f ? weight * expm1f(y) : expf(log_p + y) - weight, sum);
+    if (one != 0.f) sum = fmaf(one, slope_of(log_p, weight, beta_of(p, head, e), widen(v[e]), o[e], w), sum);
   }
-  return sum / p.beta + dl * weight;
+  return fmaf(dl, weight, sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
-    PROBLEM, const u16* q, const u16* k, const u16* v, const float* o, const u16* d_out, const float* d_lse,
-    const float* l, const float* marks, const int* flags, u16* dq, int workers) {
+    PROBLEM, const element* q, const element* k, const element* v, const float* o, const element* d_out,
+    const float* d_lse, const float* l, const float* marks, const int* flags, element* dq, int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   float* row = (float*)raw;  // [DP] the query
@@ -40,33 +46,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
   for (int i = blockIdx.x % workers; i < p.query_length; i += workers) {
     const i64 from = (i64)at.query * p.query_length + i;
     __syncthreads();
-    load_row(row, q + from * p.head_dim, p.head_dim);
-    float acc = 0.f;
+    load_row(row, q + from * WIDTH, WIDTH);
+    float acc[(WIDTH + THREADS - 1) / THREADS] = {};
     const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
     for (int j0 = first; j0 < end; j0 += THREADS) {
       const int j = j0 + tid;
       __syncthreads();
       float slope, own = 0.f;
       if (j < end) {
-        const float product = product_of(row, k + (keys + j) * p.head_dim, p.head_dim);
+        const float product = product_of(row, k + (keys + j) * WIDTH, WIDTH);
         const float log_p = log_weight(p, at, product, marks[keys + j], l[from], i, j, slope);
         if (!(log_p == -INF))
-          own = slope * score_gradient(p, log_p, d_lse ? d_lse[from] : 0.f, v + (keys + j) * p.value_dim,
+          own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + (keys + j) * p.value_dim,
                                        o + from * p.value_dim, d_out + from * p.value_dim);
       }
       ds[tid] = own;
       __syncthreads();
-      if (tid < p.head_dim)
+      for (int d = tid; d < WIDTH; d += THREADS)
         for (int n = 0; n < least(THREADS, end - j0); n++)
-          if (ds[n] != 0.f) acc = fmaf(ds[n], widen(k[(keys + j0 + n) * p.head_dim + tid]), acc);
+          if (ds[n] != 0.f) acc[d / THREADS] = fmaf(ds[n], widen(k[(keys + j0 + n) * WIDTH + d]), acc[d / THREADS]);
     }
-    if (tid < p.head_dim) dq[from * p.head_dim + tid] = round16(acc * p.scale);
+    for (int d = tid; d < WIDTH; d += THREADS) dq[from * WIDTH + d] = narrow(acc[d / THREADS] * p.scale);
   }
 }
 
+// dbetas [B*Hkv, workers, EP], or null
 extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
-    PROBLEM, const u16* q, const u16* k, const u16* v, const float* o, const u16* d_out, const float* d_lse,
-    const float* l, const float* marks, const int* flags, u16* dk, u16* dv, int workers) {
+    PROBLEM, const element* q, const element* k, const element* v, const float* o, const element* d_out,
+    const float* d_lse, const float* l, const float* marks, const int* flags, element* dk, element* dv, float* dbetas,
+    int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   float* row = (float*)raw;            // [DP] the key
@@ -75,12 +83,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
   const int kv = blockIdx.x / workers;
   if (!(flags[kv] & OUTSIDE)) return;
   const int tid = threadIdx.x;
+  float dbeta[(EP + THREADS - 1) / THREADS] = {};
   for (int j = blockIdx.x % workers; j < p.key_length; j += workers) {
     const i64 to = (i64)kv * p.key_length + j;
     __syncthreads();
-    load_row(row, k + to * p.head_dim, p.head_dim);
-    const float value = tid < p.value_dim ? widen(v[to * p.value_dim + tid]) : 0.f;
-    float dk_acc = 0.f, dv_acc = 0.f;
+    load_row(row, k + to * WIDTH, WIDTH);
+    float dk_acc[(WIDTH + THREADS - 1) / THREADS] = {}, dv_acc[(EP + THREADS - 1) / THREADS] = {};
     for (int member = 0; member < p.group; member++) {
       const Head at = head_of(p, kv * p.group + member);
       const i64 queries = (i64)at.query * p.query_length;
@@ -91,10 +99,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
         float slope, own = 0.f, log_p = -INF;
         if (i < end) {
           const i64 from = queries + i;
-          const float product = product_of(row, q + from * p.head_dim, p.head_dim);
+          const float product = product_of(row, q + from * WIDTH, WIDTH);
           log_p = log_weight(p, at, product, marks[to], l[from], i, j, slope);
           if (!(log_p == -INF))
-            own = slope * score_gradient(p, log_p, d_lse ? d_lse[from] : 0.f, v + to * p.value_dim,
+            own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + to * p.value_dim,
                                          o + from * p.value_dim, d_out + from * p.value_dim);
         }
         ds[tid] = own;
@@ -103,15 +111,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
         for (int n = 0; n < least(THREADS, end - i0); n++) {
           if (log_weights[n] == -INF) continue;
           const i64 from = queries + i0 + n;
-          if (tid < p.head_dim) dk_acc = fmaf(ds[n], widen(q[from * p.head_dim + tid]), dk_acc);
-          if (tid < p.value_dim) {
-            const float one = widen(d_out[from * p.value_dim + tid]);
-            dv_acc = fmaf(one, expf(log_weights[n] + p.beta * (value - o[from * p.value_dim + tid])), dv_acc);
+          for (int d = tid; d < WIDTH; d += THREADS)
+            dk_acc[d / THREADS] = fmaf(ds[n], widen(q[from * WIDTH + d]), dk_acc[d / THREADS]);
+          for (int e = tid; e < p.value_dim; e += THREADS) {
+            const float one = widen(d_out[from * p.value_dim + e]), mean = o[from * p.value_dim + e];
+            const float value = widen(v[to * p.value_dim + e]), beta = beta_of(p, at.h, e);
+            const float weight = expf(log_weights[n]), z = value - mean;
+            float w;
+            const float part = slope_of(log_weights[n], weight, beta, value, mean, w);
+            if (one == 0.f) continue;
+            dv_acc[e / THREADS] = fmaf(one, w, dv_acc[e / THREADS]);
+            const float curve = fabsf(beta * z) <= 1.f ? weight * z * z * curvature(beta * z) : (w * z - part) / beta;
+            if (dbetas) dbeta[e / THREADS] = fmaf(one, curve, dbeta[e / THREADS]);
           }
         }
       }
     }
-    if (tid < p.head_dim) dk[to * p.head_dim + tid] = round16(dk_acc * p.scale);
-    if (tid < p.value_dim) dv[to * p.value_dim + tid] = round16(dv_acc);
+    for (int d = tid; d < WIDTH; d += THREADS) dk[to * WIDTH + d] = narrow(dk_acc[d / THREADS] * p.scale);
+    for (int e = tid; e < p.value_dim; e += THREADS) dv[to * p.value_dim + e] = narrow(dv_acc[e / THREADS]);
   }
+  if (dbetas)
+    for (int e = tid; e < EP; e += THREADS) dbetas[(i64)blockIdx.x * EP + e] = dbeta[e / THREADS];
 }

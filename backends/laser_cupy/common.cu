@@ -1,10 +1,17 @@
 // What all kernels share: the problem, what a query sees, scores, powers of two.
 //
-// Compiled for DP and EP, the head and value dims rounded up to a tile size, with CAP for a soft cap, and for the tile
-// sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS. Rows of q and k have head_dim elements, a multiple of 8. Base 2 is used inside kernels only: scores carry log2(e), what is stored is in natural logarithms.
+// Compiled for a dtype (FLOAT16, FLOAT32), for WIDTH and EP, the columns of q and k, a multiple of 16 bytes, and the value
+// dim rounded up to 16; for CAP, a soft cap; for the forms that the values take (EXP, EXPM1: see values.cu); and for the
+// tile sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS. Base 2 is used inside kernels only: scores carry log2(e),
+// those of float32 excepted; what is stored is in natural logarithms.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
+#if FLOAT32
+#define UNIT 1.f  // of scores: of base 2 they would be rounded once more
+#else
+#define UNIT LOG2E
+#endif
 #define LN2_HIGH 0.693359375f  // few bits, so that its products with integers are exact
 #define LN2_LOW -2.12194440054690583e-4f
 #define INF bits_as_float(0x7F800000u)
@@ -12,50 +19,68 @@
 #define FULL_WARP 0xFFFFFFFFu
 #define THREADS 128
 #define BLOCK 64  // rows of a tile that a block owns in the backward pass, 16 for each warp
-#define OUTSIDE 1  // flags of a key/value head: its values are outside the fast range
+#define DP ((WIDTH + 15) / 16 * 16)  // columns of tiles of q and k
+#define XP ((EXP + EXPM1) * EP)  // and of x: the exp form, then the expm1 form
+#define CP (XP + EXPM1 * EP)  // integers of a head: c of these columns, and exponents of the greatest values
+#define PAD 8  // elements between rows of a tile, so that eight rows lie in different banks
+#define PER ((int)(16 / sizeof(element)))  // elements of a copy
+
+// flags of a key/value head
+#define OUTSIDE 1  // its values are outside the fast range
 #define BROKEN 2  // it holds a value for which beta*v is NaN or +infinity
+#define ODD 4  // backward: one of its keys, or a query that reads it, is not finite
 
 #if FLOAT16
 #define P_SHIFT 15  // p is scaled up by so many bits: float16 has few
+#define SLACK 0.f
 #define REST_SHIFT 11  // and what the rounding of X leaves by so many
 #define MAX_BITS 27.f
 #define SUM_BITS 28.f
 #else
 #define P_SHIFT 0
+#define SLACK 8.f  // the running maximum of a row may be so many bits behind
 #define REST_SHIFT 0
 #define MAX_BITS 99.5f
 #define SUM_BITS 117.f
 #endif
 
 struct Problem {
-  int query_heads, group, query_length, key_length, head_dim, value_dim;
+  int query_heads, group, query_length, key_length, value_dim;
   int low, high;  // query i sees keys i + low … i + high
   float scale, cap, beta;
+  const float* betas;  // [Hq, EP], or null
   const int *query_lengths, *key_lengths;  // [B], or null
   const u8* mask;  // or null
   i64 mask_b, mask_h, mask_i, mask_j;  // its strides
+  const u8* bias;  // or null; of float32 or of elements
+  int bias_wide;
+  i64 bias_b, bias_h, bias_i, bias_j;  // its strides in bytes
 };
 
 #define PROBLEM                                                                                                  \
-  int query_heads, int group, int query_length, int key_length, int head_dim, int value_dim, int low, int high,  \
-      float scale, float cap, float beta, const int *query_lengths, const int *key_lengths, const u8 *mask,      \
-      i64 mask_b, i64 mask_h, i64 mask_i, i64 mask_j
+  int query_heads, int group, int query_length, int key_length, int value_dim, int low, int high, float scale,   \
+      float cap, float number_beta, const float *betas, const int *query_lengths, const int *key_lengths,               \
+      const u8 *mask, i64 mask_b, i64 mask_h, i64 mask_i, i64 mask_j, const u8 *bias, int bias_wide, i64 bias_b, \
+      i64 bias_h, i64 bias_i, i64 bias_j
 #define THE_PROBLEM                                                                                              \
   Problem {                                                                                                      \
-    query_heads, group, query_length, key_length, head_dim, value_dim, low, high, scale, cap, beta,              \
-        query_lengths, key_lengths, mask, mask_b, mask_h, mask_i, mask_j                                         \
+    query_heads, group, query_length, key_length, value_dim, low, high, scale, cap, number_beta, betas, query_lengths,  \
+        key_lengths, mask, mask_b, mask_h, mask_i, mask_j, bias, bias_wide, bias_b, bias_h, bias_i, bias_j       \
   }
+
+struct alignas(8) Two { float x[2]; };
+__device__ __forceinline__ void store_two(float* to, float first, float second) { *(Two*)to = {first, second}; }
 
 __device__ __forceinline__ int least(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int greatest(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < INF; }
-__device__ __forceinline__ u16 round16(float x) { return (u16)pack(x, 0.f); }
+__device__ __forceinline__ float rounded(float x) { return widen(narrow(x)); }
 
 // A query head, its key/value head, and where the sequences end.
 struct Head {
   int b, h, query, key;  // query and key are indices over batch and heads
   int q_end, k_end;
-  const u8* mask;
+  const u8 *mask, *bias;
 };
 
 __device__ __forceinline__ Head head_of(const Problem& p, int query) {
@@ -67,30 +92,46 @@ __device__ __forceinline__ Head head_of(const Problem& p, int query) {
   r.q_end = p.query_lengths ? least(p.query_lengths[r.b], p.query_length) : p.query_length;
   r.k_end = p.key_lengths ? least(p.key_lengths[r.b], p.key_length) : p.key_length;
   r.mask = p.mask ? p.mask + r.b * p.mask_b + r.h * p.mask_h : nullptr;
+  r.bias = p.bias ? p.bias + r.b * p.bias_b + r.h * p.bias_h : nullptr;
   return r;
 }
 
-__device__ __forceinline__ bool visible(const Problem& p, const Head& at, int i, int j) {
-  return i < at.q_end && j < at.k_end && j - i >= p.low && j - i <= p.high &&
-         (!at.mask || at.mask[i * p.mask_i + j * p.mask_j]);
+__device__ __forceinline__ float beta_of(const Problem& p, int h, int e) {
+  return EXP && EXPM1 && p.betas ? p.betas[h * EP + e] : p.beta;
+}
+__device__ __forceinline__ float inverse_of(float beta) { return beta == 0.f ? 1.f : 1.f / beta; }
+
+// Whether a query sees a key, and the bias of their score: what −infinity hides is not seen.
+__device__ __forceinline__ bool visible(const Problem& p, const Head& at, int i, int j, float& bias) {
+  bias = 0.f;
+  if (!(i < at.q_end && j < at.k_end && j - i >= p.low && j - i <= p.high)) return false;
+  if (at.mask && !at.mask[i * p.mask_i + j * p.mask_j]) return false;
+  if (!at.bias) return true;
+  const u8* from = at.bias + i * p.bias_i + j * p.bias_j;
+  bias = p.bias_wide ? *(const float*)from : widen(*(const element*)from);
+  if (bias == -INF) return false;
+  bias *= UNIT;
+  return true;
 }
 
-// whether every query of i0 … i1 sees every key of j0 … j1 (ends not included)
+// whether every query of i0 … i1 sees every key of j0 … j1 (ends not included), without a bias
 __device__ __forceinline__ bool all_visible(const Problem& p, const Head& at, int i0, int i1, int j0, int j1) {
-  return !at.mask && i1 <= at.q_end && j1 <= at.k_end && j0 - (i1 - 1) >= p.low && j1 - 1 - i0 <= p.high;
+  return !at.mask && !at.bias && i1 <= at.q_end && j1 <= at.k_end && j0 - (i1 - 1) >= p.low && j1 - 1 - i0 <= p.high;
 }
 
-// the score in base 2 from a product of q and k; `slope` is the derivative of the cap
+// the score from a product of q and k; `slope` is the derivative of the cap
 __device__ __forceinline__ float score(const Problem& p, float product, float& slope) {
 #if CAP
   const float t = tanhf(product * p.scale / p.cap);
   slope = 1.f - t * t;
-  return p.cap * t * LOG2E;
+  return p.cap * t * UNIT;
 #else
   slope = 1.f;
-  return product * (p.scale * LOG2E);
+  return product * (p.scale * UNIT);
 #endif
 }
+
+__device__ __forceinline__ float exp_fast(float score) { return exp2_fast(score * (LOG2E / UNIT)); }
 
 // x * 2^n, exactly where the result is normal
 __device__ __forceinline__ float scaled(float x, int n) {
@@ -99,10 +140,24 @@ __device__ __forceinline__ float scaled(float x, int n) {
   return x * bits_as_float((u32)(half + 127) << 23) * bits_as_float((u32)(n - half + 127) << 23);
 }
 
-// two 16-bit numbers times 2^n
-__device__ __forceinline__ u32 shifted(u32 x, int n) {
-  return n ? pack(scaled(widen((u16)x), n), scaled(widen((u16)(x >> 16)), n)) : x;
+// (exp(t) - 1)/t, log(1 + u)/u, (exp(t) - (exp(t) - 1)/t)/t and ((1 + u) log(1 + u) - u)/u^2, smooth through 0
+__device__ __forceinline__ float expm1_over(float t) {
+  return fabsf(t) < 1e-2f ? fmaf(t, fmaf(t, fmaf(t, 1.f / 24, 1.f / 6), 0.5f), 1.f) : expm1f(t) / t;
 }
+__device__ __forceinline__ float log1p_over(float u) {
+  return fabsf(u) < 1e-2f ? fmaf(u, fmaf(u, fmaf(u, -0.25f, 1.f / 3), -0.5f), 1.f) : log1pf(u) / u;
+}
+__device__ __forceinline__ float curvature(float t) {
+  if (fabsf(t) < 0.1f) return fmaf(t, fmaf(t, fmaf(t, fmaf(t, 1.f / 144, 1.f / 30), 1.f / 8), 1.f / 3), 0.5f);
+  return (expf(t) - expm1f(t) / t) / t;
+}
+__device__ __forceinline__ float defect(float u) {
+  if (fabsf(u) < 0.1f)
+    return fmaf(u, fmaf(u, fmaf(u, fmaf(u, fmaf(u, -1.f / 42, 1.f / 30), -1.f / 20), 1.f / 12), -1.f / 6), 0.5f);
+  return ((1.f + u) * log1pf(u) - u) / (u * u);
+}
+// o is read from the expm1 form where |beta*o| is small
+__device__ __forceinline__ bool is_linear(float beta, float y) { return EXPM1 && (!EXP || (fabsf(beta) < 1.f && fabsf(y) <= 0.5f)); }
 
 // exp(y + rest) = x * 2^n with x in [2^-1/2, 2^1/2]; y is finite
 __device__ __forceinline__ float split_exp(float y, float rest, int& n) {
@@ -113,13 +168,16 @@ __device__ __forceinline__ float split_exp(float y, float rest, int& n) {
 
 // log(t * 2^c): the same bits for every c with the same t * 2^c; t >= 0, NaN stays NaN
 __device__ __forceinline__ float split_log(float t, int c) {
-  if (!(t > 0.f)) return t == 0.f ? -INF : NOT_A_NUMBER;
-  const u32 bits = float_as_bits(t);
-  int n = (int)(bits >> 23) - 127;
-  float x = bits_as_float((bits & 0x7FFFFFu) | 0x3F800000u);
-  if (x > 1.41421356f) { x *= 0.5f; n++; }
-  const float whole = (float)(n + c);
-  return fmaf(whole, LN2_HIGH, fmaf(whole, LN2_LOW, logf(x)));
+  const u32 bits = float_as_bits(t), over = ((bits & 0x7FFFFFu) > 0x3504F3u) ? 1u : 0u;  // the mantissa is above 2^1/2
+  const float x = bits_as_float((bits & 0x7FFFFFu) | (127u - over) << 23);
+  const float whole = (float)((int)(bits >> 23) - 127 + (int)over + c);
+#if FLOAT32
+  const float log_x = logf(x);
+#else
+  const float log_x = log2_fast(x) * LN2;
+#endif
+  const float result = fmaf(whole, LN2_HIGH, fmaf(whole, LN2_LOW, log_x));
+  return t > 0.f ? result : t == 0.f ? -INF : NOT_A_NUMBER;
 }
 
 __device__ __forceinline__ float row_sum(float x) {  // over the four lanes that hold a row
@@ -129,6 +187,16 @@ __device__ __forceinline__ float row_sum(float x) {  // over the four lanes that
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
   return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
+}
+
+// over all lanes
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int n = 16; n; n /= 2) x += __shfl_xor_sync(FULL_WARP, x, n);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+  for (int n = 16; n; n /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, n));
+  return x;
 }
 
 // over all threads of the block; every thread gets the result. `room` is one float per thread
@@ -157,13 +225,31 @@ __device__ __forceinline__ float block_sum(float x, float* room) {
   return x;
 }
 
-// begins to load rows [start, start + ROWS) of a matrix with `width` columns into a tile [ROWS, WIDTH]; zeros beyond
-template <int ROWS, int WIDTH>
-__device__ __forceinline__ void tile_begin(u16* tile, const u16* matrix, int start, int end, int width) {
-  const u16* from = matrix + (i64)start * width;
-  for (int n = threadIdx.x; n < ROWS * WIDTH / 8; n += THREADS) {
-    const int row = n / (WIDTH / 8), column = n % (WIDTH / 8) * 8;
-    const bool there = start + row < end && column < width;
-    copy_begin(tile + row * (WIDTH + 8) + column, there ? from + row * width + column : matrix, there);
+// begins to load rows [start, start + ROWS) of a matrix with COLUMNS columns into a tile [ROWS, CELLS]; zeros beyond
+template <int ROWS, int CELLS, int COLUMNS>
+__device__ __forceinline__ void tile_begin(element* tile, const element* matrix, int start, int end) {
+  constexpr int CHUNKS = CELLS / PER;  // of a row
+  if constexpr (THREADS % CHUNKS == 0) {
+    constexpr int STEP = THREADS / CHUNKS;
+    const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * PER;
+    const element* from = matrix + (i64)(start + row) * COLUMNS + column;
+    element* to = tile + row * (CELLS + PAD) + column;
+    if (ROWS % STEP == 0 && CELLS == COLUMNS && start + ROWS <= end) {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += STEP) copy_begin(to + r * (CELLS + PAD), from + r * COLUMNS);
+    } else {
+#pragma unroll
+      for (int r = 0; r < ROWS; r += STEP) {
+        const bool there = start + row + r < end && column < COLUMNS;
+        if (row + r < ROWS) copy_begin(to + r * (CELLS + PAD), there ? from + r * COLUMNS : matrix, there);
+      }
+    }
+  } else {
+    const element* from = matrix + (i64)start * COLUMNS;
+    for (int n = threadIdx.x; n < ROWS * CHUNKS; n += THREADS) {
+      const int row = n / CHUNKS, column = n % CHUNKS * PER;
+      const bool there = start + row < end && column < COLUMNS;
+      copy_begin(tile + row * (CELLS + PAD) + column, there ? from + row * COLUMNS + column : matrix, there);
+    }
   }
 }

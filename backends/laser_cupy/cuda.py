@@ -11,14 +11,15 @@ import cupy
 from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
-from . import host
+from . import decode, host
+from .build import KERNELS, THREADS, Build, source
 
 OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
 OPTIONS = ("-std=c++17",)
 
 
 @functools.cache
-def kernel(build: host.Build, name: str, device: int) -> Any:
+def kernel(build: Build, name: str, device: int) -> Any:
     """A kernel, compiled for a device; CuPy keeps the machine code on disk.
 
     Raises:
@@ -28,15 +29,20 @@ def kernel(build: host.Build, name: str, device: int) -> Any:
         capability = int(place.compute_capability)
         if capability < OLDEST:
             raise Unsupported(f"device: got compute capability {capability}; allowed: {OLDEST} or later")
-        function = _module(build, device).get_function(name)
+        function = _module(build, KERNELS[name], device).get_function(name)
         if build.shared(name) > 48 << 10:
             function.max_dynamic_shared_size_bytes = build.shared(name)
     return function
 
 
 @functools.cache
-def _module(build: host.Build, device: int) -> Any:
-    return cupy.RawModule(code=host.source(), options=(*OPTIONS, *build.definitions))
+def _module(build: Build, part: str, device: int) -> Any:
+    return cupy.RawModule(code=source(part), options=(*OPTIONS, *build.definitions))
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
 class _Machine:
@@ -47,9 +53,13 @@ class _Machine:
     def __init__(self, device: int) -> None:
         self.device = device
 
-    def launch(self, build: host.Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
+    @property
+    def processors(self) -> int:
+        return _processors(self.device)
+
+    def launch(self, build: Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
         """Launch a kernel; CuPy raises where the launch fails."""
-        kernel(build, name, self.device)((grid,), (host.THREADS,), tuple(arguments), shared_mem=build.shared(name))
+        kernel(build, name, self.device)((grid,), (THREADS,), tuple(arguments), shared_mem=build.shared(name))
 
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)
@@ -58,8 +68,9 @@ class _Machine:
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, on the device of the query."""
     device = inputs.query.device.id
+    run = decode.forward if decode.fits(problem) else host.forward
     with cupy.cuda.Device(device):
-        return host.forward(_Machine(device), problem, inputs)
+        return run(_Machine(device), problem, inputs)
 
 
 def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:

@@ -22,7 +22,8 @@ import numpy as np
 from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array
 
-from . import CUDA, host
+from . import CUDA, decode, host
+from .build import KERNELS, THREADS, Build, source
 
 _LAUNCHER = """
 extern "C" int emulator_launch(
@@ -32,7 +33,7 @@ extern "C" int emulator_launch(
 """
 
 
-def library(build: host.Build) -> ctypes.CDLL:
+def library(build: Build) -> ctypes.CDLL:
     """The kernels as a library, compiled by g++ unless that has been done.
 
     It is kept in the folder that ``LASER_EMULATOR_CACHE`` names, or a temporary one.
@@ -40,7 +41,7 @@ def library(build: host.Build) -> ctypes.CDLL:
     Raises:
         RuntimeError: g++ could not compile them; says why.
     """
-    return _compiled(build, host.source(hardware="emulator.h"))
+    return _compiled(build, source(hardware="emulator.h"))
 
 
 @functools.cache
@@ -49,10 +50,10 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _compiled(build: host.Build, text: str) -> ctypes.CDLL:
+def _compiled(build: Build, text: str) -> ctypes.CDLL:
     cases = "".join(
         f'  if (!strcmp(name, "{kernel}")) return emulator::launch({kernel}, grid, threads, bytes, seed, a), 0;\n'
-        for kernel in host.KERNELS
+        for kernel in KERNELS
     )
     text += _LAUNCHER % cases
     command = ["g++", "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC", "-x", "c++", *build.definitions]
@@ -71,22 +72,24 @@ class _Machine:
     """g++ and NumPy."""
 
     xp: Any = np
+    processors = 1
 
-    def launch(self, build: host.Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
+    def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         held = [np.uint64(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in arguments]
         places = [x.reshape(1) if isinstance(x, np.ndarray) else np.asarray([x]) for x in held]
         pointers = (ctypes.c_void_p * len(places))(*[x.ctypes.data for x in places])
         seed = int(os.environ.get("LASER_EMULATOR_SEED", "0"))
-        sizes = (ctypes.c_uint(grid), ctypes.c_uint(host.THREADS), ctypes.c_size_t(build.shared(kernel)))
+        sizes = (ctypes.c_uint(grid), ctypes.c_uint(THREADS), ctypes.c_size_t(build.shared(kernel)))
         if library(build).emulator_launch(kernel.encode(), *sizes, ctypes.c_uint(seed), pointers):
-            raise ValueError(f"kernel: got {kernel!r}; allowed: {', '.join(host.KERNELS)}")
+            raise ValueError(f"kernel: got {kernel!r}; allowed: {', '.join(KERNELS)}")
 
     def aligned(self, x: Array) -> bool:
         return True
 
 
 def _forward(problem: Problem, inputs: Inputs) -> Forward:
-    return host.forward(_Machine(), problem, inputs)
+    run = decode.forward if decode.fits(problem) else host.forward
+    return run(_Machine(), problem, inputs)
 
 
 def _backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:

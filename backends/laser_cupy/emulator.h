@@ -191,10 +191,38 @@ inline float widen(u16 x) { return bits_as_float((u32)x << 16); }
 inline u32 pack(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
 inline float exp2_fast(float x) { float y = exp2f(x); return y < 1.17549435e-38f ? 0.f : y; }
 
+inline float __shfl_sync(u32, float x, int lane) {
+  struct In { float x; int lane; };
+  static char tag;
+  return emulator::together<In, float>(In{x, lane}, &tag, [](emulator::Warp& w) {
+    for (int i = 0; i < 32; i++) memcpy(w.out[i], w.in[((In*)w.in[i])->lane], 4);
+  });
+}
 inline float __shfl_xor_sync(u32, float x, int mask) {
   static char tag;
   return emulator::together<float, float>(x, &tag, [mask](emulator::Warp& w) { for (int i = 0; i < 32; i++) memcpy(w.out[i], w.in[i ^ mask], 4); });
 }
+
+inline float log2_fast(float x) { return log2f(x); }
+inline void __syncwarp() {
+  static char tag;
+  emulator::together<int, int>(0, &tag, [](emulator::Warp&) {});
+}
+inline bool warp_any(bool x) {
+  static char tag;
+  return emulator::together<int, int>(x, &tag, [](emulator::Warp& w) {
+    int any = 0;
+    for (int i = 0; i < 32; i++) any |= *(int*)w.in[i];
+    for (int i = 0; i < 32; i++) *(int*)w.out[i] = any;
+  });
+}
+inline int atomicOr(int* to, int bits) { int old = *to; *to |= bits; return old; }
+
+#if !FLOAT32
+typedef u16 element;
+struct Left { u32 x[4]; };
+struct Right { u32 x[4]; };
+inline void store_pair(u16* to, float first, float second) { const u32 x = pack(first, second); memcpy(to, &x, 4); }
 
 inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   struct In { float d[4]; u32 a[4], b[2]; } in;
@@ -215,26 +243,34 @@ inline void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   });
   memcpy(d, out.d, 16);
 }
-
+inline void mma(float (&d0)[4], float (&d1)[4], const Left& a, const Right& b) {
+  mma(d0, a.x, b.x[0], b.x[1]);
+  mma(d1, a.x, b.x[2], b.x[3]);
+}
 inline u32 pair(const u16* p) { u32 x; memcpy(&x, p, 4); return x; }
-inline void load_a(u32 (&f)[4], const u16* tile, int ld) {
+inline void load_a(Left& f, const u16* tile, int ld) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int r = 0; r < 4; r++) f[r] = pair(tile + (g + r % 2 * 8) * ld + t * 2 + r / 2 * 8);
+  for (int r = 0; r < 4; r++) f.x[r] = pair(tile + (g + r % 2 * 8) * ld + t * 2 + r / 2 * 8);
 }
-inline void load_b(u32 (&f)[4], const u16* tile, int ld) {
+inline void load_b(Right& f, const u16* tile, int ld) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int r = 0; r < 4; r++) f[r] = pair(tile + (g + r / 2 * 8) * ld + t * 2 + r % 2 * 8);
+  for (int r = 0; r < 4; r++) f.x[r] = pair(tile + (g + r / 2 * 8) * ld + t * 2 + r % 2 * 8);
 }
-inline void load_b_transposed(u32 (&f)[4], const u16* tile, int ld) {
+inline void load_b_transposed(Right& f, const u16* tile, int ld) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   for (int r = 0; r < 4; r++) {
     const u16* p = tile + (t * 2 + r % 2 * 8) * ld + g + r / 2 * 8;
-    f[r] = p[0] | (u32)p[ld] << 16;
+    f.x[r] = p[0] | (u32)p[ld] << 16;
   }
 }
+inline void left_of(Left& f, const float (&c0)[4], const float (&c1)[4]) {
+  f.x[0] = pack(c0[0], c0[1]); f.x[1] = pack(c0[2], c0[3]);
+  f.x[2] = pack(c1[0], c1[1]); f.x[3] = pack(c1[2], c1[3]);
+}
+#endif
 
-inline void copy_begin(u16* to, const u16* from, bool there) { emulator::current->copies.push_back({to, from, 16, there}); }
-inline void copy_begin(float* to, const float* from, bool there) { emulator::current->copies.push_back({to, from, 4, there}); }
+inline void copy_begin(void* to, const void* from, bool there = true) { emulator::current->copies.push_back({to, from, 16, there}); }
+inline void copy_begin_float(float* to, const float* from, bool there) { emulator::current->copies.push_back({to, from, 4, there}); }
 inline void copy_wait() {
   for (auto& c : emulator::current->copies) { if (c.there) memcpy(c.to, c.from, c.size); else memset(c.to, 0, c.size); }
   emulator::current->copies.clear();

@@ -5,26 +5,27 @@
 // written, so that what does not see it keeps its bits.
 
 // <q, k> for one key, with q in shared memory as float32
-__device__ __forceinline__ float product_of(const float* q, const u16* k, int head_dim) {
+__device__ __forceinline__ float product_of(const float* q, const element* k, int columns) {
   float s = 0.f;
-  for (int d = 0; d < head_dim; d++) s = fmaf(q[d], widen(k[d]), s);
+  for (int d = 0; d < columns; d++) s = fmaf(q[d], widen(k[d]), s);
   return s;
 }
 
-__device__ __forceinline__ void load_row(float* to, const u16* from, int width) {
+__device__ __forceinline__ void load_row(float* to, const element* from, int width) {
   for (int n = threadIdx.x; n < width; n += THREADS) to[n] = widen(from[n]);
 }
 
 // s of query i and key j in natural logarithms; −infinity where hidden, NaN where q or k is not finite
-__device__ __forceinline__ float natural_score(const Problem& p, const Head& at, const float* q, const u16* k, int i, int j) {
-  if (!visible(p, at, i, j)) return -INF;
-  float slope;
-  const float product = product_of(q, k + (i64)j * p.head_dim, p.head_dim);
-  return finite(product) ? score(p, product, slope) * LN2 : NOT_A_NUMBER;
+__device__ __forceinline__ float natural_score(const Problem& p, const Head& at, const float* q, const element* k, int i,
+                                               int j) {
+  float slope, bias;
+  if (!visible(p, at, i, j, bias)) return -INF;
+  const float product = product_of(q, k + (i64)j * WIDTH, WIDTH);
+  return finite(product) && bias < INF ? (score(p, product, slope) + bias) / UNIT : NOT_A_NUMBER;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
-    PROBLEM, const u16* q, const u16* k, const u16* v, const int* flags, u16* out, float* residual, float* lse, int workers) {
+    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   float* row = (float*)raw;      // [DP] the query
@@ -33,12 +34,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
   const Head at = head_of(p, blockIdx.x / workers);
   const int flag = flags[at.key];
   if (!flag) return;
-  k += (i64)at.key * p.key_length * p.head_dim;
+  k += (i64)at.key * p.key_length * WIDTH;
   v += (i64)at.key * p.key_length * p.value_dim;
   const int tid = threadIdx.x;
   for (int i = blockIdx.x % workers; i < p.query_length; i += workers) {
     const i64 to = (i64)at.query * p.query_length + i;
-    load_row(row, q + to * p.head_dim, p.head_dim);
+    load_row(row, q + to * WIDTH, WIDTH);
     __syncthreads();
     const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
     float m = -INF, nan = 0.f;
@@ -60,10 +61,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
     if (tid == 0 && (flag & OUTSIDE)) lse[to] = empty ? -INF : m + log_l;
 
     // per channel: log Σ exp(s − m + βv) about its greatest term so far; a row that sees nothing has no m
-    const float reference = m == -INF ? 0.f : m;
+    const float reference = m == -INF ? 0.f : m, shift = empty ? 0.f : log_l;
     for (int e0 = 0; e0 < EP; e0 += THREADS) {
       const int e = e0 + tid;
-      float top = -INF, sum = 0.f;
+      const float beta = e < p.value_dim ? beta_of(p, at.h, e) : 1.f;
+      float top = -INF, sum = 0.f, linear = 0.f;
       bool infinite = false, odd = false;
       for (int j0 = first; j0 < end; j0 += THREADS) {
         __syncthreads();
@@ -72,8 +74,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
         if (e >= p.value_dim) continue;
         for (int n = 0; n < least(THREADS, end - j0); n++) {
           if (weights[n] == -INF) continue;
-          const float y = p.beta * widen(v[(i64)(j0 + n) * p.value_dim + e]);
+          const float one = widen(v[(i64)(j0 + n) * p.value_dim + e]), y = beta * one;
           const float term = weights[n] + y;
+          if (EXPM1 && finite(one)) linear = fmaf(expf(weights[n] - shift), expm1_value(one, y), linear);
           odd |= term != term;
           infinite |= y == INF;
           if (!(finite(term))) continue;
@@ -88,11 +91,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
       if (e < p.value_dim) {
         float o = 0.f;
         if (odd || nan > 0.f) o = NOT_A_NUMBER;
-        else if (infinite) o = p.beta > 0.f ? INF : -INF;
-        else if (!empty) o = (top + logf(sum) - log_l) / p.beta;
+        else if (infinite) o = beta > 0.f ? INF : -INF;
+        else if (!empty && is_linear(beta, beta * linear)) o = linear * log1p_over(beta * linear);
+        else if (!empty) o = (top + logf(sum) - log_l) / beta;
         if ((flag & OUTSIDE) || !finite(o)) {
-          out[to * p.value_dim + e] = round16(o);
-          residual[to * p.value_dim + e] = o;
+          out[to * p.value_dim + e] = narrow(o);
+          if (residual) residual[to * p.value_dim + e] = o;
         }
       }
     }

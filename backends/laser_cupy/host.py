@@ -3,122 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from laser_core import Forward, Gradients, Inputs, Problem
-from laser_core._array import Array
+from laser_core._array import Array, unbroadcast
 from laser_core._gradient import no_gradients
 
-THREADS = 128
-BLOCK = 64  # rows of a tile that a block of the backward pass owns
-INNER = 32  # rows of the tiles that the backward kernels walk over
+from .build import BLOCK, THREADS, Build
+
 WORKERS = 64  # blocks for each head of the exact path
-CHUNK = 128  # keys of a block of the value pass
+CHUNK = 128  # keys of a block of the value pass, and queries of one of dβ
+BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
 FAR = 2**30  # a band edge that is beyond every position
-SOURCES = ("common", "values", "forward", "forward_exact", "backward", "backward_exact")
-KERNELS = (
-    "value_range",
-    "value_decide",
-    "value_exp",
-    "forward",
-    "forward_exact",
-    "row_terms",
-    "row_scales",
-    "row_weights",
-    "key_marks",
-    "backward_keys",
-    "backward_queries",
-    "backward_queries_exact",
-    "backward_keys_exact",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """What is compiled in.
-
-    Attributes:
-        half: float16; otherwise bfloat16.
-        head_dim, value_dim: D and E rounded up to one of ``DIMS``.
-        cap: A soft cap of the scores.
-        strips: Of the forward pass: a warp owns 16 queries times this.
-        keys: Of the forward pass: keys of a tile.
-        resident: Of the forward pass: blocks that share a multiprocessor, by registers.
-
-    The tile sizes are the fastest that were tried on an H100 at D = E = 128.
-    """
-
-    half: bool
-    head_dim: int
-    value_dim: int
-    cap: bool = False
-    strips: int = 1
-    keys: int = 64
-    resident: int = 3
-
-    DIMS: ClassVar = (32, 64, 128)
-
-    def __post_init__(self) -> None:
-        """Refuse dims that are not tile sizes."""
-        for name in ("head_dim", "value_dim"):
-            if getattr(self, name) not in self.DIMS:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: {self.DIMS}")
-        for name, allowed in (("strips", (1, 2)), ("keys", (32, 64)), ("resident", (1, 2, 3))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: {allowed}")
-
-    @classmethod
-    def of(cls, problem: Problem) -> Build:
-        """The build that runs a problem."""
-        d, e = (next(n for n in cls.DIMS if n >= size) for size in (problem.head_dim, problem.value_dim))
-        return cls(problem.dtype == "float16", d, e, problem.logits_soft_cap is not None)
-
-    @property
-    def definitions(self) -> tuple[str, ...]:
-        """Compiler options."""
-        values = {"FLOAT16": int(self.half), "DP": self.head_dim, "EP": self.value_dim, "CAP": int(self.cap)}
-        values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        return tuple(f"-D{name}={value}" for name, value in values.items())
-
-    @property
-    def queries(self) -> int:
-        """Queries of a block of the forward pass."""
-        return 64 * self.strips
-
-    def shared(self, kernel: str) -> int:
-        """Bytes of shared memory that a block of a kernel takes."""
-        d, e = self.head_dim, self.value_dim
-        both = 2 * (BLOCK * (d + 8 + e + 8) + 2 * INNER * (d + 8 + e + 8 + 4))
-        return {
-            "value_range": 8 * THREADS,
-            "forward": 2 * (self.queries * (d + 8) + self.keys * (d + 8 + e + 8)),
-            "forward_exact": 4 * (d + 2 * THREADS),
-            "row_scales": 4 * THREADS,
-            "backward_keys": both,
-            "backward_queries": both,
-            "backward_queries_exact": 4 * (d + THREADS),
-            "backward_keys_exact": 4 * (d + 2 * THREADS),
-        }.get(kernel, 0)
-
-
-@functools.cache
-def source(*, hardware: str = "hardware.cu") -> str:
-    """The source of all kernels, in one piece."""
-    folder = Path(__file__).parent
-    names = (hardware, *(f"{name}.cu" for name in SOURCES))
-    return "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in names)
 
 
 class Machine(Protocol):
     """What runs the kernels."""
 
     xp: Any
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         """Run ``grid`` blocks of a kernel; arguments are arrays and NumPy scalars."""
@@ -127,7 +37,7 @@ class Machine(Protocol):
         """Whether the memory of ``x`` begins at a multiple of 16 bytes."""
 
 
-_NOTHING = np.uint64(0)  # a null pointer
+NOTHING = np.uint64(0)  # a null pointer
 
 
 class Call(NamedTuple):
@@ -136,7 +46,7 @@ class Call(NamedTuple):
     machine: Machine
     problem: Problem
     build: Build
-    q: Array  # (B·Hq, Lq, D), D rounded up to a multiple of 8
+    q: Array  # (B·Hq, Lq, D), D rounded up to 16 bytes
     k: Array  # (B·Hkv, Lk, D)
     v: Array  # (B·Hkv, Lk, E)
     common: tuple[Any, ...]  # the arguments that all kernels begin with
@@ -162,10 +72,20 @@ class Call(NamedTuple):
 
 def call(machine: Machine, problem: Problem, inputs: Inputs) -> Call:
     """Operands in the layout of the kernels; copied only where they are not in it."""
-    q, k = (matrix(machine, x, problem.head_dim, pad=True) for x in (inputs.query, inputs.key))
+    xp = machine.xp
+    build = Build.of(problem)
+    q, k = (matrix(machine, x, build.columns) for x in (inputs.query, inputs.key))
     v = matrix(machine, inputs.value, problem.value_dim)
     low, high = problem.band
-    mask, strides = _mask(machine, problem, inputs.attn_mask)
+    betas: Any = NOTHING
+    if inputs.beta is not None:
+        betas = xp.zeros((problem.query_heads, build.value_dim), dtype=xp.float32)
+        betas[:, : problem.value_dim] = inputs.beta
+    mask, mask_strides = _scores_like(machine, problem, inputs.attn_mask)
+    bias = inputs.bias
+    if bias is not None and bias.dtype not in (q.dtype, xp.float32):
+        bias = bias.astype(xp.float32)
+    bias, bias_strides = _scores_like(machine, problem, bias)
     common = (
         *map(
             np.int32,
@@ -174,28 +94,31 @@ def call(machine: Machine, problem: Problem, inputs: Inputs) -> Call:
                 problem.group,
                 problem.query_length,
                 problem.key_length,
-                q.shape[-1],
                 problem.value_dim,
                 -FAR if low is None else max(-FAR, min(low, FAR)),
                 FAR if high is None else max(-FAR, min(high, FAR)),
             ),
         ),
-        *map(np.float32, (problem.scale, problem.logits_soft_cap or 0.0, problem.beta)),
+        *map(np.float32, (problem.scale, problem.logits_soft_cap or 0.0, problem.beta or 0.0)),
+        betas,
         _lengths(machine, problem, inputs.query_seq_lengths, problem.query_length),
         _lengths(machine, problem, inputs.key_value_seq_lengths, problem.key_length),
         mask,
-        *map(np.int64, strides),
+        *mask_strides,
+        bias,
+        np.int32(inputs.bias is not None and bias.dtype == xp.float32),
+        *bias_strides,
     )
-    return Call(machine, problem, Build.of(problem), q, k, v, common)
+    return Call(machine, problem, build, q, k, v, common)
 
 
-def matrix(machine: Machine, x: Array, width: int, pad: bool = False) -> Array:
-    """``x (..., H, L, width)`` with one leading axis and adjacent rows; ``pad``: of a multiple of 8 columns."""
+def matrix(machine: Machine, x: Array, columns: int) -> Array:
+    """``x (..., H, L, width)`` with one leading axis and adjacent rows of so many columns."""
     xp = machine.xp
     x = x.reshape((math.prod(x.shape[:-2]), *x.shape[-2:]))
-    if pad and width % 8:
-        padded = xp.zeros((*x.shape[:-1], -(-width // 8) * 8), dtype=x.dtype)
-        padded[..., :width] = x
+    if x.shape[-1] < columns:
+        padded = xp.zeros((*x.shape[:-1], columns), dtype=x.dtype)
+        padded[..., : x.shape[-1]] = x
         return padded
     x = xp.ascontiguousarray(x)
     return x if machine.aligned(x) else x.copy()
@@ -203,104 +126,198 @@ def matrix(machine: Machine, x: Array, width: int, pad: bool = False) -> Array:
 
 def _lengths(machine: Machine, problem: Problem, lengths: Array | None, limit: int) -> Any:
     if lengths is None:
-        return _NOTHING
+        return NOTHING
     xp = machine.xp
     wide = lengths if lengths.dtype == xp.uint64 else lengths.astype(xp.int64)
     clipped = xp.clip(wide, 0, limit).astype(xp.int32)
     return xp.ascontiguousarray(xp.broadcast_to(clipped, problem.batch)).reshape(-1)
 
 
-def _mask(machine: Machine, problem: Problem, mask: Array | None) -> tuple[Any, tuple[int, ...]]:
-    """The mask as bytes ``(B or 1, Hq or 1, Lq or 1, Lk or 1)``, and its strides; 0 where it is broadcast."""
-    if mask is None:
-        return _NOTHING, (0, 0, 0, 0)
+def _scores_like(machine: Machine, problem: Problem, x: Array | None) -> tuple[Any, tuple[np.int64, ...]]:
+    """A mask or bias ``(B or 1, Hq or 1, Lq or 1, Lk or 1)``, and its strides in bytes; 0 where it is broadcast."""
+    if x is None:
+        return NOTHING, (np.int64(0),) * 4
     xp = machine.xp
-    mask = mask.reshape((1,) * (len(problem.score_shape) - mask.ndim) + tuple(mask.shape))
-    if any(n != 1 for n in mask.shape[:-3]):
-        mask = xp.broadcast_to(mask, (*problem.batch, *mask.shape[-3:]))
-    mask = xp.ascontiguousarray(mask.reshape((-1 if mask.size else 0, *mask.shape[-3:])))
-    strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.strides, strict=True))
-    return mask.view(xp.uint8), strides
+    x = x.reshape((1,) * (len(problem.score_shape) - x.ndim) + tuple(x.shape))
+    if any(n != 1 for n in x.shape[:-3]):
+        x = xp.broadcast_to(x, (*problem.batch, *x.shape[-3:]))
+    x = xp.ascontiguousarray(x.reshape((-1 if x.size else 0, *x.shape[-3:])))
+    return x, tuple(np.int64(0 if n == 1 else s) for n, s in zip(x.shape, x.strides, strict=True))
+
+
+def _one_beta_per_head(machine: Machine, problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs]:
+    """Where β differs among the query heads of a group, each has keys and values of its own."""
+    shape = problem.beta_shape
+    if problem.group == 1 or shape is None or len(shape) < 2 or shape[-2] == 1:
+        return problem, inputs
+    key, value = (machine.xp.repeat(x, problem.group, axis=-3) for x in (inputs.key, inputs.value))
+    return dataclasses.replace(problem, key_value_heads=problem.query_heads), inputs._replace(key=key, value=value)
 
 
 class Values(NamedTuple):
     """What the value pass makes."""
 
-    x: Array  # (B·Hkv, Lk, EP)
+    x: Array  # (B·Hkv, Lk, XP)
     rest: Array
-    c: Array  # (B·Hkv, EP)
+    c: Array  # (B·Hkv, CP)
     flags: Array  # (B·Hkv,)
 
 
 def values(x: Call) -> Values:
     """The value pass: X, its integers, and which heads are inside the fast range."""
-    xp, heads, keys = x.machine.xp, x.key_value_heads, x.problem.key_length
-    width = x.build.value_dim
+    xp, heads, keys, build = x.machine.xp, x.key_value_heads, x.problem.key_length, x.build
     chunks = max(1, -(-keys // CHUNK))
-    lows, highs = (x.empty(heads, chunks, width, dtype=xp.float32) for _ in range(2))
+    lows, highs = (x.empty(heads, chunks, build.value_dim, dtype=xp.float32) for _ in range(2))
     broken = x.empty(heads, chunks, dtype=xp.int32)
-    c, flags = x.empty(heads, width, dtype=xp.int32), x.empty(heads, dtype=xp.int32)
+    c = x.empty(heads, build.wide + build.expm1 * build.value_dim, dtype=xp.int32)
+    flags = x.empty(heads, dtype=xp.int32)
     x.run("value_range", heads * chunks, x.v, lows, highs, broken, np.int32(chunks), np.int32(CHUNK))
     x.run("value_decide", heads, lows, highs, broken, c, flags, np.int32(chunks))
-    made, rest = x.empty(heads, keys, width), x.empty(heads, keys, width)
+    made = x.empty(heads, keys, build.wide)
+    rest = x.empty(heads, keys, build.wide) if build.narrow else made
     rows = heads * keys
-    x.run("value_exp", -(-rows * width // (2 * THREADS)), x.v, c, flags, made, rest, np.int64(rows))
+    grid = -(-rows * build.value_dim * build.bytes // (16 * THREADS))
+    x.run("value_exp", grid, x.v, c, flags, made, rest, np.int64(rows))
     return Values(made, rest, c, flags)
 
 
 def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
-    """The output, its float32 form, and the log-sum-exp."""
+    """The output, its float32 form where that is another, and the log-sum-exp."""
     xp = machine.xp
+    keep = problem.dtype != "float32" and problem.gradient
     if 0 in problem.score_shape:
         out = xp.zeros(problem.out_shape, dtype=inputs.query.dtype)
         lse = xp.full(problem.lse_shape, -math.inf, dtype=xp.float32)
-        return Forward(out, lse, xp.zeros(problem.out_shape, dtype=xp.float32))
+        return Forward(out, lse, xp.zeros(problem.out_shape, dtype=xp.float32) if keep else None)
+    problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     v = values(x)
     out = x.empty(*problem.out_shape)
-    residual = x.empty(*problem.out_shape, dtype=xp.float32)
+    residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
     blocks = -(-problem.query_length // x.build.queries)
     x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse)
     workers = min(WORKERS, problem.query_length)
     x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
-    return Forward(out, lse, residual)
+    return Forward(out, lse, residual if keep else None)
+
+
+class Rows(NamedTuple):
+    """What the backward pass needs of queries and keys beside their values."""
+
+    o: Array  # (B·Hq, Lq, E) in float32
+    do: Array
+    dl: Any  # (B·Hq·Lq,), or a null pointer
+    l: Array
+    r: Array
+    g: Array  # (B·Hq·Lq, XP)
+    marks: Array  # (B·Hkv·Lk,)
+    scales: Array  # (B·Hkv, 2)
+
+
+def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None) -> Rows:
+    """The passes over queries and over keys."""
+    xp, build, problem = x.machine.xp, x.build, x.problem
+    do = matrix(x.machine, d_out, problem.value_dim)
+    o = matrix(x.machine, forward.out if forward.residual is None else forward.residual, problem.value_dim)
+    lse = xp.ascontiguousarray(forward.lse).reshape(-1)
+    dl: Any = NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
+    queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
+    l, r, sizes, bounds = (x.empty(queries, dtype=xp.float32) for _ in range(4))
+    g, marks = x.empty(queries, build.wide), x.empty(keys, dtype=xp.float32)
+    scales = x.empty(x.key_value_heads, 2, dtype=xp.int32)
+    per_warp = THREADS // 32
+    terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
+    x.run("row_terms", -(-queries // per_warp), *terms, np.int64(queries))
+    x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
+    if problem.dtype == "float16":
+        grid = -(-queries * build.wide // (2 * THREADS))
+        x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(queries))
+    x.run("key_marks", -(-keys // per_warp), x.k, marks, v.flags, np.int64(keys))
+    return Rows(o, do, dl, l, r, g, marks, scales)
 
 
 def backward(
     machine: Machine, problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
 ) -> Gradients:
-    """The gradients of query, key and value."""
+    """The gradients of query, key and value, and of bias and β where they are arrays."""
     xp = machine.xp
     if 0 in problem.score_shape:
         return no_gradients(xp, inputs)
+    grouped, given = problem, inputs
+    problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     v = values(x)
-    do = matrix(machine, d_out, problem.value_dim)
-    o = matrix(machine, forward.residual, problem.value_dim)
-    lse = xp.ascontiguousarray(forward.lse).reshape(-1)
-    dl: Any = _NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
-    rows, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
-    l, r, sizes, bounds = (x.empty(rows, dtype=xp.float32) for _ in range(4))
-    scales = x.empty(x.key_value_heads, 2, dtype=xp.int32)
-    g, marks = x.empty(rows, x.build.value_dim), x.empty(keys, dtype=xp.float32)
-    per_warp = THREADS // 32
-    terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
-    x.run("row_terms", -(-rows // per_warp), *terms, np.int64(rows))
-    x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
-    if x.build.half:
-        grid = -(-rows * x.build.value_dim // (2 * THREADS))
-        x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(rows))
-    x.run("key_marks", -(-keys // per_warp), x.k, marks, np.int64(keys))
+    r = rows(x, v, forward, d_out, d_lse)
 
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
-    pairs = (l, r, marks, scales, v.flags)
-    x.run("backward_keys", x.key_value_heads * k_blocks, x.q, x.k, v.x, v.rest, g, *pairs, dk, dv)
-    x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, g, *pairs, dq)
-    exact = (x.q, x.k, x.v, o, do, dl, l, marks, v.flags)
     workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
+    dbetas: Any = [NOTHING, NOTHING]
+    if given.beta is not None:
+        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
+        dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
+    pairs = (r.l, r.r, r.marks)
+    of_keys = (x.q, x.k, x.v, v.x, r.g, *pairs, v.c, r.scales, v.flags, dk, dv, dbetas[0])
+    x.run("backward_keys", x.key_value_heads * k_blocks, *of_keys)
+    if x.build.split:
+        x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
+    x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
+    exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
     x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
-    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, np.int32(workers[1]))
-    arguments = (inputs.query, inputs.key, inputs.value)
-    return Gradients(*(a[..., : y.shape[-1]].reshape(y.shape) for a, y in zip((dq, dk, dv), arguments, strict=True)))
+    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, dbetas[1], np.int32(workers[1]))
+
+    dq = dq[..., : problem.head_dim].reshape(given.query.shape)
+    dk, dv = (
+        _over_group(xp, a[..., : like.shape[-1]], like, problem.query_heads if problem != grouped else 0)
+        for a, like in ((dk, given.key), (dv, given.value))
+    )
+    dbias = None if given.bias is None else _bias_gradient(x, v, r).astype(given.bias.dtype)
+    dbeta = None if given.beta is None else _beta_gradient(x, v, r, dbetas, given.beta)
+    return Gradients(dq, dk, dv, dbias, dbeta)
+
+
+def _over_group(xp: Any, x: Array, like: Array, heads: int) -> Array:
+    """``x`` in the shape of ``like``, summed over the heads of a group where there were ``heads`` copies."""
+    if not heads:
+        return x.reshape(like.shape)
+    *batch, own, length, width = like.shape
+    return x.reshape((*batch, own, heads // own, length, width)).astype(xp.float32).sum(axis=-3).astype(like.dtype)
+
+
+def _beta_gradient(x: Call, v: Values, r: Rows, of_keys: list[Array], beta: Array) -> Array:
+    xp, problem = x.machine.xp, x.problem
+    chunks = -(-problem.query_length // CHUNK)
+    of_rows = xp.zeros((x.heads, chunks, x.build.value_dim), dtype=xp.float32)
+    x.run("backward_beta", x.heads * chunks, r.o, r.do, r.l, v.c, v.flags, of_rows, np.int32(chunks), np.int32(CHUNK))
+    total: Any = 0
+    for parts in (of_rows, *of_keys):
+        heads = parts.shape[0] // math.prod(problem.batch)
+        parts = parts.reshape((-1, heads, *parts.shape[1:])).sum(axis=(0, 2))[:, : problem.value_dim]
+        total = total + unbroadcast(xp, parts, tuple(beta.shape))
+    return total.astype(beta.dtype)
+
+
+def _bias_gradient(x: Call, v: Values, r: Rows) -> Array:
+    """Parts of it, as large as the bias or far smaller than the scores, and their sum."""
+    xp, problem = x.machine.xp, x.problem
+    assert problem.bias_shape is not None
+    batch, lq, lk = math.prod(problem.batch), problem.query_length, problem.key_length
+    shape = (1,) * (len(problem.score_shape) - len(problem.bias_shape)) + problem.bias_shape
+    over_queries, over_keys = (shape[a] == 1 and n > 1 for a, n in ((-2, lq), (-1, lk)))
+    whole = not over_queries and not over_keys  # then an axis of heads can be summed in place
+    reduce_b = whole and all(n == 1 for n in shape[:-3])
+    reduce_h = whole and shape[-3] == 1
+    chunks = -(-lk // BIAS_CHUNK)
+    axes = (
+        *((1,) * len(problem.batch) if reduce_b else problem.batch),
+        1 if reduce_h else problem.query_heads,
+        lq if over_keys or not over_queries else 4 * -(-lq // BLOCK),
+        chunks if over_keys else lk,
+    )
+    parts = xp.zeros(axes, dtype=xp.float32)
+    grid = math.prod(axes[:-2]) * -(-lq // BLOCK) * chunks
+    operands = (x.q, x.k, x.v, v.x, r.g, r.o, r.do, r.dl, r.l, r.r, r.marks, r.scales, v.flags, parts)
+    flags = (batch, reduce_b, reduce_h, over_keys or not over_queries, not over_keys, chunks, BIAS_CHUNK)
+    x.run("backward_bias", grid, *operands, *map(np.int32, flags))
+    return unbroadcast(xp, parts, problem.bias_shape)
