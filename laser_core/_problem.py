@@ -178,6 +178,9 @@ def describe(
             if len(_KNOWN) >= _MOST:
                 _KNOWN.clear()
             _KNOWN[seen] = problem
+    for name, limit in (("query_seq_lengths", problem.query_length), ("key_value_seq_lengths", problem.key_length)):
+        if arrays[name] is not None:
+            arrays[name] = _signed(arrays[name], limit)
     return problem, Inputs(**arrays)
 
 
@@ -242,6 +245,16 @@ def _checked(
         if arrays[name] is not None:
             _check_broadcast(name, tuple(arrays[name].shape), target, meaning)
     return problem
+
+
+def _signed(lengths: Array, limit: int) -> Array:
+    """Lengths in a dtype that can be computed with: what int64 does not hold is beyond the end anyway."""
+    xp, dtype = _array.namespace(lengths), _array.dtype_name(lengths)
+    # torch has hardly a function for unsigned dtypes above uint8
+    if dtype != "uint64" and not (dtype in ("uint16", "uint32") and _array.framework(xp) == "torch"):
+        return lengths
+    signed = xp.astype(lengths, xp.int64)  # from 2⁶³ on it is negative
+    return xp.where(signed < 0, xp.full_like(signed, limit), signed)
 
 
 def check_cotangent(name: str, x: Array, out: Array) -> None:

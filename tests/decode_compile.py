@@ -66,5 +66,14 @@ decode_kernels.decode_kernel, decode_kernels.merge_kernel = (
 )
 q, k = torch.empty(2, 32, 1, 128, dtype=torch.bfloat16), torch.empty(2, 8, 8192, 128, dtype=torch.bfloat16)
 problem, inputs = describe(q, k, k)
-sizes = decode.Device(132, 166912 if arch == "80" else 232448)
-decode.launch(problem, inputs, None, decode.tiles(problem, sizes), residual=False)
+sizes = decode.Device(
+    132, 166912 if arch == "80" else 232448, decode.warps_on(int(arch) // 10 if kind == "cuda" else 0)
+)
+cut = decode.tiles(problem, sizes)
+decode.launch(problem, inputs, None, cut, residual=False)
+lengths = torch.empty(2, dtype=torch.int32)
+problem, inputs = describe(q, k, k, key_value_seq_lengths=lengths)
+for size in (64, 16):
+    cache = torch.empty(2 * 8192 // size, size, 8, 128, dtype=torch.bfloat16)
+    pages = decode.Pages(torch.empty(2, 8192 // size, dtype=torch.int32), size)
+    decode.launch(problem, inputs._replace(key=cache, value=cache), pages, cut, residual=False)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from laser_core import Problem
+
 SHAPES = {  # batch, Hq, Hkv, Lq, Lk, D, E
     "square": ((2,), 2, 2, 9, 9, 4, 4),
     "grouped": ((2,), 4, 2, 7, 11, 5, 3),
@@ -77,3 +79,18 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
         return float("inf")
     finite = ~np.isneginf(want)
     return float(np.max(np.abs(got[finite] - want[finite]), initial=0.0))
+
+
+def on_gpu(framework: str, **sizes: Any) -> Problem:
+    """A grouped problem in bfloat16 on a GPU, for questions to a record that need no GPU."""
+    plain: dict[str, Any] = {
+        "batch": (2,),
+        "query_heads": 4,
+        "key_value_heads": 2,
+        "query_length": 100,
+        "key_length": 90,
+        "head_dim": 64,
+        "value_dim": 64,
+        "scale": 0.125,
+    }
+    return Problem(framework=framework, device="cuda", dtype="bfloat16", **plain | sizes)

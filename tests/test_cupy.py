@@ -19,23 +19,11 @@ import numpy as np
 import pytest
 from laser_cupy import build, decode, dlpack, emulated
 from laser_cupy.build import Build
+from problems import on_gpu
 
 import laser_core
-from laser_core import Problem
 
-PROBLEM = Problem(
-    framework="cupy",
-    device="cuda",
-    dtype="bfloat16",
-    batch=(2,),
-    query_heads=4,
-    key_value_heads=2,
-    query_length=100,
-    key_length=90,
-    head_dim=64,
-    value_dim=64,
-    scale=0.125,
-)
+PROBLEM = on_gpu("cupy")
 needs_emulator = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"),
     reason="the emulator needs g++ and an x86-64 processor",

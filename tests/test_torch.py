@@ -161,6 +161,16 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
             assert torch.allclose(g[i], w, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "streaming", "torch-sdpa"])
+def test_unsigned_lengths(backend):
+    q = torch.randn(2, 2, 5, 8)
+    want = laser_attention(q, q, q, key_value_seq_lengths=torch.tensor([3, 5]), backend=backend)
+    for dtype, large in ((torch.uint8, 200), (torch.uint16, 60000), (torch.uint32, 2**32 - 1), (torch.uint64, 2**63)):
+        lengths = torch.tensor([3, large], dtype=dtype)
+        got = laser_attention(q, q, q, key_value_seq_lengths=lengths, backend=backend)
+        assert torch.equal(got, want), dtype
+
+
 @pytest.mark.parametrize("batched", ["attn_mask", "bias", "beta", "query_seq_lengths", "key_value_seq_lengths", "none"])
 def test_vmap_options(batched: str) -> None:
     q, k, v = (x.detach() for x in small())

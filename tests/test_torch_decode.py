@@ -19,26 +19,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from laser_torch import DECODE, laser_attention_paged  # noqa: E402
+from problems import on_gpu  # noqa: E402
 
-from laser_core import Problem, laser_attention  # noqa: E402
+from laser_core import laser_attention  # noqa: E402
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: it has no wheels for this platform"
 )
-PROBLEM = Problem(
-    framework="torch",
-    device="cuda",
-    dtype="bfloat16",
-    batch=(2,),
-    query_heads=8,
-    key_value_heads=2,
-    query_length=1,
-    key_length=4096,
-    head_dim=128,
-    value_dim=128,
-    scale=0.1,
-)
+PROBLEM = on_gpu("torch", query_length=1, key_length=4096, head_dim=128, value_dim=128)
 
 
 def run(*command: str, interpret: bool = True) -> str:
@@ -78,14 +67,14 @@ def test_conformance() -> None:
     ("target", "shared"), [("cuda 80", 166912), ("cuda 90", 232448), ("cuda 100", 232448), ("hip gfx942", 65536)]
 )
 def test_compiles(target: str, shared: int) -> None:
-    """For the sizes that would be launched: inside the target's limits, on its matrix units, few registers spilt."""
+    """For the sizes that would be launched: inside the target's limits, on its matrix units, registers hardly spilt."""
     lines = run(str(HERE / "decode_compile.py"), *target.split(), interpret=False).splitlines()
-    decode, merge = (json.loads(line) for line in lines)
-    assert (decode["kernel"], merge["kernel"]) == ("decode_kernel", "merge_kernel")
-    for report in (decode, merge):
+    reports = [json.loads(line) for line in lines]
+    assert [r["kernel"] for r in reports] == ["decode_kernel", "merge_kernel"] * 3  # one array, pages of 64 and of 16
+    for report in reports:
         assert report["shared"] <= shared
-        assert report.get("STACK", 0) <= 512  # bytes of each thread
-    assert decode["products"] >= 8
+        assert report.get("STACK", 0) <= 64, report  # bytes of each thread
+        assert report["products"] >= 8 or report["kernel"] == "merge_kernel"
 
 
 @pytest.mark.parametrize(

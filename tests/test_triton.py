@@ -85,11 +85,12 @@ def test_the_record_serves_gpus_and_says_what_it_leaves_to_others():
         assert reason in (record.refuses(Problem(**sizes, **fine | change)) or "")
 
 
-@pytest.mark.parametrize("target", SHARED)
-def test_compiles_for(target):
+@pytest.mark.parametrize("words", [*SHARED, "sm_90 packed"])
+def test_compiles_for(words):
+    target = words.split()[0]
     script = Path(__file__).with_name("triton_compile.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script, *words.split()], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = {found["kernel"]: found for found in map(json.loads, done.stdout.splitlines())}
     print(*kernels.values(), sep="\n")

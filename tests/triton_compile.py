@@ -1,10 +1,11 @@
 """Compiles the Triton kernels for a target that need not be here, and prints a line of JSON per kernel.
 
-A process of its own per target: ``python triton_compile.py sm_90``.
+A process of its own per target: ``python triton_compile.py sm_90``, or ``… sm_90 packed`` for packed sequences.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -59,7 +60,7 @@ def facts(kernel) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared, "products": products}
 
 
-def main(name: str) -> None:
+def main(name: str, packed: bool) -> None:
     triton.runtime.driver.set_active(Driver(TARGETS[name]))
     compile_only = JITFunction.run
 
@@ -70,17 +71,25 @@ def main(name: str) -> None:
 
     JITFunction.run = run
     from laser_torch import call, fused, fused_backward
+    from laser_torch import packed as packing
 
+    from laser_core import Forward
     from laser_core._problem import describe
 
     call.is_large = lambda device: name in LARGE
     call.copies_tiles = lambda device: name in LARGE
     x = torch.zeros((1, 2, 256, 128), dtype=torch.bfloat16)
-    problem, inputs = describe(x, x, x, is_causal=True)
+    problem, inputs = describe(x, x, x, is_causal="bottom_right" if packed else True)
+    if packed:
+        problem = dataclasses.replace(problem, query_lengths=True, key_value_lengths=True)
+        x, starts = torch.zeros((256, 2, 128), dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+        ready = packing.prepare(problem, x, x, x, starts, starts)
+        packing.backward(ready, Forward(*packing.forward(ready, x.dtype)), x, torch.zeros((2, 256)))
+        return
     forward = fused.forward(problem, inputs)
     call._plan.cache_clear()  # a second call would launch
     fused_backward.backward(problem, inputs, forward, x, forward.lse)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "packed" in sys.argv[2:])

@@ -140,8 +140,7 @@ def _lengths(machine: Machine, problem: Problem, lengths: Array | None, limit: i
     if lengths is None:
         return NOTHING
     xp = machine.xp
-    wide = lengths if lengths.dtype == xp.uint64 else lengths.astype(xp.int64)
-    clipped = xp.clip(wide, 0, limit).astype(xp.int32)
+    clipped = xp.clip(lengths.astype(xp.int64), 0, limit).astype(xp.int32)
     return xp.ascontiguousarray(xp.broadcast_to(clipped, problem.batch)).reshape(-1)
 
 

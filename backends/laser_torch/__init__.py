@@ -14,9 +14,11 @@ from laser_core._registry import Kept
 if TYPE_CHECKING:
     from .functional import scaled_dot_product_attention as scaled_dot_product_attention
     from .paged import laser_attention_paged as laser_attention_paged
+    from .varlen import laser_attention_varlen as laser_attention_varlen
 
 _FUNCTIONS = {
     "laser_attention_paged": "paged",
+    "laser_attention_varlen": "varlen",
     "scaled_dot_product_attention": "functional",
 }  # public functions, in modules that import torch
 MASK_BYTES = 2**28  # the additive mask that torch's kernel wants may take this much

@@ -16,7 +16,7 @@ from laser_core import Inputs, Problem
 
 from . import triton_values
 from .launch import ALIGNMENT, Launch, Tiles, fits, strides_of
-from .tiles import is_large
+from .tiles import ROWS, is_large
 
 INTERPRETED = not isinstance(triton_values.value_pass, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
@@ -44,13 +44,26 @@ _LIMITS = {
 _Layout = tuple[tuple[int, ...], bool]  # strides, and whether the array begins where compiled kernels like it
 
 
+class Packed(NamedTuple):
+    """How many rows the arrays of a packed call have; its problem is that of a batch of sequences as long as any."""
+
+    queries: int
+    keys: int
+
+
 class Plan:
     """All of a call but its data, and the launches that were prepared for it."""
 
     def __init__(  # noqa: D107
-        self, problem: Problem, device: torch.device, dtype: torch.dtype, layouts: dict[str, _Layout], tf32: bool
+        self,
+        problem: Problem,
+        device: torch.device,
+        dtype: torch.dtype,
+        layouts: dict[str, _Layout],
+        tf32: bool,
+        packed: Packed | None,
     ) -> None:
-        self.problem, self.device, self.dtype, self._layouts = problem, device, dtype, layouts
+        self.problem, self.device, self.dtype, self._layouts, self.packed = problem, device, dtype, layouts, packed
         self.batch = math.prod(problem.batch)
         self.limits = _LIMITS[dtype]
         self.precision = "tf32" if tf32 else "ieee"
@@ -79,10 +92,41 @@ class Plan:
         rows = (p.query_heads, p.query_length) if name == "q" else (p.key_value_heads, p.key_length)
         return fits((self.batch, *rows, p.head_dim), *self._layouts[name], self.dtype.itemsize)
 
+    @property
+    def _to_ends(self) -> bool:
+        """Whether the diagonal of each packed sequence runs to its own end."""
+        return self.packed is not None and self.problem.causal == "bottom_right"
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        """The band of the problem; without the offset that kernels add for each sequence."""
+        low, high = self.problem.band
+        offset = self.problem.offset if self._to_ends else 0
+        return (None if low is None else low - offset, None if high is None else high - offset)
+
+    @property
+    def total(self) -> int:
+        """Rows of queries from one head to the next in the log-sum-exp."""
+        return self.problem.query_length if self.packed is None else self.packed.queries
+
+    @property
+    def padded_length(self) -> int:
+        """The same in arrays that tiles read without bounds; packed, each sequence has so many rows behind it."""
+        if self.packed is not None:
+            return self.packed.queries + self.batch * ROWS
+        return cdiv(self.problem.query_length, ROWS) * ROWS
+
+    def new(self, heads: int, length: int, width: int) -> Tensor:
+        """An array (B, heads, length, width) to be written; packed, (T, heads, width) of zeros: not all is."""
+        if self.packed is None:
+            return torch.empty((self.batch, heads, length, width), dtype=self.dtype, device=self.device)
+        rows = self.packed.queries if heads == self.problem.query_heads else self.packed.keys
+        return torch.zeros((rows, heads, width), dtype=self.dtype, device=self.device)
+
     def geometry(self) -> list[Any]:
         """heads, group, query_length, key_length, low, high, scale, cap."""
         p = self.problem
-        low, high = p.band
+        low, high = self.band
         return [
             p.query_heads,
             p.group,
@@ -97,21 +141,27 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """What is compiled in."""
         p = self.problem
-        low, high = p.band
+        low, high = self.band
+        lengths = (p.key_length, p.query_length) if self._to_ends else (p.query_length, p.key_length)
         return {
             "D": p.head_dim,
             "E": p.value_dim,
             "DP": padded(p.head_dim),
-            "BAND_LOW": low is not None and low > 1 - p.query_length,
-            "BAND_HIGH": high is not None and high < p.key_length - 1,
+            "BAND_LOW": low is not None and low > 1 - lengths[0],
+            "BAND_HIGH": high is not None and high < lengths[1] - 1,
             "MASK": p.mask_shape is not None,
             "BIAS": p.bias_shape is not None,
             "CAP": p.logits_soft_cap is not None,
-            "QUERY_LENGTHS": p.query_lengths,
-            "KEY_LENGTHS": p.key_value_lengths,
+            **self.lengths(),
             "LINEAR": p.beta == 0,
             "PRECISION": self.precision,
         }
+
+    def lengths(self) -> dict[str, Any]:
+        """What the lengths are, compiled in; ``triton_values`` has the meaning of the numbers."""
+        if self.packed is None:
+            return {"QUERY_LENGTHS": self.problem.query_lengths, "KEY_LENGTHS": self.problem.key_value_lengths}
+        return dict.fromkeys(("QUERY_LENGTHS", "KEY_LENGTHS"), 3 if self._to_ends else 2)
 
     @property
     def y_scale(self) -> float:
@@ -134,7 +184,10 @@ class Plan:
 
 
 class Call(NamedTuple):
-    """The arrays of a call with one batch axis and adjacent columns, and the plan for it."""
+    """The arrays of a call with one batch axis and adjacent columns, and the plan for it.
+
+    Those of a packed call are (T, H, D), and instead of lengths it has where its sequences begin and the last one ends.
+    """
 
     plan: Plan
     q: Tensor  # (B, Hq, Lq, D)
@@ -169,7 +222,7 @@ def prepare(problem: Problem, inputs: Inputs) -> Call:
         layouts += (("bias", layout(bias)),)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return Call(
-        _plan(problem, q.device, q.dtype, layouts, tf32),
+        _plan(problem, q.device, q.dtype, layouts, tf32, None),
         q,
         k,
         v,
@@ -180,25 +233,49 @@ def prepare(problem: Problem, inputs: Inputs) -> Call:
     )
 
 
+def prepare_packed(
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor
+) -> Call:
+    """The same of packed sequences; ``starts`` of the sequences, and of what is behind the last, are int32."""
+    q, k, v = (adjacent(x, 0) for x in (query, key, value))
+    layouts = tuple((n, layout(x, packed=True)) for n, x in zip("qkv", (q, k, v), strict=True))
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    plan = _plan(problem, q.device, q.dtype, layouts, tf32, Packed(q.shape[0], k.shape[0]))
+    return Call(plan, q, k, v, None, None, starts_q, starts_k)
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    problem: Problem, device: torch.device, dtype: torch.dtype, layouts: tuple[tuple[str, _Layout], ...], tf32: bool
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    layouts: tuple[tuple[str, _Layout], ...],
+    tf32: bool,
+    packed: Packed | None,
 ) -> Plan:
-    return Plan(problem, device, dtype, dict(layouts), tf32)
+    return Plan(problem, device, dtype, dict(layouts), tf32, packed)
 
 
-def layout(x: Tensor) -> _Layout:
-    """What a prepared launch depends on of an array, beside its shape."""
-    return x.stride(), x.data_ptr() % ALIGNMENT == 0
+def layout(x: Tensor, packed: bool = False) -> _Layout:
+    """What a prepared launch depends on of an array, beside its shape; packed sequences are rows apart."""
+    strides = x.stride()
+    if packed:
+        strides = (*strides[:2], strides[0], *strides[2:])
+    return strides, x.data_ptr() % ALIGNMENT == 0
 
 
 def matrix(x: Tensor) -> Tensor:
     """An array with one batch axis and adjacent columns, copied only if it has none."""
     if x.ndim != 4:
         x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    return adjacent(x, -2)
+
+
+def adjacent(x: Tensor, rows: int) -> Tensor:
+    """An array with adjacent columns, and rows along that axis not too far apart."""
     if INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()  # Triton's interpreter takes the bits of a bfloat16 for an integer
-    near = x.stride(-2) < 2**22  # offsets within a tile are 32-bit
+    near = x.stride(rows) < 2**22  # offsets within a tile are 32-bit
     return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
@@ -218,9 +295,6 @@ def _broadcast(problem: Problem, x: Tensor | None) -> Tensor | None:
 def _lengths(problem: Problem, lengths: Tensor | None, limit: int) -> Tensor | None:
     if lengths is None:
         return None
-    if lengths.dtype == torch.uint64:
-        lengths = lengths.view(torch.int64)
-        lengths = torch.where(lengths < 0, limit, lengths)
     return lengths.to(torch.int64).clamp(0, limit).to(torch.int32).expand(problem.batch).contiguous().view(-1)
 
 
@@ -236,9 +310,9 @@ class Values(NamedTuple):
 def value_pass(call: Call, keys: bool) -> Values:
     """X, c, and which heads need what; ``keys``: a head whose keys are not all finite is flagged too."""
     plan, v = call.plan, call.v
-    heads, width = v.shape[0] * v.shape[1], padded(v.shape[3])
+    heads, width = plan.batch * v.shape[1], padded(v.shape[-1])
     launch, blocks = plan.prepared(_value_launch, keys)
-    x = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    x = plan.new(v.shape[1], plan.problem.key_length, v.shape[-1])
     partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
     c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
     flags = torch.empty((heads,), dtype=torch.int32, device=v.device)
@@ -258,7 +332,7 @@ def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
         triton_values.value_pass, heads * blocks,
         (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
         D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=8,
-        LENGTHS=p.key_value_lengths, LINEAR=p.beta == 0, KEYS=keys,
+        LENGTHS=plan.lengths()["KEY_LENGTHS"], LINEAR=p.beta == 0, KEYS=keys,
         SUMS=limits.range + math.log2(p.key_length) > limits.sum,
         RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
         num_warps=8, **_registers(64),
@@ -286,6 +360,8 @@ def copies_tiles(device: torch.device) -> bool:
 
 def describe(plan: Plan, x: Tensor, rows: int) -> TensorDescriptor | None:
     """Tiles of so many rows of an array (B, H, L, D), zero beyond the end of a head; None where there can be none."""
+    if plan.packed is not None:  # a tile would reach into the next sequence
+        return None
     tiles = plan.prepared(_tiles, x.shape, layout(x), rows)
     return None if tiles is None else tiles.of(x)
 

@@ -37,10 +37,11 @@ class Pages:
 
 
 class Device(NamedTuple):
-    """What the sizes depend on: how many multiprocessors, and the bytes of shared memory of each program."""
+    """What the sizes depend on."""
 
     processors: int
-    shared: int
+    shared: int  # bytes that a program may have
+    warps: int = 4  # of a program with few rows
 
 
 @functools.cache
@@ -50,7 +51,13 @@ def device_of(device: torch.device) -> Device:
         return Device(8, 2**17)
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Device(properties["multiprocessor_count"], properties["max_shared_mem"])
+    major = 0 if torch.version.hip is not None else torch.cuda.get_device_capability(index)[0]
+    return Device(properties["multiprocessor_count"], properties["max_shared_mem"], warps_on(major))
+
+
+def warps_on(major: int) -> int:
+    """Warps of a program with few rows, by the major compute capability: the fewest that hold it in registers."""
+    return 8 if major == 10 else 4
 
 
 def tiles(problem: Problem, device: Device) -> Tiles:
@@ -62,7 +69,7 @@ def tiles(problem: Problem, device: Device) -> Tiles:
     programs *= triton.cdiv(problem.group * problem.query_length, block_r(problem))
     splits = _splits(programs, triton.cdiv(problem.key_length, 256), 2 * device.processors)
     keys = triton.cdiv(triton.cdiv(problem.key_length, splits), block_k) * block_k
-    return Tiles(block_k, keys, 4 if block_r(problem) <= 32 else 8, stages)
+    return Tiles(block_k, keys, device.warps if block_r(problem) <= 32 else 8, stages)
 
 
 @functools.cache
@@ -220,7 +227,4 @@ def _scores_like(problem: Problem, x: Tensor | None) -> Tensor | None:
 def _lengths(problem: Problem, x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
-    if x.dtype == torch.uint64:  # beyond int64 is beyond the end
-        x = x.view(torch.int64)
-        x = torch.where(x < 0, 2**62, x)
     return x.expand(problem.batch).reshape(-1).contiguous()

@@ -54,37 +54,35 @@ def _product(x, p, acc, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(columns, end, table_ptr, stride_block, stride_row, PAGE: tl.constexpr):
+def _pages_of(columns, end, table_ptr, PAGE: tl.constexpr):
+    """The numbers of the blocks that hold these keys of a paged cache."""
+    if PAGE:
+        return tl.load(table_ptr + columns // PAGE, mask=columns < end, other=0)
+    else:
+        return columns
+
+
+@triton.jit
+def _rows_of(columns, pages, stride_block, stride_row, PAGE: tl.constexpr):
     """Offsets of keys in a cache, with or without a block table."""
     if PAGE:
-        block = tl.load(table_ptr + columns // PAGE, mask=columns < end, other=0).to(tl.int64)
-        return block * stride_block + (columns % PAGE).to(tl.int64) * stride_row
+        return pages.to(tl.int64) * stride_block + (columns % PAGE).to(tl.int64) * stride_row
     else:
         return columns.to(tl.int64) * stride_row
 
 
 @triton.jit
-def _scores(
-    s,  # plain products
-    i,  # these and mask_rows, bias_rows broadcast along one axis of s, columns along the other
-    counts,
-    columns,
-    end,
-    mask_rows,
-    stride_mask,
-    bias_rows,
-    stride_bias,
-    low,
-    high,
-    scale,
-    cap,
-    HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-):
-    """Scores in base 2; −∞ where hidden, NaN where a query or a key that is seen is not finite."""
+def _scores(s, columns, shown, HAS: tl.constexpr):
+    """Scores in base 2; −∞ where hidden, NaN where a query or a key that is seen is not finite.
+
+    Args:
+        s: Plain products.
+        columns: Keys, along the first axis of s.
+        shown: What both loops over keys have in common; rows along the last axis of s.
+        HAS: Whether there is a mask, a bias, a lower and an upper bound of the band, a cap.
+    """
+    i, counts, end, mask_rows, stride_mask, bias_rows, stride_bias, low, high, scale, cap = shown
+    HAS_MASK, HAS_BIAS, HAS_LOW, HAS_HIGH, HAS_CAP = HAS
     seen = counts & (columns < end)
     distance = columns - i
     if HAS_LOW:
@@ -166,10 +164,10 @@ def decode_kernel(
     STAGES: tl.constexpr,
 ):
     """w = β·o and l in bits of a run of keys, ``(B·Hkv, group·Lq, splits, E)`` and without E."""
-    split = tl.program_id(0) % splits
-    entry = tl.program_id(0) // splits
-    b = (entry // heads).to(tl.int64)
-    h = entry % heads
+    h = tl.program_id(0) % heads  # heads come first: in caches their keys are side by side
+    split = tl.program_id(0) // heads % splits
+    b = (tl.program_id(0) // (heads * splits)).to(tl.int64)
+    entry = b * heads + h
     rows = group * query_length
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i = r % query_length
@@ -212,37 +210,31 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
     least = tl.full([BLOCK_E, LANES], 1.0, tl.float32)
     factor = beta * LOG2E
+    shown = (
+        i[None, :], counts[None, :], end, mask_rows[None, :], stride_mk, bias_rows[None, :], stride_bk,
+        low, high, scale, cap,
+    )  # fmt: skip
+    HAS: tl.constexpr = (HAS_MASK, HAS_BIAS, HAS_LOW, HAS_HIGH, HAS_CAP)
     if WIDE:
         q = q.to(tl.float32)
+    n = tl.arange(0, BLOCK_K)
+    if PAGE % BLOCK_K == 0:  # a tile is in one block
+        within = 0
+    else:
+        within = n
+    pages = _pages_of(first + within, last, table_ptr, PAGE)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
-        columns = start + tl.arange(0, BLOCK_K)
+        columns = start + n
         inside = columns < last
-        k_rows = k_ptr + _rows_of(columns, last, table_ptr, stride_kb, stride_kl, PAGE)
+        here = pages  # loaded a tile ahead: loads that wait for other loads are not pipelined as deeply
+        pages = _pages_of(start + BLOCK_K + within, last, table_ptr, PAGE)
+        k_rows = k_ptr + _rows_of(columns, here, stride_kb, stride_kl, PAGE)
         k = tl.load(k_rows[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0)  # [block_k, D]
-        v_rows = v_ptr + _rows_of(columns, last, table_ptr, stride_vb, stride_vl, PAGE)
+        v_rows = v_ptr + _rows_of(columns, here, stride_vb, stride_vl, PAGE)
         v = tl.load(v_rows[None, :] + e[:, None], mask=inside[None, :] & (e < E)[:, None], other=0)  # [E, block_k]
         if WIDE:
             k = k.to(tl.float32)
-        s = _scores(
-            tl.dot(k, q, input_precision=PRECISION),  # [block_k, block_r]
-            i[None, :],
-            counts[None, :],
-            columns[:, None],
-            end,
-            mask_rows[None, :],
-            stride_mk,
-            bias_rows[None, :],
-            stride_bk,
-            low,
-            high,
-            scale,
-            cap,
-            HAS_MASK,
-            HAS_BIAS,
-            HAS_LOW,
-            HAS_HIGH,
-            HAS_CAP,
-        )
+        s = _scores(tl.dot(k, q, input_precision=PRECISION), columns[:, None], shown, HAS)  # [block_k, block_r]
         m_new = tl.maximum(m, tl.max(s, axis=0))
         reference = tl.where(m_new == -float("inf"), 0.0, m_new)
         rescale = tl.exp2(m - reference)
@@ -288,30 +280,12 @@ def decode_kernel(
         spoilt = tl.zeros([BLOCK_E, BLOCK_R], tl.int32)
         for j in tl.range(first, last, 1, num_stages=1):
             columns = j + tl.arange(0, 1)
-            k_row = k_ptr + _rows_of(columns, last, table_ptr, stride_kb, stride_kl, PAGE)
+            page = _pages_of(columns, last, table_ptr, PAGE)
+            k_row = k_ptr + _rows_of(columns, page, stride_kb, stride_kl, PAGE)
             k1 = tl.load(k_row[None, :] + d[:, None], mask=(d < D)[:, None], other=0).to(tl.float32)  # [D, 1]
-            v_row = v_ptr + _rows_of(columns, last, table_ptr, stride_vb, stride_vl, PAGE)
+            v_row = v_ptr + _rows_of(columns, page, stride_vb, stride_vl, PAGE)
             y = tl.load(v_row[None, :] + e[:, None], mask=(e < E)[:, None], other=0).to(tl.float32)  # [E, 1]
-            s = _scores(
-                tl.sum(q32 * k1, axis=0)[None, :],
-                i[None, :],
-                counts[None, :],
-                columns[:, None],
-                end,
-                mask_rows[None, :],
-                stride_mk,
-                bias_rows[None, :],
-                stride_bk,
-                low,
-                high,
-                scale,
-                cap,
-                HAS_MASK,
-                HAS_BIAS,
-                HAS_LOW,
-                HAS_HIGH,
-                HAS_CAP,
-            )
+            s = _scores(tl.sum(q32 * k1, axis=0)[None, :], columns[:, None], shown, HAS)
             hidden = s == -float("inf")
             if LINEAR:
                 fine = tl.abs(y) < float("inf")
@@ -333,7 +307,7 @@ def decode_kernel(
             w = tl.where(spoilt != 0, exact, w)
 
     w = tl.where(empty[None, :], 0.0, w)
-    at = (entry.to(tl.int64) * rows + r) * splits + split
+    at = (entry * rows + r) * splits + split
     tl.store(l_ptr + at, tl.where(empty, -float("inf"), m + tl.log2(total)), mask=r < rows)
     tl.store(w_ptr + at[None, :] * E + e[:, None], w, mask=(r < rows)[None, :] & (e < E)[:, None])
 

@@ -142,8 +142,11 @@ def _portable_forward(
     """The flash kernel on X: o, l, the rest of o, and how many keys a query sees where a mask or bias decides it."""
     plan = call.plan
     p, device = plan.problem, plan.device
-    out = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=device)
-    l = torch.empty(out.shape[:3], dtype=torch.float32, device=device)
+    out = plan.new(p.query_heads, p.query_length, p.value_dim)
+    if plan.packed is None:
+        l = torch.empty(out.shape[:3], dtype=torch.float32, device=device)
+    else:
+        l = torch.full((p.query_heads, plan.total), -math.inf, dtype=torch.float32, device=device)
     keeps = keeps_rest(p) and plan.dtype != torch.float32
     rest = torch.empty(out.shape, dtype=torch.int16, device=device) if keeps else None
     counted = call.mask is not None or call.bias is not None
@@ -162,7 +165,7 @@ def _forward_launch(plan: Plan, tile: Tile, tma: bool, keeps: bool) -> Launch:
     p = plan.problem
     return Launch(
         triton_forward.forward, plan.batch * p.query_heads * cdiv(p.query_length, tile.block_q),
-        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.o_scale),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.o_scale, plan.total),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k,
         FOLD=p.scale > 0 and p.logits_soft_cap is None, TMA=tma, SHIFT=0 if p.beta == 0 else plan.limits.shift,
         REST=keeps, num_warps=tile.warps, num_stages=tile.stages,
@@ -186,7 +189,7 @@ def _exact_launch(plan: Plan, keeps: bool) -> Launch:
     few_end, first = _few(plan)
     return Launch(
         triton_forward.exact, heads * share,
-        (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, few_end),
+        (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, few_end, plan.total),
         **plan.options(), BM=16, BN=16, BE=16, FEW=FEW, EP=padded(p.value_dim), FIRST=first, REST=keeps,
         num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from .call import (
     Call,
     Plan,
     Values,
+    adjacent,
     cdiv,
     describe,
     layout,
@@ -123,16 +124,22 @@ def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_
     """G, and what the kernels want to know of each row."""
     plan = call.plan
     p = plan.problem
-    do = matrix(d_out)
-    dl = None if d_lse is None else d_lse.reshape(plan.batch, *d_lse.shape[-2:])
+    packed = plan.packed is not None
+    if packed:
+        do, dl = adjacent(d_out, 0), None if d_lse is None else d_lse.T
+    else:
+        do, dl = matrix(d_out), None if d_lse is None else d_lse.reshape(plan.batch, *d_lse.shape[-2:])
     o, rest = _output(forward, plan.dtype)
     lse = forward.lse.contiguous()
-    g = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=plan.device)
-    rows = torch.empty((2, plan.batch * p.query_heads, _padded_length(plan)), dtype=torch.float32, device=plan.device)
+    g = torch.empty((*call.q.shape[:-1], p.value_dim), dtype=plan.dtype, device=plan.device)
+    heads = p.query_heads * (1 if packed else plan.batch)
+    rows = torch.empty((2, heads, plan.padded_length), dtype=torch.float32, device=plan.device)
     begins = [x is None or layout(x)[1] for x in (lse, o, rest)]
-    lies = (layout(do), None if dl is None else layout(dl), tuple(begins), plan.dtype)
+    lies = (layout(do, packed), None if dl is None else layout(dl, packed), tuple(begins), plan.dtype)
     side = Cotangents(o, rest, do, dl, g, rows, (*lies, rest is not None, o.dtype))
-    plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2)
+    plan.prepared(_rows_launch, side.lies)(
+        o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2, call.query_lengths
+    )
     return side
 
 
@@ -141,17 +148,15 @@ def _side_strides(lies: tuple[Any, ...]) -> list[int]:
     return [*lies[0][0][:3], *((0, 0, 0) if lies[1] is None else lies[1][0])]
 
 
-def _padded_length(plan: Plan) -> int:
-    return cdiv(plan.problem.query_length, ROWS) * ROWS
-
-
 def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
-    p, width, rows = plan.problem, padded(plan.problem.value_dim), _padded_length(plan)
+    p, width = plan.problem, padded(plan.problem.value_dim)
     block = row_block(width)
+    blocks = cdiv(p.query_length, ROWS) * (ROWS // block)
+    scalars = (p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, plan.padded_length, plan.total)
     return Launch(
-        triton_backward.prepare_rows, plan.batch * p.query_heads * (rows // block),
-        (*_side_strides(lies), p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, rows),
-        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=lies[1] is not None, REST=lies[4], num_warps=8,
+        triton_backward.prepare_rows, plan.batch * p.query_heads * blocks, (*_side_strides(lies), *scalars),
+        E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=lies[1] is not None, REST=lies[4],
+        QUERY_LENGTHS=plan.lengths()["QUERY_LENGTHS"], num_warps=8,
     )  # fmt: skip
 
 
@@ -170,8 +175,8 @@ def _portable_backward(
 
     dv takes the place of X, which the kernel that makes it reads no other rows of; so dq comes first.
     """
-    plan = call.plan
-    dq = torch.empty(call.q.shape, dtype=plan.dtype, device=plan.device)
+    plan, p = call.plan, call.plan.problem
+    dq = plan.new(p.query_heads, p.query_length, p.head_dim)
     for_keys, for_queries = backward_tiles(*plan.tile_of()) if cut is None else (Tile(*part) for part in cut)
     common = (side.r, side.l2, values.flags, call.mask, call.bias, call.query_lengths, call.key_lengths)
     k, x = (describe(plan, a, for_queries.block_k) if for_queries.tma else None for a in (call.k, values.x))
@@ -179,7 +184,7 @@ def _portable_backward(
     plan.prepared(_queries_launch, for_queries, tma)(
         call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq
     )
-    dk = torch.empty(call.k.shape, dtype=plan.dtype, device=plan.device)
+    dk = plan.new(p.key_value_heads, p.key_length, p.head_dim)
     dv = values.x
     q, g = (describe(plan, a, for_keys.block_q) if for_keys.tma else None for a in (call.q, side.g))
     tma = q is not None and g is not None
@@ -193,7 +198,7 @@ def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
     p = plan.problem
     return Launch(
         triton_backward.backward_keys, plan.batch * p.key_value_heads * cdiv(p.key_length, tile.block_k),
-        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, plan.padded_length),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         SHIFT=0 if p.beta == 0 else plan.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -203,7 +208,7 @@ def _queries_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
     p = plan.problem
     return Launch(
         triton_backward.backward_queries, plan.batch * p.query_heads * cdiv(p.query_length, tile.block_q),
-        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, plan.padded_length),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -221,7 +226,7 @@ def _exact_backward(call: Call, values: Values, side: Cotangents, dq: Tensor, dk
 
 def _exact_scalars(plan: Plan, lies: tuple[Any, ...], *more: int) -> tuple[Any, ...]:
     strides = (*plan.strides("q", "k", "v"), *_side_strides(lies), *plan.strides("mask", "bias"))
-    return (*strides, *more, *plan.geometry(), plan.y_scale, plan.inverse_beta, _padded_length(plan))
+    return (*strides, *more, *plan.geometry(), plan.y_scale, plan.inverse_beta, plan.padded_length)
 
 
 def _exact_constants(plan: Plan, lies: tuple[Any, ...]) -> dict[str, Any]:

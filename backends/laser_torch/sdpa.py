@@ -199,8 +199,7 @@ def _within(problem: Problem, lengths: Tensor | None, size: int) -> Tensor | Non
     """Which positions are inside the sequence lengths, ``(B, 1, size)``."""
     if lengths is None:
         return None
-    lengths = lengths.to(torch.int64) if lengths.dtype != torch.uint64 else lengths.clamp(max=size).to(torch.int64)
-    return torch.arange(size) < lengths.expand(problem.batch).reshape(-1, 1, 1)
+    return torch.arange(size) < lengths.to(torch.int64).expand(problem.batch).reshape(-1, 1, 1)
 
 
 def _masks(

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 
 from .triton_values import (
+    BEHIND,
+    PACKED,
+    TO_ENDS,
     UNSPECIALIZED,
     is_finite,
     joined,
@@ -20,6 +23,9 @@ from .triton_values import (
     length_of,
     load_rows,
     near_integer,
+    own_numbers,
+    own_rows,
+    place_of,
     pow2,
     tile_count,
     tile_start,
@@ -31,30 +37,38 @@ CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all t
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_rows(
-    O, Rest, DO, DL, L, C, Flags, G, Row, L2,
+    O, Rest, DO, DL, L, C, Flags, G, Row, L2, QueryLengths,
     do_b, do_h, do_n, dl_b, dl_h, dl_n,
-    heads, group, query_length, y_scale, inverse_beta, padded_length,
+    heads, group, query_length, y_scale, inverse_beta, padded_length, total,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, LINEAR: tl.constexpr, WITH_DL: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr, QUERY_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """G, r and l in base 2; r and l up to a padded length, with l = +∞. Grid: B·Hq · blocks of that length."""
-    blocks = padded_length // BM
+    """G, r and l in base 2; r and l behind a sequence too, with l = +∞, up to a multiple of BEHIND.
+
+    Grid: B·Hq · blocks of that length.
+    """
+    blocks = tl.cdiv(query_length, BEHIND) * (BEHIND // BM)
     head = tl.program_id(0) // blocks
     m0 = tl.program_id(0) % blocks * BM
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     m_, e = tl.arange(0, BM), tl.arange(0, EP)
+    b_q = place_of(QueryLengths, b, QUERY_LENGTHS)
+    own, own_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
+    if QUERY_LENGTHS >= PACKED:
+        query_length = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
+        if m0 >= tl.cdiv(query_length, BEHIND) * BEHIND:
+            return
     inside = m0 + m_ < query_length
-    own = head.to(tl.int64) * query_length + m0
-    l = tl.load(L + own + m_, mask=inside, other=float("-inf"))
-    o = load_rows(O + own * E, 0, E, m_[:, None], e[None, :], query_length - m0, E, True, E != EP)
+    l = tl.load(L + own_numbers(b_q, b, h, heads, total, 0, QUERY_LENGTHS) + m0 + m_, mask=inside, other=float("-inf"))
+    o = load_rows(O + own, m0, own_n, m_[:, None], e[None, :], query_length, E, True, E != EP)
     if REST:
-        o = joined(o, load_rows(Rest + own * E, 0, E, m_[:, None], e[None, :], query_length - m0, E, True, E != EP))
+        o = joined(o, load_rows(Rest + own, m0, own_n, m_[:, None], e[None, :], query_length, E, True, E != EP))
     o = o.to(tl.float32)
-    do = load_rows(DO + b * do_b + h * do_h, m0, do_n, m_[:, None], e[None, :], query_length, E, True, E != EP)
+    do = load_rows(DO + b_q * do_b + h * do_h, m0, do_n, m_[:, None], e[None, :], query_length, E, True, E != EP)
     do = do.to(tl.float32)
     dl = tl.zeros((BM,), tl.float32)
     if WITH_DL:
-        dl = tl.load(DL + b * dl_b + h * dl_h + (m0 + m_).to(tl.int64) * dl_n, mask=inside, other=0.0).to(tl.float32)
+        dl = tl.load(DL + b_q * dl_b + h * dl_h + (m0 + m_).to(tl.int64) * dl_n, mask=inside, other=0.0).to(tl.float32)
 
     fine = (tl.min((is_finite(o) & is_finite(do)).to(tl.int32), 1) > 0) & is_finite(dl) & is_finite(l)
     silent = (tl.max((do != 0).to(tl.int32), 1) == 0) & (dl == 0)
@@ -74,10 +88,10 @@ def prepare_rows(
         g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2(c - n), 0.0)
         r = tl.where(live, dl, 0.0) - tl.sum(do, 1) * inverse_beta
     l2 = tl.where(nothing, float("inf"), tl.where(fine, l * 1.4426950408889634, float("nan")))
-    own_row = head.to(tl.int64) * padded_length + m0
+    own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS) + m0
     tl.store(L2 + own_row + m_, tl.where(inside, l2, float("inf")))
     tl.store(Row + own_row + m_, tl.where(inside, r, 0.0))
-    at = G + own * E + (m_[:, None] * E + e[None, :])
+    at = G + own + tl.cast(m0, tl.int64) * own_n + (m_[:, None] * own_n + e[None, :])
     tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
 
 
@@ -106,7 +120,7 @@ def probabilities(
 @triton.jit
 def _walk_queries(
     dk, dv, k, x, Q, G, Row, L2, first, full_first, full_last, last, q_end, k_end, j, b, h,
-    q_n, own, own_row,
+    q_n, g_n, own_row,
     m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -120,7 +134,7 @@ def _walk_queries(
             g = G.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BM, EP)
         else:
             q = load_rows(Q, start, q_n, m_[:, None], d[None, :], q_end, D, MASKED, D != DP)
-            g = load_rows(G + own * E, start, E, m_[:, None], e[None, :], q_end, E, MASKED, E != EP)
+            g = load_rows(G, start, g_n, m_[:, None], e[None, :], q_end, E, MASKED, E != EP)
         i = start + m_
         # padded: no bounds
         l2 = tl.load(L2 + own_row + i)
@@ -165,9 +179,18 @@ def backward_keys(
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
     j = n0 + n
-    own_kv = kv.to(tl.int64) * key_length
-    k = load_rows(K + b * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
-    x = load_rows(X + own_kv * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
+    b_q, b_k = place_of(QueryLengths, b, QUERY_LENGTHS), place_of(KeyLengths, b, KEY_LENGTHS)
+    dk_at, dk_n = own_rows(b_k, h_kv, heads_kv, key_length, D, KEY_LENGTHS)
+    dv_at, dv_n = own_rows(b_k, h_kv, heads_kv, key_length, E, KEY_LENGTHS)
+    if KEY_LENGTHS >= PACKED:
+        key_length = k_end
+        if n0 >= k_end:
+            return
+    if QUERY_LENGTHS == TO_ENDS:
+        low += k_end - q_end
+        high += k_end - q_end
+    k = load_rows(K + b_k * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
+    x = load_rows(X + dv_at, n0, dv_n, n[:, None], e[None, :], k_end, E, True, E != EP)
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, EP), tl.float32)
     # the queries that see these keys: the band seen from the other side
@@ -179,37 +202,38 @@ def backward_keys(
     full_last = tl.where(careful, first, full_last)
     for member in range(0, group):
         h = h_kv * group + member
-        own = (kv * group + member).to(tl.int64) * query_length
-        own_row = (kv * group + member).to(tl.int64) * padded_length
+        own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS)
+        g_at, g_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
         if TMA:
-            Qh = Q
+            Qh, Gh = Q, G
         else:
-            Qh = Q + b * q_b + h * q_h
+            Qh, Gh = Q + b_q * q_b + h * q_h, G + g_at
         if not (MASK or BIAS):
-            dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, full_last, last,
+            dk, dv = _walk_queries(dk, dv, k, x, Qh, Gh, Row, L2, first, full_first, full_last, last,
             q_end, k_end, j, b, h,
-                q_n, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                q_n, g_n, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, False, TMA,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
-        dk, dv = _walk_queries(dk, dv, k, x, Qh, G, Row, L2, first, full_first, full_last, last,
+        dk, dv = _walk_queries(dk, dv, k, x, Qh, Gh, Row, L2, first, full_first, full_last, last,
             q_end, k_end, j, b, h,
-            q_n, own, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+            q_n, g_n, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
             low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     dv *= 2.0**-SHIFT
     if not LINEAR:  # read again rather than held in registers all along
-        x = load_rows(X + own_kv * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
+        x = load_rows(X + dv_at, n0, dv_n, n[:, None], e[None, :], k_end, E, True, E != EP)
         dv *= x.to(tl.float32)
     inside = j < key_length
-    tl.store(DK + (own_kv + n0) * D + (n[:, None] * D + d[None, :]), (dk * scale).to(DK.dtype.element_ty),
+    j = j.to(tl.int64)[:, None]
+    tl.store(DK + dk_at + j * dk_n + d[None, :], (dk * scale).to(DK.dtype.element_ty),
         mask=inside[:, None] & (d < D)[None, :])  # fmt: skip
-    tl.store(DV + (own_kv + n0) * E + (n[:, None] * E + e[None, :]), dv.to(DV.dtype.element_ty),
+    tl.store(DV + dv_at + j * dv_n + e[None, :], dv.to(DV.dtype.element_ty),
         mask=inside[:, None] & (e < E)[None, :])  # fmt: skip
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h, k_n, h_kv,
+    dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h, k_n, x_n, h_kv,
     n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -223,7 +247,7 @@ def _walk_keys(
             x = X.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, EP)
         else:
             k = load_rows(K, start, k_n, n[:, None], d[None, :], k_end, D, MASKED, D != DP)
-            x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
+            x = load_rows(X, start, x_n, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         p, slope = probabilities(qk, i[:, None], (start + n)[None, :], l2[:, None], b, h, Mask, Bias,
             m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, k_end, low, high, scale, cap,
@@ -267,13 +291,23 @@ def backward_queries(
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
     i = m0 + m_
+    b_q, b_k = place_of(QueryLengths, b, QUERY_LENGTHS), place_of(KeyLengths, b, KEY_LENGTHS)
+    dq_at, dq_n = own_rows(b_q, h, heads, query_length, D, QUERY_LENGTHS)
+    g_at, g_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
+    x_at, x_n = own_rows(b_k, h_kv, heads // group, key_length, E, KEY_LENGTHS)
+    if QUERY_LENGTHS >= PACKED:
+        query_length = q_end
+        if m0 >= q_end:
+            return
+    if QUERY_LENGTHS == TO_ENDS:
+        low += k_end - q_end
+        high += k_end - q_end
     if not TMA:
-        K += b * k_b + h_kv * k_h
-        X += kv.to(tl.int64) * key_length * E
-    own = head.to(tl.int64) * query_length
-    q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
-    g = load_rows(G + own * E, m0, E, m_[:, None], e[None, :], q_end, E, True, E != EP)
-    own_row = head.to(tl.int64) * padded_length
+        K += b_k * k_b + h_kv * k_h
+        X += x_at
+    q = load_rows(Q + b_q * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+    g = load_rows(G + g_at, m0, g_n, m_[:, None], e[None, :], q_end, E, True, E != EP)
+    own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS)
     l2 = tl.load(L2 + own_row + i)
     r = tl.load(Row + own_row + i)
     dq = tl.zeros((BM, DP), tl.float32)
@@ -285,12 +319,12 @@ def backward_queries(
     full_last = tl.where(careful, first, full_last)
     if not (MASK or BIAS):
         dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
-            k_n, h_kv,
+            k_n, x_n, h_kv,
             n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
             D, E, DP, EP, BN, False, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
     dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
-        k_n, h_kv, n, d, e,
+        k_n, x_n, h_kv, n, d, e,
         Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
         D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
-    tl.store(DQ + (own + m0) * D + (m_[:, None] * D + d[None, :]), (dq * scale).to(DQ.dtype.element_ty),
+    tl.store(DQ + dq_at + i.to(tl.int64)[:, None] * dq_n + d[None, :], (dq * scale).to(DQ.dtype.element_ty),
         mask=(i < query_length)[:, None] & (d < D)[None, :])  # fmt: skip

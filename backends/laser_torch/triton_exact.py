@@ -8,7 +8,21 @@ import triton
 import triton.language as tl
 
 from .triton_backward import probabilities
-from .triton_values import UNSPECIALIZED, is_finite, joined, key_range, length_of, load_rows, to_scores
+from .triton_values import (
+    BEHIND,
+    PACKED,
+    TO_ENDS,
+    UNSPECIALIZED,
+    is_finite,
+    joined,
+    key_range,
+    length_of,
+    load_rows,
+    own_numbers,
+    own_rows,
+    place_of,
+    to_scores,
+)
 
 
 @triton.jit
@@ -29,10 +43,10 @@ def _of_rows(DL, base, i, dl_n, q_end, BM: tl.constexpr, WITH_DL: tl.constexpr):
 
 
 @triton.jit
-def _rows(O, Rest, DO, own, do_base, do_n, m0, m_, e, q_end, E: tl.constexpr, REST: tl.constexpr):
+def _rows(O, Rest, DO, own, own_n, do_base, do_n, m0, m_, e, q_end, E: tl.constexpr, REST: tl.constexpr):
     """o and do of a tile, zero where they are not finite or not there."""
     keep = (m0 + m_ < q_end)[:, None] & (e < E)[None, :]
-    at = (own + m0) * E + (m_[:, None] * E + e[None, :])
+    at = own + tl.cast(m0, tl.int64) * own_n + (m_[:, None] * own_n + e[None, :])
     o = tl.load(O + at, mask=keep, other=0.0)
     if REST:
         o = joined(o, tl.load(Rest + at, mask=keep, other=0))
@@ -52,7 +66,7 @@ def _weights(s, l2, o, v, y_scale):
 
 @triton.jit
 def _score_cotangents(
-    s, l2, dl, O, Rest, DO, V, own, do_base, do_n, v_n, m0, start, m_, n, q_end, k_end, y_scale, inverse_beta,
+    s, l2, dl, O, Rest, DO, V, own, own_n, do_base, do_n, v_n, m0, start, m_, n, q_end, k_end, y_scale, inverse_beta,
     E: tl.constexpr, BE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """ds of a tile."""
@@ -60,7 +74,7 @@ def _score_cotangents(
     ds = p * dl[:, None]
     for first in range(0, E, BE):
         e = first + tl.arange(0, BE)
-        o, do = _rows(O, Rest, DO, own, do_base, do_n, m0, m_, e, q_end, E, REST)
+        o, do = _rows(O, Rest, DO, own, own_n, do_base, do_n, m0, m_, e, q_end, E, REST)
         w = _weights(s, l2, o, _values(V, start, v_n, n, e, k_end, E), y_scale)
         ds += tl.sum((w - p[:, :, None]) * do[:, None, :], 2) * inverse_beta
     return ds
@@ -86,16 +100,24 @@ def exact_queries(
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
-    own = head.to(tl.int64) * query_length
-    own_row = head.to(tl.int64) * padded_length
-    K += b * k_b + h_kv * k_h
-    V += b * v_b + h_kv * v_h
+    b_q, b_k = place_of(QueryLengths, b, QUERY_LENGTHS), place_of(KeyLengths, b, KEY_LENGTHS)
+    own, own_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
+    dq_at, dq_n = own_rows(b_q, h, heads, query_length, D, QUERY_LENGTHS)
+    own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS)
+    if QUERY_LENGTHS >= PACKED:
+        query_length = q_end
+    if QUERY_LENGTHS == TO_ENDS:
+        low += k_end - q_end
+        high += k_end - q_end
+    K += b_k * k_b + h_kv * k_h
+    V += b_k * v_b + h_kv * v_h
+    do_at = b_q * do_b + h * do_h
     for work in range(tl.program_id(0) % workers, tl.cdiv(query_length, BM), workers):
         m0 = work * BM
         i = m0 + m_
-        q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+        q = load_rows(Q + b_q * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
         l2 = tl.load(L2 + own_row + i)
-        dl = _of_rows(DL, b * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
+        dl = _of_rows(DL, b_q * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
         dq = tl.zeros((BM, DP), tl.float32)
         first, inner_first, inner_last, last = key_range(m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True)
         for start in range(first, last, BN):
@@ -103,12 +125,12 @@ def exact_queries(
             s, slope = to_scores(tl.dot(q, k.T, input_precision=PRECISION), i[:, None], (start + n)[None, :], b, h,
                 Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
-            ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, b * do_b + h * do_h, do_n, v_n, m0, start, m_, n,
+            ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, own_n, do_at, do_n, v_n, m0, start, m_, n,
                 q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
             if CAP:
                 ds = tl.where(s == float("-inf"), 0.0, ds * slope)
             dq = tl.dot(ds, tl.where(is_finite(k), k, 0.0).to(tl.float32), dq, input_precision="ieee")
-        tl.store(DQ + (own + m0) * D + (m_[:, None] * D + d[None, :]), (dq * scale).to(DQ.dtype.element_ty),
+        tl.store(DQ + dq_at + i.to(tl.int64)[:, None] * dq_n + d[None, :], (dq * scale).to(DQ.dtype.element_ty),
             mask=(i < query_length)[:, None] & (d < D)[None, :])  # fmt: skip
 
 
@@ -132,15 +154,22 @@ def exact_keys(
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
-    own_kv = kv.to(tl.int64) * key_length
-    V += b * v_b + h_kv * v_h
+    b_q, b_k = place_of(QueryLengths, b, QUERY_LENGTHS), place_of(KeyLengths, b, KEY_LENGTHS)
+    dk_at, dk_n = own_rows(b_k, h_kv, heads_kv, key_length, D, KEY_LENGTHS)
+    dv_at, dv_n = own_rows(b_k, h_kv, heads_kv, key_length, E, KEY_LENGTHS)
+    if KEY_LENGTHS >= PACKED:
+        key_length = k_end
+    if QUERY_LENGTHS == TO_ENDS:
+        low += k_end - q_end
+        high += k_end - q_end
+    V += b_k * v_b + h_kv * v_h
     parts: tl.constexpr = (E + BE - 1) // BE + 1  # the last part is dk
     for work in range(tl.program_id(0) % workers, tl.cdiv(key_length, BN) * parts, workers):
         n0 = work // parts * BN
         part = work % parts
         e = part * BE + tl.arange(0, BE)
         j = n0 + n
-        k = load_rows(K + b * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
+        k = load_rows(K + b_k * k_b + h_kv * k_h, n0, k_n, n[:, None], d[None, :], k_end, D, True, D != DP)
         v = _values(V, n0, v_n, n, e, k_end, E)
         dk = tl.zeros((BN, DP), tl.float32)
         dv = tl.zeros((BN, BE), tl.float32)
@@ -149,30 +178,31 @@ def exact_keys(
         )
         for member in range(0, group):
             h = h_kv * group + member
-            own = (kv * group + member).to(tl.int64) * query_length
-            own_row = (kv * group + member).to(tl.int64) * padded_length
+            own, own_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
+            own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS)
+            do_at = b_q * do_b + h * do_h
             for start in range(first, last, BM):
                 i = start + m_
-                q = load_rows(Q + b * q_b + h * q_h, start, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+                q = load_rows(Q + b_q * q_b + h * q_h, start, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
                 l2 = tl.load(L2 + own_row + i)
                 s, slope = to_scores(tl.dot(q, k.T, input_precision=PRECISION), i[:, None], j[None, :], b, h,
                     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                     BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
                 if part == parts - 1:
-                    dl = _of_rows(DL, b * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
-                    ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, b * do_b + h * do_h, do_n, v_n, start, n0,
+                    dl = _of_rows(DL, b_q * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
+                    ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, own_n, do_at, do_n, v_n, start, n0,
                         m_, n, q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
                     if CAP:
                         ds = tl.where(s == float("-inf"), 0.0, ds * slope)
                     dk = tl.dot(ds.T, tl.where(is_finite(q), q, 0.0).to(tl.float32), dk, input_precision="ieee")
                 else:
-                    o, do = _rows(O, Rest, DO, own, b * do_b + h * do_h, do_n, start, m_, e, q_end, E, REST)
+                    o, do = _rows(O, Rest, DO, own, own_n, do_at, do_n, start, m_, e, q_end, E, REST)
                     dv += tl.sum(_weights(s, l2, o, v, y_scale) * do[:, None, :], 0)
         if part == parts - 1:
-            tl.store(DK + (own_kv + n0) * D + (n[:, None] * D + d[None, :]), (dk * scale).to(DK.dtype.element_ty),
+            tl.store(DK + dk_at + j.to(tl.int64)[:, None] * dk_n + d[None, :], (dk * scale).to(DK.dtype.element_ty),
                 mask=(j < key_length)[:, None] & (d < D)[None, :])  # fmt: skip
         else:
-            tl.store(DV + (own_kv + n0) * E + (n[:, None] * E + e[None, :]), dv.to(DV.dtype.element_ty),
+            tl.store(DV + dv_at + j.to(tl.int64)[:, None] * dv_n + e[None, :], dv.to(DV.dtype.element_ty),
                 mask=(j < key_length)[:, None] & (e < E)[None, :])  # fmt: skip
 
 
@@ -234,8 +264,9 @@ def backward_bias(
                     b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                     BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
                 dl = _of_rows(DL, b * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
-                total += _score_cotangents(s, l2, dl, O, Rest, DO, V + b * v_b + h_kv * v_h, own, b * do_b + h * do_h,
-                    do_n, v_n, m0, n0, m_, n, q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
+                total += _score_cotangents(s, l2, dl, O, Rest, DO, V + b * v_b + h_kv * v_h, own * E, E,
+                    b * do_b + h * do_h, do_n, v_n, m0, n0, m_, n, q_end, k_end, y_scale, inverse_beta,
+                    E, BE, REST)  # fmt: skip
         else:
             x = load_rows(X + kv * key_length * E, n0, E, n[:, None], e[None, :], k_end, E, True, E != EP)
             g = load_rows(G + own * E, m0, E, m_[:, None], e[None, :], q_end, E, True, E != EP)

@@ -4,12 +4,17 @@ import triton
 import triton.language as tl
 
 from .triton_values import (
+    PACKED,
+    TO_ENDS,
     UNSPECIALIZED,
     is_finite,
     joined,
     key_range,
     length_of,
     load_rows,
+    own_numbers,
+    own_rows,
+    place_of,
     split,
     split_log2,
     tile_count,
@@ -21,7 +26,7 @@ from .triton_values import (
 @triton.jit
 def _tiles(
     acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
-    k_n, h_kv, n, d, e,
+    k_n, x_n, h_kv, n, d, e,
     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
@@ -60,7 +65,7 @@ def _tiles(
         if TMA:
             x = X.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, EP)
         else:
-            x = load_rows(X, start, E, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
+            x = load_rows(X, start, x_n, n[:, None], e[None, :], k_end, E, MASKED, E != EP)
         acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
         m = m_new
     return acc, l, m, count
@@ -70,7 +75,7 @@ def _tiles(
 def forward(
     Q, K, X, C, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    heads, group, query_length, key_length, low, high, scale, cap, o_scale,
+    heads, group, query_length, key_length, low, high, scale, cap, o_scale, total,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
@@ -98,10 +103,21 @@ def forward(
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
     m_, n, d, e = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP), tl.arange(0, EP)
     i = m0 + m_
+    b_q, b_k = place_of(QueryLengths, b, QUERY_LENGTHS), place_of(KeyLengths, b, KEY_LENGTHS)
+    rows = own_numbers(b_q, b, h, heads, total, 0, QUERY_LENGTHS) + m0
+    o_at, o_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
+    if QUERY_LENGTHS >= PACKED:  # what is behind the sequence is another's
+        query_length = q_end
+        if m0 >= q_end:
+            return
+    if QUERY_LENGTHS == TO_ENDS:
+        low += k_end - q_end
+        high += k_end - q_end
+    x_at, x_n = own_rows(b_k, h_kv, heads // group, key_length, E, KEY_LENGTHS)
     if not TMA:  # otherwise K and X are descriptors
-        K += b * k_b + h_kv * k_h
-        X += kv.to(tl.int64) * key_length * E
-    q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+        K += b_k * k_b + h_kv * k_h
+        X += x_at
+    q = load_rows(Q + b_q * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
 
     acc = tl.zeros((BM, EP), tl.float32)
     l = tl.zeros((BM,), tl.float32)
@@ -112,11 +128,11 @@ def forward(
     )
     if not (MASK or BIAS):
         acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
-            k_n, h_kv, n, d, e, Mask, Bias,
+            k_n, x_n, h_kv, n, d, e, Mask, Bias,
             m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, False, FOLD, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
     acc, l, m, count = _tiles(acc, l, m, count, q, K, X, first, full_first, full_last, last, k_end, i, b, h,
-            k_n, h_kv, n, d, e, Mask, Bias,
+            k_n, x_n, h_kv, n, d, e, Mask, Bias,
         m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, q_end, low, high, scale, cap, D, E, DP, EP, BN, True, FOLD, TMA,
         BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
 
@@ -131,12 +147,11 @@ def forward(
         o = split_log2(t, c[None, :].to(tl.float32)) * o_scale
     o = tl.where(empty[:, None], 0.0, o)
     l = tl.where(empty, float("-inf"), (m - SHIFT + tl.log2(l)) * 0.6931471805599453)
-    rows = head.to(tl.int64) * query_length + m0
     inside = i < query_length
     tl.store(L + rows + m_, l, mask=inside)
     if MASK or BIAS:
         tl.store(Count + rows + m_, count, mask=inside)
-    at, keep = rows * E + m_[:, None] * E + e[None, :], inside[:, None] & (e < E)[None, :]
+    at, keep = o_at + i.to(tl.int64)[:, None] * o_n + e[None, :], inside[:, None] & (e < E)[None, :]
     rounded, rest = split(o, O.dtype.element_ty)
     tl.store(O + at, rounded, mask=keep)
     if REST:
@@ -176,7 +191,7 @@ def _within_range(
 def exact(
     Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, beta, few_end,
+    workers, heads, group, query_length, key_length, low, high, scale, cap, beta, few_end, total,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, FEW: tl.constexpr,
@@ -201,10 +216,18 @@ def exact(
                 own = head.to(tl.int64) * query_length * E
                 _within_range(V + b * v_b + h_kv * v_h, v_n, O, R, own, few_end, high, E, EP, FEW, REST)  # fmt: skip
             return
-    rows_end = tl.where(flags == 0, few_end, query_length)
     whole = flags % 2 == 1
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
+    b_q, b_k = place_of(QueryLengths, b, QUERY_LENGTHS), place_of(KeyLengths, b, KEY_LENGTHS)
+    numbers = own_numbers(b_q, b, h, heads, total, 0, QUERY_LENGTHS)
+    o_at, o_n = own_rows(b_q, h, heads, query_length, E, QUERY_LENGTHS)
+    if QUERY_LENGTHS >= PACKED:
+        query_length = q_end
+    if QUERY_LENGTHS == TO_ENDS:
+        low += k_end - q_end
+        high += k_end - q_end
+    rows_end = tl.where(flags == 0, tl.minimum(few_end, query_length), query_length)
     m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
     parts: tl.constexpr = (E + BE - 1) // BE
     for work in range(tl.program_id(0) % workers, tl.cdiv(rows_end, BM) * parts, workers):
@@ -213,7 +236,7 @@ def exact(
         i = m0 + m_
         wanted = (flags != 0) & (i < query_length)
         if MASK or BIAS:
-            count = tl.load(Count + head.to(tl.int64) * query_length + i, mask=i < query_length, other=0)
+            count = tl.load(Count + numbers + i, mask=i < query_length, other=0)
         else:
             count = tl.maximum(k_end, 0) + i * 0
             if BAND_HIGH:
@@ -222,7 +245,7 @@ def exact(
                 count -= tl.maximum(i + low, 0)
         few = (count > 0) & (count < FEW) & (i < q_end) & (i < few_end)
         if tl.max((wanted | few).to(tl.int32)) > 0:
-            q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
+            q = load_rows(Q + b_q * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
             q_odd = tl.max((~is_finite(q)).to(tl.int32), 1) > 0
             m = tl.full((BM,), float("-inf"), tl.float32)
             l = tl.zeros((BM,), tl.float32)
@@ -232,13 +255,13 @@ def exact(
                 m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True
             )
             for start in range(first, last, BN):
-                k = load_rows(K + b * k_b + h_kv * k_h, start, k_n, n[None, :], d[:, None], k_end, D, True, D != DP)
+                k = load_rows(K + b_k * k_b + h_kv * k_h, start, k_n, n[None, :], d[:, None], k_end, D, True, D != DP)
                 k_odd = tl.max((~is_finite(k)).to(tl.int32), 0) > 0
                 qk = tl.where(q_odd[:, None] | k_odd[None, :], float("nan"), tl.dot(q, k, input_precision=PRECISION))
                 s, slope = to_scores(qk, i[:, None], (start + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
                     b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                     BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
-                at = V + b * v_b + h_kv * v_h + tl.cast(start, tl.int64) * v_n + (n[:, None] * v_n + e[None, :])
+                at = V + b_k * v_b + h_kv * v_h + tl.cast(start, tl.int64) * v_n + (n[:, None] * v_n + e[None, :])
                 v = tl.load(at, mask=(start + n < k_end)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
 
                 m_new = tl.maximum(m, tl.max(s, 1))
@@ -269,11 +292,10 @@ def exact(
                 o = (about + (sum_log2 - (m + tl.log2(l))[:, None]) * 0.6931471805599453) / beta
             o = tl.where(empty[:, None], 0.0, o)
             l = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
-            rows = head.to(tl.int64) * query_length + m0
             inside = i < query_length
-            tl.store(L + rows + m_, l, mask=inside & (whole | few | ((l != l) & (flags != 0))))
+            tl.store(L + numbers + i, l, mask=inside & (whole | few | ((l != l) & (flags != 0))))
             keep = inside[:, None] & (e < E)[None, :] & (whole | few[:, None] | (~is_finite(o) & (flags != 0)))
-            to = rows * E + m_[:, None] * E + e[None, :]
+            to = o_at + i.to(tl.int64)[:, None] * o_n + e[None, :]
             rounded, rest = split(o, O.dtype.element_ty)
             tl.store(O + to, rounded, mask=keep)
             if REST:

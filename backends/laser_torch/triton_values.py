@@ -16,7 +16,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # Sizes for which no kernel of their own is compiled
 UNSPECIALIZED = (
-    "workers heads group query_length key_length low high blocks span few_end own_heads sum_batch sum_heads "
+    "workers heads group query_length key_length low high blocks span few_end total own_heads sum_batch sum_heads "
     "dl_b dl_h dl_n m_b m_h m_i b_b b_h b_i"
 ).split()
 
@@ -119,14 +119,49 @@ def load_rows(base, start, stride, rows, columns, end, width, ROWS: tl.constexpr
         return tl.load(at)
 
 
+# What the lengths of a call are, beside 0, none, and 1, one for each batch entry:
+PACKED = tl.constexpr(2)  # where the sequences start in arrays (T, H, D), and where the last one ends
+TO_ENDS = tl.constexpr(3)  # the same, and diagonals run to the ends of the sequences
+BEHIND = tl.constexpr(128)  # rows behind each packed sequence in arrays that tiles read without bounds
+
+
 @triton.jit
 def length_of(Lengths, b, limit, GIVEN: tl.constexpr):
     """A sequence length, between 0 and the size of its axis."""
     if GIVEN:
         n = tl.load(Lengths + b).to(tl.int32)
+        if GIVEN >= PACKED:
+            n = tl.load(Lengths + b + 1).to(tl.int32) - n
         return tl.minimum(tl.maximum(n, 0), limit)
     else:
         return limit
+
+
+@triton.jit
+def place_of(Lengths, b, GIVEN: tl.constexpr):
+    """What the stride of the batch axis is multiplied by; where packed, that is the stride of rows."""
+    if GIVEN >= PACKED:
+        return tl.load(Lengths + b).to(tl.int64)
+    else:
+        return b
+
+
+@triton.jit
+def own_rows(place, h, heads, length, WIDTH: tl.constexpr, GIVEN: tl.constexpr):
+    """Where a head's rows begin in a contiguous array, (B, H, L, WIDTH) or packed (T, H, WIDTH), and their distance."""
+    if GIVEN >= PACKED:
+        return (place * heads + h) * WIDTH, heads * WIDTH
+    else:
+        return (place * heads + h) * length * WIDTH, WIDTH
+
+
+@triton.jit
+def own_numbers(place, b, h, heads, length, SPACE: tl.constexpr, GIVEN: tl.constexpr):
+    """Where a head's numbers begin in an array (B, H, length), or packed (H, length) with space behind sequences."""
+    if GIVEN >= PACKED:
+        return h * length + place + b * SPACE
+    else:
+        return (b * heads + h) * length
 
 
 @triton.jit
@@ -160,11 +195,23 @@ def value_pass(
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     n, d, e = tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, EP)
     end = length_of(KeyLengths, b, key_length, LENGTHS)
+    place = place_of(KeyLengths, b, LENGTHS)
+    if LENGTHS >= PACKED:
+        key_length = end
+        if end == 0:  # there is not even a row to read
+            tl.store(C + head * EP + e, tl.zeros((EP,), tl.int32))
+            tl.store(Flags + head, 0)
+            return
     final = tl.maximum(end - 1, 0)
     last = tl.minimum((block + 1) * span, key_length)
-    V += b * v_b + h * v_h
-    K += b * k_b + h * k_h
-    X += head.to(tl.int64) * key_length * E
+    V += place * v_b + h * v_h
+    K += place * k_b + h * k_h
+    if LENGTHS >= PACKED:
+        x_n = heads * E
+        X += (place * heads + h) * E
+    else:
+        x_n: tl.constexpr = E
+        X += head.to(tl.int64) * key_length * E
     Own = Partial + (head * blocks).to(tl.int64) * (3 * EP)
     Odd = Partial + tl.num_programs(0).to(tl.int64) * (3 * EP) + head * blocks
 
@@ -194,7 +241,7 @@ def value_pass(
         if KEYS:
             odd_keys += tl.sum((k.to(tl.float32) * 0.0).reshape(BLOCK, DP // 8, 8), 2)
             k = _rows_to(K, start + BLOCK, k_n, n, d, final, D, D != DP)
-        at = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
+        at = X + tl.cast(start, tl.int64) * x_n + (n[:, None] * x_n + e[None, :])
         tl.store(at, x.to(X.dtype.element_ty), mask=(start + n < last)[:, None] & (e < E)[None, :])
     if not LINEAR:
         own = Own + block * (3 * EP) + e
@@ -206,13 +253,13 @@ def value_pass(
     tl.store(Odd + block, tl.sum(odd) + tl.where(keys == keys, 0.0, float("inf")))  # ∞: a key only
     tl.debug_barrier()  # all that this program has stored comes before its count
     if tl.atomic_add(Counters + 1 + head, 1, sem="acq_rel") == blocks - 1:
-        _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, blocks, key_length, y_scale,
+        _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, x_n, blocks, key_length, y_scale,
             E, EP, HALF, WIDE, LINEAR, SUMS, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
 
 
 @triton.jit
 def _decide(
-    V, X, Partial, Odd, C, Flag, end, v_n, blocks, key_length, y_scale,
+    V, X, Partial, Odd, C, Flag, end, v_n, x_n, blocks, key_length, y_scale,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LINEAR: tl.constexpr,
     SUMS: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr,
     TOP: tl.constexpr,
@@ -281,7 +328,7 @@ def _decide(
                 x = tl.where(fine, v, 0.0)
             else:
                 x = tl.where(fine, scaled_exp2(tl.where(fine, v * y_scale, c[None, :]), c[None, :]), 0.0)
-            to = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
+            to = X + tl.cast(start, tl.int64) * x_n + (n[:, None] * x_n + e[None, :])
             tl.store(to, x.to(X.dtype.element_ty), mask=(start + n < key_length)[:, None] & (e < E)[None, :])
 
 
