@@ -21,7 +21,7 @@ from .tiles import is_large
 INTERPRETED = not isinstance(triton_values.value_pass, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
 _LOG2E = math.log2(math.e)
-_VALUE_PROGRAMS = 1024  # of the value pass: several for each multiprocessor of any card
+_VALUE_PROGRAMS = 512  # of the value pass: one wave of four for each multiprocessor, see docs/performance-log.md
 
 
 class _Limits(NamedTuple):
