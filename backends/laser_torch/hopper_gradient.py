@@ -21,6 +21,7 @@ class Tiles(NamedTuple):
     registers: int
 
 
+HEADS = 6  # at least so many are worked on by turns: the key tiles of one follow one another at a step's distance
 TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
 
 
@@ -102,7 +103,7 @@ def prepare(
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
     count = batch * heads_k * k_tiles
-    span = max(1, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+    span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
