@@ -143,6 +143,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def tpu(session: nox.Session) -> None:
+    """The TPU kernels, compiled by the TPU compiler without a TPU, and interpreted."""
+    session.install(*CONSTRAINED, ".[test,jax]", "libtpu")
+    session.run("pytest", "tests/test_jax_tpu.py", env={"LASER_REQUIRE": "jax,libtpu", "JAX_PLATFORMS": "cpu"})
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks side by side on this machine; they write a result file."""
     session.install(*CONSTRAINED, ".[torch,jax]")

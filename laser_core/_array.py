@@ -28,6 +28,14 @@ def _is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def signature(x: object) -> tuple[object, ...] | None:
+    """Shape, dtype and device of a plain torch tensor, as a key; None for all others, and while torch traces."""
+    torch = sys.modules.get("torch")
+    if torch is None or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    return x.shape, x.dtype, x.device  # type: ignore[attr-defined]
+
+
 def namespace(*arrays: Array) -> Namespace:
     """The array namespace that ``arrays`` share; ``TypeError`` where they do not share one."""
     if all(map(_is_torch, arrays)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from . import _array
@@ -84,6 +85,18 @@ class Problem:
     return_lse: bool = False
     gradient: bool = True
 
+    def __hash__(self) -> int:
+        """Computed once: a problem is the key of many tables."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the hash, which is another one in another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @property
     def group(self) -> int:
         """Query heads per key/value head."""
@@ -156,9 +169,51 @@ def describe(
         "query_seq_lengths": query_seq_lengths,
         "key_value_seq_lengths": key_value_seq_lengths,
     }
+    options = (scale, beta if beta_array is None else None, is_causal, window_size, logits_soft_cap, return_lse)
+    seen = _signature(arrays, options)
+    problem = None if seen is None else _KNOWN.get(seen)
+    if problem is None:
+        problem = _checked(arrays, *options)
+        if seen is not None:
+            if len(_KNOWN) >= _MOST:
+                _KNOWN.clear()
+            _KNOWN[seen] = problem
+    return problem, Inputs(**arrays)
+
+
+_KNOWN: dict[Hashable, Problem] = {}  # calls that were found to be right
+_MOST = 4096
+
+
+def _signature(arrays: dict[str, Any], options: tuple[Any, ...]) -> Hashable | None:
+    """A key that two calls share only if the same can be said of them; None where there is no cheap one."""
+    found: list[Any] = []
+    for x in arrays.values():
+        about = None if x is None else _array.signature(x)
+        if x is not None and about is None:
+            return None
+        found.append(about)
+    for x in options:  # as keys, 1, 1.0 and True are one
+        if not (x is None or isinstance(x, bool | float | int | str)):
+            return None
+        found += [type(x), x]
+    return tuple(found)
+
+
+def _checked(
+    arrays: dict[str, Any],
+    scale: Any,
+    beta: Any,
+    is_causal: Any,
+    window_size: Any,
+    logits_soft_cap: Any,
+    return_lse: Any,
+) -> Problem:
+    """The problem of these arguments, every one of them looked at; β is None where it is an array."""
     _check_arrays(arrays)
     _check_dtypes(arrays)
-    sizes = _sizes(query, key, value)
+    query, beta_array = arrays["query"], arrays["beta"]
+    sizes = _sizes(query, arrays["key"], arrays["value"])
     problem = Problem(
         framework=_array.framework(_array.namespace(query)),
         device=_array.device_kind(query),
@@ -168,11 +223,11 @@ def describe(
         beta=_number("beta", beta) if beta_array is None else None,
         causal=_causal(is_causal),
         window=_window(window_size),
-        mask_shape=_shape(attn_mask),
-        bias_shape=_shape(bias),
+        mask_shape=_shape(arrays["attn_mask"]),
+        bias_shape=_shape(arrays["bias"]),
         beta_shape=_shape(beta_array),
-        query_lengths=query_seq_lengths is not None,
-        key_value_lengths=key_value_seq_lengths is not None,
+        query_lengths=arrays["query_seq_lengths"] is not None,
+        key_value_lengths=arrays["key_value_seq_lengths"] is not None,
         logits_soft_cap=_soft_cap(logits_soft_cap),
         return_lse=_flag("return_lse", return_lse),
     )
@@ -186,7 +241,7 @@ def describe(
     ):
         if arrays[name] is not None:
             _check_broadcast(name, tuple(arrays[name].shape), target, meaning)
-    return problem, Inputs(**arrays)
+    return problem
 
 
 def check_cotangent(name: str, x: Array, out: Array) -> None:

@@ -1,4 +1,4 @@
-"""Compile a form of the Hopper forward kernel for sm_90a and print, as JSON, what came out. Run by test_hopper_aot."""
+"""Compile a form of a Hopper kernel for sm_90a and print, as JSON, what came out. Run by test_hopper_aot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from laser_torch import hopper, hopper_forward
+from laser_torch import hopper, hopper_backward, hopper_forward, hopper_gradient
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -25,8 +25,28 @@ def _descriptor(dtype: str, rows: int, width: int) -> str:
     return f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])!r}>"
 
 
-def compiled(form: dict[str, Any]) -> Any:
-    """The compiled kernel of a form: dtype, width, causal, keeps."""
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def backward(form: dict[str, Any]) -> Any:
+    """The compiled backward kernel of a form: dtype, width, causal."""
+    dtype, width = form["dtype"], form["width"]
+    types = dict.fromkeys(("x_ptr", "dk_ptr"), f"*{dtype}") | dict.fromkeys(("flags_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("scale", "scale2", "unit"), "fp32")
+    for name, (block, swizzled) in hopper_gradient.blocks(width).items():
+        wide = name in ("rows_desc", "dq_desc")
+        layout = hopper_gradient.lies(block, swizzled, 4 if wide else 2)
+        types[name] = f"tensordesc<{'fp32' if wide else dtype}{block},{layout!r}>"
+    constants = hopper_gradient.constants(hopper_gradient.TILES, form["causal"], dtype == "fp16")
+    return _compile(hopper_backward.backward_kernel, types, constants)
+
+
+def forward(form: dict[str, Any]) -> Any:
+    """The compiled forward kernel of a form: dtype, width, causal, keeps."""
     dtype, width, causal = form["dtype"], form["width"], form["causal"]
     cut = hopper.tiles(width, causal)
     keeps = form["keeps"]
@@ -36,15 +56,7 @@ def compiled(form: dict[str, Any]) -> Any:
     if keeps:
         types["rest_desc"] = _descriptor("i16", hopper.ROWS, width)
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
-    types |= dict.fromkeys(constants, "constexpr")
-    names = hopper_forward.forward_kernel.arg_names
-    source = GluonASTSource(
-        fn=hopper_forward.forward_kernel,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs=constants,
-        attrs={},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return _compile(hopper_forward.forward_kernel, types, constants)
 
 
 def report(kernel: Any) -> dict[str, Any]:
@@ -59,10 +71,12 @@ def report(kernel: Any) -> dict[str, Any]:
     assert registers
     assert threads
     counts = {
-        name: len(re.findall(rf"\b{name}", sass)) for name in ("HGMMA", "UTMALDG", "UTMASTG", "STL", "LDL", "WARPGROUP")
+        name: len(re.findall(rf"\b{name}", sass))
+        for name in ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "STL", "LDL", "WARPGROUP")
     }
     return {"registers": int(registers[1]), "threads": int(threads[1]), "shared": kernel.metadata.shared, **counts}
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(compiled(json.loads(sys.argv[1])))))
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(report(backward(asked) if asked.get("backward") else forward(asked))))

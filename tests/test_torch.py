@@ -77,6 +77,17 @@ def test_opcheck(call: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(binding.forward_operator, (*small(dtype), *OPERATOR_CALLS[call]))
 
 
+def test_what_is_kept() -> None:
+    """For a backward pass what the record says, otherwise nothing."""
+    record = laser_core.backends()["torch-sdpa"]
+    args = [x.detach().bfloat16() for x in small()]
+    problem, _ = laser_core._problem.describe(*args)
+    for gradient, want in ((True, record.residual(problem)), (False, ())):
+        options = (*OPERATOR_CALLS["plain"][5:-2], gradient, "torch-sdpa")
+        _, _, kept = binding.forward_operator(*args, *OPERATOR_CALLS["plain"][:5], *options)
+        assert [(tuple(x.shape), str(x.dtype)[6:]) for x in kept] == list(want)
+
+
 def test_opcheck_backward() -> None:
     args = [x.detach() for x in small()]
     out, lse, kept = binding.forward_operator(*args, *OPERATOR_CALLS["plain"])

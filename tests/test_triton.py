@@ -54,6 +54,22 @@ assert got.dtype == torch.bfloat16 and torch.equal(got, want)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_output_comes_back_whole(dtype: str) -> None:
+    """From what is kept of it: 16 bits beside the rounded one."""
+    import torch
+    from laser_torch.fused import joined, split
+
+    torch.manual_seed(0)
+    o = torch.randn(10000) * 10.0 ** torch.randint(-3, 4, (10000,))
+    o = torch.cat([o, torch.tensor([0.0, -0.0, 1.0, 1 + 2**-9, 1 + 3 * 2**-9, 65504.0, 1e-7, -1e-7])])
+    out, rest = split(o, getattr(torch, dtype))
+    assert torch.equal(out, o.to(out.dtype))
+    assert rest.dtype == torch.int16
+    lost = (joined(out, rest) - o).abs()
+    assert bool((lost <= 2.0**-23 * o.abs() + (2.0**-25 if dtype == "float16" else 0)).all())
+
+
 def test_the_record_serves_gpus_and_says_what_it_leaves_to_others():
     record = backends()["torch-triton"]
     sizes = {"batch": (2,), "query_heads": 4, "key_value_heads": 2, "query_length": 9, "key_length": 9}

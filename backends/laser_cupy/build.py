@@ -102,7 +102,7 @@ class Build:
             cap=problem.logits_soft_cap is not None,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return build
+            return dataclasses.replace(build, resident=3) if build.wide <= 64 and build.padded <= 64 else build
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:

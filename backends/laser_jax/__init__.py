@@ -55,6 +55,29 @@ def _dpa_why_not(problem: Problem) -> str | None:
     return None
 
 
+def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import tpu
+
+    done: Forward = tpu.forward(problem, inputs)
+    return done
+
+
+def _tpu_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    from . import tpu
+
+    gradients: Gradients = tpu.backward(problem, inputs, forward, d_out, d_lse)
+    return gradients
+
+
+def _tpu_why_not(problem: Problem) -> str | None:
+    if problem.bias_shape is not None:
+        return "bias: its gradient is a sum over what it broadcasts along, for which there is no kernel"
+    for name, size in (("D", problem.head_dim), ("E", problem.value_dim)):
+        if size > 256:
+            return f"head dim {name} = {size}: tiles of up to 256 fit into VMEM"
+    return None
+
+
 XLA = Backend(
     name="jax-xla",
     summary="tile loops in lax on every device that XLA serves: every option, exact for all finite inputs, O(L) memory",
@@ -76,5 +99,19 @@ DPA = Backend(
     requires=("jax",),
     why_not=_dpa_why_not,
     priority=lambda problem: 15,  # it materialises the scores, and was the slower of the two wherever both were timed
+    residual=unrounded_output,
+)
+
+TPU = Backend(
+    name="jax-tpu",
+    summary="Pallas kernels for TPUs, forward and backward: compiled for them and interpreted, not yet run",
+    forward=_tpu_forward,
+    backward=_tpu_backward,
+    frameworks=("jax",),
+    devices=("tpu",),
+    dtypes=("bfloat16", "float32"),  # a TPU has no float16
+    requires=("jax",),
+    why_not=_tpu_why_not,
+    priority=lambda problem: 20,  # below jax-xla: the automatic choice is one of what has been measured
     residual=unrounded_output,
 )

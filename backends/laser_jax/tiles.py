@@ -86,8 +86,12 @@ class Grid(NamedTuple):
 
     @staticmethod
     def _range(axis: Axis, start: Any, stop: Any, low: int | None, high: int | None) -> tuple[Any, Any]:
-        first = 0 if low is None else jnp.clip((start + low) // axis.block, 0, axis.number)
-        last = axis.number if high is None else jnp.clip((stop + high) // axis.block + 1, 0, axis.number)
+        def block(at: Any) -> Any:  # lax.div, not //: kernels for TPUs have no other
+            at = jnp.maximum(at, 0)
+            return jnp.minimum(lax.div(at, jnp.asarray(axis.block, at.dtype)), axis.number)
+
+        first = 0 if low is None else block(start + low)
+        last = axis.number if high is None else block(stop + high + axis.block)
         return first, last
 
 

@@ -148,7 +148,12 @@ class Call(NamedTuple):
 
 def padded(width: int) -> int:
     """The width of a tile that holds so many columns."""
-    return int(max(16, triton.next_power_of_2(width)))
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def prepare(problem: Problem, inputs: Inputs) -> Call:
@@ -247,22 +252,29 @@ def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
     p, limits = plan.problem, plan.limits
     heads, width = plan.batch * p.key_value_heads, padded(p.value_dim)
     block = 4096 // max(width, padded(p.head_dim) if keys else 0)
-    span = triton.cdiv(triton.cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
-    blocks = triton.cdiv(p.key_length, span)
+    span = cdiv(cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
+    blocks = cdiv(p.key_length, span)
     launch = Launch(
         triton_values.value_pass, heads * blocks,
         (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
-        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=16,
+        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=8,
         LENGTHS=p.key_value_lengths, LINEAR=p.beta == 0, KEYS=keys,
+        SUMS=limits.range + math.log2(p.key_length) > limits.sum,
         RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
-        num_warps=8,
+        num_warps=8, **_registers(64),
     )  # fmt: skip
     return launch, blocks
 
 
+def _registers(most: int) -> dict[str, int]:
+    """The option that makes room for more blocks on a multiprocessor, where the compiler has it."""
+    cuda = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": most} if cuda else {}
+
+
 def workers(heads: int, work: int) -> int:
     """Programs per head of a kernel that mostly has nothing to do."""
-    return int(max(1, min(work, triton.cdiv(1024, heads))))
+    return max(1, min(work, cdiv(1024, heads)))
 
 
 def copies_tiles(device: torch.device) -> bool:

@@ -25,7 +25,7 @@ Pass = Literal["forward", "backward"]
 VARIABLE = "LASER_TORCH_TABLE"  # the path of a table that is taken, whatever the device
 ENGINES: dict[Pass, tuple[str, ...]] = {  # where nothing was measured, the first of these that serves a problem
     "forward": ("hopper", "triton", "cudnn"),
-    "backward": ("triton",),
+    "backward": ("hopper", "triton"),
 }
 WIDTHS = (64, 128, 256)  # of tiles: head and value dims are padded to one
 

@@ -11,16 +11,15 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from laser_core import Forward, Inputs, Problem
 
 from . import cudnn, engines, hopper, triton_finish, triton_forward
-from .call import INTERPRETED, Call, Plan, Values, describe, layout, padded, prepare, value_pass, workers
+from .call import INTERPRETED, Call, Plan, Values, cdiv, describe, layout, padded, prepare, value_pass, workers
 from .engines import Choice
 from .launch import Launch, on
-from .tiles import Tile, forward_tile, value_block
+from .tiles import Tile, forward_tile, row_block
 
 FEW = 16  # rows that see fewer keys are computed exactly where X is in half precision
 
@@ -129,9 +128,9 @@ def _cudnn_forward(call: Call, values: Values) -> tuple[Tensor, Tensor]:
 
 def _finish_launch(plan: Plan, lies: tuple[tuple[int, ...], bool]) -> Launch:
     p, width = plan.problem, padded(plan.problem.value_dim)
-    block = value_block(width)
+    block = row_block(width)
     return Launch(
-        triton_finish.finish, plan.batch * p.query_heads * triton.cdiv(p.query_length, block),
+        triton_finish.finish, plan.batch * p.query_heads * cdiv(p.query_length, block),
         (*lies[0][:3], p.query_heads, p.group, p.query_length, plan.o_scale),
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, num_warps=8,
     )  # fmt: skip
@@ -162,7 +161,7 @@ def _portable_forward(
 def _forward_launch(plan: Plan, tile: Tile, tma: bool, keeps: bool) -> Launch:
     p = plan.problem
     return Launch(
-        triton_forward.forward, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
+        triton_forward.forward, plan.batch * p.query_heads * cdiv(p.query_length, tile.block_q),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.o_scale),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k,
         FOLD=p.scale > 0 and p.logits_soft_cap is None, TMA=tma, SHIFT=0 if p.beta == 0 else plan.limits.shift,
@@ -182,8 +181,8 @@ def _exact_forward(
 
 def _exact_launch(plan: Plan, keeps: bool) -> Launch:
     p = plan.problem
-    heads, parts = plan.batch * p.query_heads, triton.cdiv(p.value_dim, 16)
-    share = workers(heads, triton.cdiv(p.query_length, 16) * parts)
+    heads, parts = plan.batch * p.query_heads, cdiv(p.value_dim, 16)
+    share = workers(heads, cdiv(p.query_length, 16) * parts)
     few_end, first = _few(plan)
     return Launch(
         triton_forward.exact, heads * share,

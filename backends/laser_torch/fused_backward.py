@@ -5,17 +5,29 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
-from . import engines, triton_backward, triton_exact
-from .call import Call, Plan, Values, describe, layout, matrix, padded, prepare, value_pass, workers
+from . import engines, hopper, hopper_gradient, triton_backward, triton_exact
+from .call import (
+    INTERPRETED,
+    Call,
+    Plan,
+    Values,
+    cdiv,
+    describe,
+    layout,
+    matrix,
+    padded,
+    prepare,
+    value_pass,
+    workers,
+)
 from .engines import Choice
 from .fused import joined
 from .launch import Launch, on
-from .tiles import ROWS, Tile, backward_tiles, value_block
+from .tiles import ROWS, Tile, backward_tiles, row_block
 
 
 class Cotangents(NamedTuple):
@@ -26,30 +38,41 @@ class Cotangents(NamedTuple):
     do: Tensor  # (B, Hq, Lq, E)
     dl: Tensor | None  # (B, Hq, Lq)
     g: Tensor  # (B, Hq, Lq, E)
-    r: Tensor  # (B·Hq, Lq up to a multiple of ROWS)
-    l2: Tensor
+    rows: Tensor  # (2, B·Hq, Lq up to a multiple of ROWS): r and l2
     lies: tuple[Any, ...]  # what a prepared launch depends on of these
+
+    @property
+    def r(self) -> Tensor:
+        """What ds has in common in a row."""
+        return self.rows[0]
+
+    @property
+    def l2(self) -> Tensor:
+        """The log-sum-exp in base 2."""
+        return self.rows[1]
 
 
 def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
     """The gradients; no synchronisation with the device."""
-    arguments = (inputs.query, inputs.key, inputs.value)
     if 0 in problem.score_shape:
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
     with on(inputs.query.device):
-        values = value_pass(call, keys=True)
+        choice = call.plan.prepared(_choice)
+        values = value_pass(call, keys=choice.engine != "triton")  # those kernels clean what they read
         side = prepare_rows(call, values, forward, d_out, d_lse)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
-        dq, dk, dv = run(call, values, side, call.plan.prepared(_choice))  # dv may be where X was
+        dq, dk, dv = run(call, values, side, choice)  # dv may be where X was
         if problem.beta != 0:
             _exact_backward(call, values, side, dq, dk, dv)
-    dq, dk, dv = (a.view(x.shape).to(x.dtype) for a, x in zip((dq, dk, dv), arguments, strict=True))
-    return Gradients(dq, dk, dv, dbias)
+    return Gradients(_like(inputs.query, dq), _like(inputs.key, dk), _like(inputs.value, dv), dbias)
 
 
 def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of the heads inside the fast range, by an engine that serves the call."""
+    if choice.engine == "hopper":
+        made = call.plan.prepared(_hopper)
+        return hopper_gradient.backward(made, call.q, call.k, values.x, side.g, side.rows, values.flags)
     return _portable_backward(call, values, side, choice.tile)
 
 
@@ -62,12 +85,26 @@ def how(problem: Problem) -> str:
 
 def _choice(plan: Plan) -> Choice:
     """The engine for a call."""
-    return engines.choose("backward", plan.problem, plan.device, lambda e: why_not(e, plan.problem, plan.device))
+
+    def refused(engine: str) -> str | None:
+        if engine == "hopper" and INTERPRETED:
+            return "it cannot be interpreted"
+        if engine == "hopper" and not (plan.fits("q") and plan.fits("k")):
+            return "the hardware cannot copy tiles of the arrays as they lie"
+        return why_not(engine, plan.problem, plan.device)
+
+    return engines.choose("backward", plan.problem, plan.device, refused)
 
 
 def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
     """Why an engine does not serve a problem on a device; None if it does."""
-    return None
+    return None if engine == "triton" else hopper.why_not(problem) or hopper.missing(device)
+
+
+def _like(x: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its argument: those of the kernels have one batch axis."""
+    same = gradient.shape == x.shape and gradient.dtype == x.dtype
+    return gradient if same else gradient.view(x.shape).to(x.dtype)
 
 
 def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -91,11 +128,11 @@ def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_
     o, rest = _output(forward, plan.dtype)
     lse = forward.lse.contiguous()
     g = torch.empty((*call.q.shape[:3], p.value_dim), dtype=plan.dtype, device=plan.device)
-    rows = triton.cdiv(p.query_length, ROWS) * ROWS
-    r, l2 = torch.empty((2, plan.batch * p.query_heads, rows), dtype=torch.float32, device=plan.device)
-    lies = (layout(do), None if dl is None else layout(dl), layout(lse)[1], layout(o)[1])
-    side = Cotangents(o, rest, do, dl, g, r, l2, (*lies, rest is not None, o.dtype))
-    plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, r, l2)
+    rows = torch.empty((2, plan.batch * p.query_heads, _padded_length(plan)), dtype=torch.float32, device=plan.device)
+    begins = [x is None or layout(x)[1] for x in (lse, o, rest)]
+    lies = (layout(do), None if dl is None else layout(dl), tuple(begins), plan.dtype)
+    side = Cotangents(o, rest, do, dl, g, rows, (*lies, rest is not None, o.dtype))
+    plan.prepared(_rows_launch, side.lies)(o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2)
     return side
 
 
@@ -105,17 +142,25 @@ def _side_strides(lies: tuple[Any, ...]) -> list[int]:
 
 
 def _padded_length(plan: Plan) -> int:
-    return int(triton.cdiv(plan.problem.query_length, ROWS) * ROWS)
+    return cdiv(plan.problem.query_length, ROWS) * ROWS
 
 
 def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, width, rows = plan.problem, padded(plan.problem.value_dim), _padded_length(plan)
-    block = value_block(width)
+    block = row_block(width)
     return Launch(
         triton_backward.prepare_rows, plan.batch * p.query_heads * (rows // block),
         (*_side_strides(lies), p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, rows),
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=lies[1] is not None, REST=lies[4], num_warps=8,
     )  # fmt: skip
+
+
+def _hopper(plan: Plan) -> hopper_gradient.Prepared:
+    """The launches of the kernel for Hopper."""
+    p = plan.problem
+    q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
+    k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
+    return hopper_gradient.prepare(q, k, plan.dtype, plan.device, p.beta or 1.0, p.scale, hopper.causal_offset(p))
 
 
 def _portable_backward(
@@ -147,7 +192,7 @@ def _portable_backward(
 def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
     p = plan.problem
     return Launch(
-        triton_backward.backward_keys, plan.batch * p.key_value_heads * triton.cdiv(p.key_length, tile.block_k),
+        triton_backward.backward_keys, plan.batch * p.key_value_heads * cdiv(p.key_length, tile.block_k),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         SHIFT=0 if p.beta == 0 else plan.limits.shift, num_warps=tile.warps, num_stages=tile.stages,
@@ -157,7 +202,7 @@ def _keys_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
 def _queries_launch(plan: Plan, tile: Tile, tma: bool) -> Launch:
     p = plan.problem
     return Launch(
-        triton_backward.backward_queries, plan.batch * p.query_heads * triton.cdiv(p.query_length, tile.block_q),
+        triton_backward.backward_queries, plan.batch * p.query_heads * cdiv(p.query_length, tile.block_q),
         (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.inverse_beta, _padded_length(plan)),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -188,14 +233,14 @@ def _exact_constants(plan: Plan, lies: tuple[Any, ...]) -> dict[str, Any]:
 
 def _exact_queries_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, heads = plan.problem, plan.batch * plan.problem.query_heads
-    count = workers(heads, triton.cdiv(p.query_length, 16))
+    count = workers(heads, cdiv(p.query_length, 16))
     scalars = _exact_scalars(plan, lies, count)
     return Launch(triton_exact.exact_queries, heads * count, scalars, **_exact_constants(plan, lies))
 
 
 def _exact_keys_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
     p, heads = plan.problem, plan.batch * plan.problem.key_value_heads
-    count = workers(heads, triton.cdiv(p.key_length, 16) * (triton.cdiv(p.value_dim, 16) + 1))
+    count = workers(heads, cdiv(p.key_length, 16) * (cdiv(p.value_dim, 16) + 1))
     scalars = _exact_scalars(plan, lies, count)
     return Launch(triton_exact.exact_keys, heads * count, scalars, **_exact_constants(plan, lies))
 
@@ -220,7 +265,7 @@ def _bias_launch(plan: Plan, lies: tuple[Any, ...]) -> tuple[Launch, tuple[int, 
     shape = (1,) * (len(p.score_shape) - len(own)) + own
     own_batch = plan.batch if any(n != 1 for n in shape[:-3]) else 1
     block_q, block_k = 32, 32
-    tiles = triton.cdiv(shape[-2], block_q) * triton.cdiv(shape[-1], block_k)
+    tiles = cdiv(shape[-2], block_q) * cdiv(shape[-1], block_k)
     scalars = _exact_scalars(plan, lies, shape[-3], plan.batch // own_batch, p.query_heads // shape[-3])
     launch = Launch(
         triton_exact.backward_bias, own_batch * shape[-3] * tiles, scalars,

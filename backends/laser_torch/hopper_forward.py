@@ -73,7 +73,8 @@ def _follow(turn, place_s, place_full, place_free, DYNAMIC: gl.constexpr):
     if DYNAMIC:
         slot = turn % 2
         mbarrier.wait(place_full.index(slot), (turn // 2) & 1)
-        index = gl.max(place_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        index = gl.max(place_s.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+        gl.thread_barrier()  # all warps have read
         mbarrier.arrive(place_free.index(slot))
     else:
         index = gl.program_id(0) + turn * gl.num_programs(0)
@@ -246,6 +247,21 @@ def _log2_parts(a):
 
 
 @gluon.jit
+def _split(o, dtype: gl.constexpr):
+    """o rounded, and the rest: see ``triton_values.split``."""
+    bits = o.to(gl.int32, bitcast=True)
+    if dtype == gl.bfloat16:  # the rest is the low half, unless o is half-way: with its last bit set it never is
+        bits = bits | 1
+        rounded = bits.to(gl.float32, bitcast=True).to(dtype)
+        rest = bits.to(gl.int16)
+    else:
+        rounded = o.to(dtype)
+        rest = bits - rounded.to(gl.float32).to(gl.int32, bitcast=True)
+        rest = gl.minimum(gl.maximum(rest, -32768), 32767).to(gl.int16)
+    return rounded, rest
+
+
+@gluon.jit
 def _consumer(
     common, WHICH: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, SHIFT: gl.constexpr, REST: gl.constexpr, ORDERED: gl.constexpr,
@@ -316,21 +332,19 @@ def _consumer(
         channel = gl.arange(0, E, layout=gl.SliceLayout(0, o_layout))
         l_o = gl.expand_dims(gl.convert_layout(safe, gl.SliceLayout(1, o_layout)), 1)
         # exponents apart, so that the bits do not depend on c, which knows of keys that are not visible
-        whole, rest = _log2_parts(o)
-        l_whole, l_rest = _log2_parts(l_o)
+        whole, part = _log2_parts(o)
+        l_whole, l_part = _log2_parts(l_o)
         c = gl.load(c_ptr + (batch * (heads_q // group_x) + head // group_x) * E + channel)
-        o = ((whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32) + (rest - l_rest)) * o_scale
+        o = ((whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32) + (part - l_part)) * o_scale
         if CAUSAL:
             o_sees = gl.convert_layout(sees, gl.SliceLayout(1, o_layout))
             o = gl.where(gl.expand_dims(o_sees, 1), o, 0.0)
-        rounded = o.to(o_s.dtype)
+        rounded, rest = _split(o, o_s.dtype)
         tma.store_wait(0)  # of the tile before
         gl.thread_barrier()
         out.store(rounded)
         if REST:
-            low = o.to(gl.int32, bitcast=True) - rounded.to(gl.float32).to(gl.int32, bitcast=True)
-            low = gl.minimum(gl.maximum(low, -32768), 32767).to(gl.int16)
-            rest_s.index(WHICH)._reinterpret(gl.int16, [ROWS, E], flat).store(low)
+            rest_s.index(WHICH)._reinterpret(gl.int16, [ROWS, E], flat).store(rest)
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [batch, head, first, 0], o_s.index(WHICH))
         if REST:

@@ -19,6 +19,7 @@ from .triton_values import (
     key_range,
     length_of,
     load_rows,
+    near_integer,
     pow2,
     tile_count,
     tile_start,
@@ -69,8 +70,8 @@ def prepare_rows(
     else:
         c = tl.load(C + head // group * EP + e)[None, :].to(tl.float32)
         z = o * y_scale
-        n = tl.floor(z + 0.5)
-        g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2((c - n).to(tl.int32)), 0.0)
+        n = near_integer(z)
+        g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2(c - n), 0.0)
         r = tl.where(live, dl, 0.0) - tl.sum(do, 1) * inverse_beta
     l2 = tl.where(nothing, float("inf"), tl.where(fine, l * 1.4426950408889634, float("nan")))
     own_row = head.to(tl.int64) * padded_length + m0

@@ -20,6 +20,15 @@ def _values(V, start, v_n, n, e, k_end, E: tl.constexpr):
 
 
 @triton.jit
+def _of_rows(DL, base, i, dl_n, q_end, BM: tl.constexpr, WITH_DL: tl.constexpr):
+    """The cotangents of the log-sum-exps of a tile, zero where there are none."""
+    if WITH_DL:
+        return tl.load(DL + base + i.to(tl.int64) * dl_n, mask=i < q_end, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((BM,), tl.float32)
+
+
+@triton.jit
 def _rows(O, Rest, DO, own, do_base, do_n, m0, m_, e, q_end, E: tl.constexpr, REST: tl.constexpr):
     """o and do of a tile, zero where they are not finite or not there."""
     keep = (m0 + m_ < q_end)[:, None] & (e < E)[None, :]
@@ -86,10 +95,7 @@ def exact_queries(
         i = m0 + m_
         q = load_rows(Q + b * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
         l2 = tl.load(L2 + own_row + i)
-        dl = tl.zeros((BM,), tl.float32)
-        if WITH_DL:
-            at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n
-            dl = tl.load(at, mask=i < q_end, other=0.0).to(tl.float32)
+        dl = _of_rows(DL, b * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
         dq = tl.zeros((BM, DP), tl.float32)
         first, inner_first, inner_last, last = key_range(m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, True)
         for start in range(first, last, BN):
@@ -153,10 +159,7 @@ def exact_keys(
                     Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                     BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
                 if part == parts - 1:
-                    dl = tl.zeros((BM,), tl.float32)
-                    if WITH_DL:
-                        at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n
-                        dl = tl.load(at, mask=i < q_end, other=0.0).to(tl.float32)
+                    dl = _of_rows(DL, b * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
                     ds = _score_cotangents(s, l2, dl, O, Rest, DO, V, own, b * do_b + h * do_h, do_n, v_n, start, n0,
                         m_, n, q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
                     if CAP:
@@ -230,10 +233,7 @@ def backward_bias(
                 s, slope = to_scores(qk, i[:, None], (n0 + n)[None, :], b, h, Mask, Bias, m_b, m_h, m_i, m_j,
                     b_b, b_h, b_i, b_j, (q_end, k_end), low, high, scale, cap,
                     BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
-                dl = tl.zeros((BM,), tl.float32)
-                if WITH_DL:
-                    at = DL + b * dl_b + h * dl_h + i.to(tl.int64) * dl_n
-                    dl = tl.load(at, mask=i < q_end, other=0.0).to(tl.float32)
+                dl = _of_rows(DL, b * dl_b + h * dl_h, i, dl_n, q_end, BM, WITH_DL)
                 total += _score_cotangents(s, l2, dl, O, Rest, DO, V + b * v_b + h_kv * v_h, own, b * do_b + h * do_h,
                     do_n, v_n, m0, n0, m_, n, q_end, k_end, y_scale, inverse_beta, E, BE, REST)  # fmt: skip
         else:

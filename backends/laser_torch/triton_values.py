@@ -21,10 +21,20 @@ UNSPECIALIZED = (
 ).split()
 
 
+MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: a sum with it is rounded to an integer, which its lowest bits show
+
+
+@triton.jit
+def near_integer(y):
+    """The integer nearest to y, and for y beyond 2^22 one that is not far."""
+    return (y + MAGIC) - MAGIC
+
+
 @triton.jit
 def pow2(n):
-    """2^n of int32, exactly; n from −126 to 127."""
-    return ((tl.minimum(tl.maximum(n, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+    """2^n of an integer as float32, exactly; n from −126 to 127."""
+    bits = (tl.minimum(tl.maximum(n, -126.0), 127.0) + MAGIC).to(tl.int32, bitcast=True)
+    return ((bits + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -35,19 +45,17 @@ def is_finite(x):
 
 @triton.jit
 def near_exp2(y):
-    """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; others are cut off."""
-    y = tl.minimum(tl.maximum(y, -126.0), 126.0)  # a NaN too
-    t = y + 12582912.0  # 1.5·2^23: the sum is rounded to an integer, which its lowest bits show
-    power = tl.exp2(y - (t - 12582912.0)).to(tl.int32, bitcast=True)
+    """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; beyond, anything."""
+    t = y + MAGIC
+    power = tl.exp2(y - (t - MAGIC)).to(tl.int32, bitcast=True)
     return (power + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scaled_exp2(y, c):
     """2^(y − c), the same bits times a power of two for every integer c."""
-    far = tl.abs(y) > 2097152.0  # there, y is an integer or half of one
-    n = tl.where(far, tl.floor(y + 0.5), (y + 12582912.0) - 12582912.0)
-    return tl.exp2(y - n) * pow2((n - c).to(tl.int32))
+    n = near_integer(y)
+    return tl.exp2(y - n) * pow2(n - c)
 
 
 @triton.jit
@@ -121,19 +129,30 @@ def length_of(Lengths, b, limit, GIVEN: tl.constexpr):
         return limit
 
 
+@triton.jit
+def _rows_to(base, start, stride, n, e, final, width, COLUMNS: tl.constexpr):
+    """The tile of rows ``start + n``; beyond the final row, that one again: no extreme changes by it."""
+    at = base + tl.minimum(start + n, final).to(tl.int64)[:, None] * stride + e[None, :]
+    if COLUMNS:
+        return tl.load(at, mask=(e < width)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_pass(
     K, V, X, Partial, C, Flags, Counters, KeyLengths,
     k_b, k_h, k_n, v_b, v_h, v_n,
     heads, key_length, blocks, span, y_scale,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    LENGTHS: tl.constexpr, LINEAR: tl.constexpr, KEYS: tl.constexpr,
+    LENGTHS: tl.constexpr, LINEAR: tl.constexpr, KEYS: tl.constexpr, SUMS: tl.constexpr,
     RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """X, c and the flags. Grid: B·Hkv · blocks, each of ``span`` keys.
 
-    A program writes X for c = 0, and of its keys the range of βv·log2e, the sum of X and whether all is finite. The
-    last one of a head, whichever it is, then decides for the head, from what all have written.
+    A program writes X for c = 0 as if all were finite and near, and of its keys the range of βv·log2e, the sum of X if
+    that can matter (SUMS), and whether all is finite. The last one of a head, whichever it is, then decides for the
+    head, from what all have written.
 
     Partial: ``(B·Hkv, blocks, 3, EP)``, then ``(B·Hkv, blocks)``. Counters: zeros, ``(1 + B·Hkv,)``; the first stays 0.
     """
@@ -141,6 +160,7 @@ def value_pass(
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     n, d, e = tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, EP)
     end = length_of(KeyLengths, b, key_length, LENGTHS)
+    final = tl.maximum(end - 1, 0)
     last = tl.minimum((block + 1) * span, key_length)
     V += b * v_b + h * v_h
     K += b * k_b + h * k_h
@@ -155,49 +175,49 @@ def value_pass(
     total = tl.zeros((HALF, EP), tl.float32)
     odd = tl.zeros((BLOCK, EP // 8), tl.float32)  # NaN where something is not finite
     odd_keys = tl.zeros((BLOCK, DP // 8), tl.float32)
-    k = tl.zeros((BLOCK, DP), K.dtype.element_ty)
     if KEYS:
-        k = load_rows(K, block * span, k_n, n[:, None], d[None, :], end, D, True, D != DP)
-    v = load_rows(V, block * span, v_n, n[:, None], e[None, :], end, E, True, E != EP)
+        k = _rows_to(K, block * span, k_n, n, d, final, D, D != DP)
+    else:
+        k = tl.zeros((BLOCK, DP), K.dtype.element_ty)
+    v = _rows_to(V, block * span, v_n, n, e, final, E, E != EP)
     for start in range(block * span, last, BLOCK):
-        v32 = v.to(tl.float32)
-        v = load_rows(V, start + BLOCK, v_n, n[:, None], e[None, :], end, E, True, E != EP)  # on its way meanwhile
-        fine = is_finite(v32)
-        odd += tl.sum((v32 * 0.0).reshape(BLOCK, EP // 8, 8), 2)
-        if LINEAR:
-            x = tl.where(fine, v32, 0.0)
-        else:
-            y = v32 * y_scale
+        x = v.to(tl.float32)
+        v = _rows_to(V, start + BLOCK, v_n, n, e, final, E, E != EP)  # on its way meanwhile
+        odd += tl.sum((x * 0.0).reshape(BLOCK, EP // 8, 8), 2)
+        if not LINEAR:
+            y = x * y_scale
             x = near_exp2(y)
-            counts = fine & (start + n < end)[:, None] & (e < E)[None, :]
-            y = tl.where(counts, y, float("nan")).reshape(2, HALF, EP)  # which neither minimum nor maximum sees
-            low = tl.minimum(low, tl.min(y, 0))
-            high = tl.maximum(high, tl.max(y, 0))
-            total += tl.sum(tl.where(counts, x, 0.0).reshape(2, HALF, EP), 0)
+            low = tl.minimum(low, tl.min(y.reshape(2, HALF, EP), 0))
+            high = tl.maximum(high, tl.max(y.reshape(2, HALF, EP), 0))
+            if SUMS:
+                total += tl.sum(tl.where((start + n < end)[:, None], x, 0.0).reshape(2, HALF, EP), 0)
         if KEYS:
             odd_keys += tl.sum((k.to(tl.float32) * 0.0).reshape(BLOCK, DP // 8, 8), 2)
-            k = load_rows(K, start + BLOCK, k_n, n[:, None], d[None, :], end, D, True, D != DP)
+            k = _rows_to(K, start + BLOCK, k_n, n, d, final, D, D != DP)
         at = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
         tl.store(at, x.to(X.dtype.element_ty), mask=(start + n < last)[:, None] & (e < E)[None, :])
     if not LINEAR:
         own = Own + block * (3 * EP) + e
         tl.store(own, tl.min(low, 0))
         tl.store(own + EP, tl.max(high, 0))
-        tl.store(own + 2 * EP, tl.sum(total, 0))
-    tl.store(Odd + block, tl.sum(odd) + tl.sum(odd_keys))
+        if SUMS:
+            tl.store(own + 2 * EP, tl.sum(total, 0))
+    keys = tl.sum(odd_keys)
+    tl.store(Odd + block, tl.sum(odd) + tl.where(keys == keys, 0.0, float("inf")))  # ∞: a key only
     tl.debug_barrier()  # all that this program has stored comes before its count
     if tl.atomic_add(Counters + 1 + head, 1, sem="acq_rel") == blocks - 1:
         _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, blocks, key_length, y_scale,
-            E, EP, BLOCK, WIDE, LINEAR, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
+            E, EP, HALF, WIDE, LINEAR, SUMS, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
 
 
 @triton.jit
 def _decide(
     V, X, Partial, Odd, C, Flag, end, v_n, blocks, key_length, y_scale,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LINEAR: tl.constexpr,
-    RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
+    SUMS: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
-    """c and the flags of one head, and its X once more where c is not zero.
+    """c and the flags of one head, and its X once more where c is not zero or something is not finite.
 
     All limits in bits. Inside: every channel spans at most RANGE, and ΣX is at most 2^SUM times its least X.
     Then c = 0 where βv·log2e is between EASY_LOW and EASY_HIGH; otherwise it brings the top to TOP, or the middle to 0
@@ -219,33 +239,50 @@ def _decide(
             highs = tl.load(at + EP, mask=there, other=float("-inf"), cache_modifier=".cg")
             low = tl.minimum(low, tl.min(lows, 0))
             high = tl.maximum(high, tl.max(highs, 0))
-            total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0, cache_modifier=".cg"), 0)
-    flags = tl.where(odd == odd, 0, 2)
+            if SUMS:
+                total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0, cache_modifier=".cg"), 0)
+    flags = tl.where(tl.abs(odd) < float("inf"), 0, 2)
+    again = odd != odd
     c = tl.zeros((EP,), tl.float32)
     if not LINEAR:
+        if again:  # the same without what is not finite
+            low = tl.full((EP,), float("inf"), tl.float32)
+            high = tl.full((EP,), float("-inf"), tl.float32)
+            total = tl.zeros((EP,), tl.float32)
+            for start in range(0, end, BLOCK):
+                v = load_rows(V, start, v_n, n[:, None], e[None, :], end, E, True, E != EP).to(tl.float32)
+                fine = is_finite(v) & (start + n < end)[:, None]
+                y = tl.where(fine, v, 0.0) * y_scale
+                low = tl.minimum(low, tl.min(tl.where(fine, y, float("inf")), 0))
+                high = tl.maximum(high, tl.max(tl.where(fine, y, float("-inf")), 0))
+                total += tl.sum(tl.where(fine, near_exp2(y), 0.0), 0)
         some = (high >= low) & (e < E)
-        # where X for c = 0 is out of float32, its sum says nothing; the count is used instead
-        tame = some & (high < 120) & (low > -120)
-        spread = tl.where(tame, tl.log2(tl.where(tame, total, 1.0)) - low, high - low + tl.log2(key_length + 0.0))
-        far = some & ~((high - low <= RANGE) & (spread <= SUM))
+        far = some & ~(high - low <= RANGE)
+        if SUMS:
+            # where X for c = 0 is out of float32, its sum says nothing; the count is used instead
+            tame = some & (high < 120) & (low > -120)
+            spread = tl.where(tame, tl.log2(tl.where(tame, total, 1.0)) - low, high - low + tl.log2(key_length + 0.0))
+            far = far | (some & ~(spread <= SUM))
         flags |= tl.max(far.to(tl.int32))
         hard = some & ~((low >= EASY_LOW) & (high <= EASY_HIGH))
         if TOP == 0:
             middle = tl.floor(low + (high - low) * 0.5 + 0.5)
         else:
             middle = tl.ceil(high) - TOP
-        c = tl.where(hard, middle, 0.0)
-    tl.store(C + e, tl.minimum(tl.maximum(c, -(2.0**30)), 2.0**30).to(tl.int32))
+        c = tl.where(hard, tl.minimum(tl.maximum(middle, -(2.0**30)), 2.0**30), 0.0)
+        again |= tl.max(tl.abs(c)) > 0
+    tl.store(C + e, c.to(tl.int32))
     tl.store(Flag, flags)
-    if not LINEAR:
-        if (tl.max(tl.abs(c)) > 0) & (flags % 2 == 0):
-            for start in range(0, end, BLOCK):
-                v = load_rows(V, start, v_n, n[:, None], e[None, :], end, E, True, E != EP).to(tl.float32)
-                fine = is_finite(v)
-                y = v * y_scale
-                x = tl.where(fine, scaled_exp2(tl.where(fine, y, c[None, :]), c[None, :]), 0.0)
-                to = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
-                tl.store(to, x.to(X.dtype.element_ty), mask=(start + n < end)[:, None] & (e < E)[None, :])
+    if again & (flags % 2 == 0):
+        for start in range(0, key_length, BLOCK):
+            v = load_rows(V, start, v_n, n[:, None], e[None, :], end, E, True, E != EP).to(tl.float32)
+            fine = is_finite(v)
+            if LINEAR:
+                x = tl.where(fine, v, 0.0)
+            else:
+                x = tl.where(fine, scaled_exp2(tl.where(fine, v * y_scale, c[None, :]), c[None, :]), 0.0)
+            to = X + tl.cast(start, tl.int64) * E + (n[:, None] * E + e[None, :])
+            tl.store(to, x.to(X.dtype.element_ty), mask=(start + n < key_length)[:, None] & (e < E)[None, :])
 
 
 @triton.jit

@@ -1,0 +1,360 @@
+"""Backward kernel for Hopper (sm_90a), in Gluon: five matrix products per tile, and the same bits every time.
+
+    p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dk = scale·dsᵀ·Q    dq = scale·ds·K
+
+A program owns 128 keys, 64 for each of its two warpgroups, whose dk and dv stay in registers, and walks over the
+queries in tiles of 64. What a tile adds to dq goes through shared memory to a warp of its own, the adder, which has the
+tensor memory accelerator add it to a float32 array.
+
+The order of these additions is fixed: a query tile takes the parts of its key tiles from the first to the last, and
+counts them (``turns``). So a key tile waits for none but earlier ones of the same head. Work is drawn from a counter,
+earlier key tiles of a head before later ones, and a program finishes what it has drawn before it draws again: of the
+key tiles drawn and not finished, the one that was drawn first waits for nobody, whatever the number of programs that
+run at a time. Hence there is no deadlock. All walk over the queries from the last to the first, so that they follow one
+another at a distance of one step, and with a causal mask the shortest walks come last.
+
+Device code only: nothing of the host is imported here.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, valid-type, operator, untyped-decorator, no-redef"
+# ruff: noqa: RUF005
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_forward import _follow
+from .hopper_movers import ADDERS, KEYS, ROWS, adder, first_queries, place, producer
+
+
+@gluon.jit
+def _flat(tile):
+    """A tile as a matrix."""
+    rows: gl.constexpr = tile.shape[2]
+    width: gl.constexpr = tile.shape[3]
+    return tile._reinterpret(tile.dtype, [rows, width], gl.NVMMASharedLayout(tile.layout.swizzle_byte_width, 16, 2))
+
+
+@gluon.jit
+def _half(tile, WHICH: gl.constexpr):
+    """Half of the columns of a tile: it lies in shared memory as panels of as many columns as are swizzled."""
+    rows: gl.constexpr = tile.shape[len(tile.shape) - 2]
+    width: gl.constexpr = tile.shape[len(tile.shape) - 1]
+    layout: gl.constexpr = gl.NVMMASharedLayout(tile.layout.swizzle_byte_width, 16, 2)
+    return tile._reinterpret(tile.dtype, [2, rows, width // 2], layout).index(WHICH)
+
+
+@gluon.jit
+def _clean(tile):
+    """Zero what is not finite: where a pair is hidden, ds is 0, and 0·NaN would be NaN."""
+    D: gl.constexpr = tile.shape[3]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    matrix = _flat(tile)
+    a = matrix.load(layout)
+    matrix.store(gl.where(gl.abs(a.to(gl.float32)) < float("inf"), a, 0.0).to(tile.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _zero():
+    """0, of which the compiler does not know: what rests on it is worked out where it stands, not ahead of a loop."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _row(rows_s, stage, WHICH: gl.constexpr, layout: gl.constexpr):
+    """Row 0 or 1 of what came with a tile of queries, in every row of a tile."""
+    width: gl.constexpr = rows_s.shape[3]
+    rows = rows_s.index(stage)._reinterpret(gl.float32, [2, width], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.expand_dims(rows.index(WHICH).load(gl.SliceLayout(0, layout)), 0)
+
+
+@gluon.jit
+def _scores(k_s, q_s, q_full, it, wanted, WHICH: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+    """Start the product of the keys with the it-th tile of queries; not wanted: with whatever is there."""
+    stage = it % STAGES
+    mbarrier.wait(q_full.index(stage), (it // STAGES) & 1, pred=wanted)
+    QUERIES: gl.constexpr = q_s.shape[3]
+    zero = gl.zeros([ROWS, QUERIES], gl.float32, layout)
+    k = _flat(k_s.index(WHICH + _zero()))
+    return warpgroup_mma(k, _flat(q_s.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr):
+    """Start the product of ds with the keys: half of the columns, or of the queries, of the it-th tile."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    dq = gl.zeros([ROWS, ROWS], gl.float32, layout)
+    base = _zero()
+    for w in gl.static_range(2):
+        ds = ds_s.index(it % 2 * 2 + w)
+        if QUERIES > ROWS:
+            part = _half(ds, WHICH)
+            k = _flat(k_s.index(base + w))
+        else:
+            part = ds._reinterpret(ds.dtype, [ROWS, ROWS], ds.layout)
+            k = _half(k_s.index(base + w), WHICH)
+        dq = warpgroup_mma(part.permute((1, 0)), k, dq, use_acc=w > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
+    """Give what the it-th tile adds to dq to the adder."""
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
+    part = it % ADDERS
+    mbarrier.wait(dq_free.index(part), ((it // ADDERS) & 1) ^ 1)
+    # the elements of a thread lie together, in which no two meet in a bank; so they lie in global memory too
+    layout: gl.constexpr = gl.SharedLinearLayout(
+        [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
+    )
+    dq_s.index(part * 2 + WHICH)._reinterpret(gl.float32, [ROWS, ROWS], layout).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(part))
+
+
+@gluon.jit
+def _step(
+    s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
+    unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    SHIFT: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """The ``it``-th tile of queries, whose scores are there; the scores of the next, and dq of the one before.
+
+    So none of the warpgroups waits for what the other does in the same tile.
+    """
+    q_full, g_full, _k_full, _k_free, _x_full, _x_free, done, _dq_full, _dq_free, _drawn, _taken = bars
+    s_layout: gl.constexpr = s.type.layout
+    operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    UNSHIFT: gl.constexpr = 2.0**-SHIFT
+    QUERIES: gl.constexpr = q_s.shape[3]
+    stage = it % STAGES
+    q = _flat(q_s.index(stage))
+    g = _flat(g_s.index(stage))
+
+    if careful & (it + 1 < last):
+        mbarrier.wait(q_full.index((it + 1) % STAGES), ((it + 1) // STAGES) & 1)
+        _clean(q_s.index((it + 1) % STAGES))
+    zero = gl.zeros([ROWS, QUERIES], gl.float32, s_layout)
+    mbarrier.wait(g_full.index(stage), (it // STAGES) & 1)
+    x = _flat(x_s.index(WHICH + _zero()))
+    dp = warpgroup_mma(x, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+    p = gl.exp2(s * scale2 - (_row(rows_s, stage, 1, s_layout) - SHIFT))
+    if MASKED:
+        key = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout)) + _zero(), 1)
+        p = gl.where(key < len_k - first_key, p, 0.0)
+        if CAUSAL:
+            query = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s_layout)), 0)
+            p = gl.where(query - key >= first_key - first_query - offset, p, 0.0)
+    if EARLY:
+        dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+    else:
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+    ds = p * (dp * unit + _row(rows_s, stage, 0, s_layout) * UNSHIFT)
+    if not EARLY:
+        dv = warpgroup_mma(gl.convert_layout(p.to(g_s.dtype), operand), g, dv, is_async=True)
+    rounded = ds.to(q_s.dtype)
+    dk = warpgroup_mma(gl.convert_layout(rounded, operand), q, dk, is_async=True)
+    # the other warpgroup has gone through the tile before: its part of ds is there, and none of the one before is read
+    mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1, pred=it > 0)
+    ds_s.index(it % 2 * 2 + WHICH).store(rounded)
+    dv = warpgroup_mma_wait(1, deps=(dv,))  # its weights need registers no longer
+    if FIRST:
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+        s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
+    else:
+        dq = _queries(k_s, ds_s, it - 1, WHICH, QUERIES)
+        dk = warpgroup_mma_wait(2, deps=(dk,))
+        s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        _hand_over(dq, dq_s, bars, it - 1, WHICH)
+    if FIRST:  # otherwise that of what is handed over serves for ds too
+        fence_async_shared()
+    mbarrier.arrive(done.index(stage))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    return s, dk, dv
+
+
+@gluon.jit
+def _at(first, len_k, head, D: gl.constexpr, layout: gl.constexpr):
+    """Where the rows from ``first`` of a head lie in an array (B·Hk, Lk, D), and which there are."""
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
+    at = (head.to(gl.int64) * len_k + first) * D + (row * D + column)
+    return at, (row < len_k - first) & (column < D)
+
+
+@gluon.jit
+def _consumer(
+    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
+    len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    SHIFT: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    q_full, _g_full, k_full, k_free, x_full, x_free, done, _dq_full, _dq_free, drawn, taken = bars
+    D: gl.constexpr = k_s.shape[4]
+    UNSHIFT: gl.constexpr = 2.0**-SHIFT
+    QUERIES: gl.constexpr = q_s.shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    it = 0
+    served = 0
+    turn = 0
+    index = _follow(turn, place_s, drawn, taken, True)
+    while index < tiles:
+        k_tile, kv = place(index, heads, head_span, k_tiles)
+        first_key = k_tile * KEYS + WHICH * ROWS
+        first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
+        # from which tile on no query is without one of these keys
+        full = first
+        if CAUSAL:
+            full = gl.maximum(first, gl.cdiv(gl.maximum(first_key + ROWS - 1 - offset, 0), QUERIES))
+        full = gl.minimum(gl.where(first_key + ROWS > len_k, q_tiles, full), q_tiles)
+        dk = gl.zeros([ROWS, D], gl.float32, layout)
+        dv = gl.zeros([ROWS, D], gl.float32, layout)
+        if first < q_tiles:
+            flags = gl.load(flags_ptr + kv)
+            # a row is not finite, or one that sees no key, of which nobody knows, may be among those of a tile
+            careful = flags >= 4
+            if CAUSAL:
+                careful = careful | (first * QUERIES + offset < 0)
+            mbarrier.wait(k_full, served & 1)
+            if (flags & 2) != 0:  # a key or value is not finite
+                _clean(k_s.index(WHICH))
+            if careful:
+                mbarrier.wait(q_full.index(it % STAGES), (it // STAGES) & 1)
+                _clean(q_s.index(it % STAGES))
+            s = _scores(k_s, q_s, q_full, it, True, WHICH, STAGES, s_layout)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.wait(x_full, served & 1)
+            last = it + group * (q_tiles - first)
+            s, dk, dv = _step(
+                s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, (q_tiles - 1) * QUERIES,
+                len_k, offset, scale2, unit, careful,
+                WHICH, CAUSAL, True, True, SHIFT, STAGES, EARLY,
+            )  # fmt: skip
+            it += 1
+            for member in range(group):
+                begin = gl.where(member == 0, 1, 0)
+                for _ in range(begin, q_tiles - full):
+                    s, dk, dv = _step(
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
+                        len_k, offset, scale2, unit, careful,
+                        WHICH, CAUSAL, False, False, SHIFT, STAGES, EARLY,
+                    )  # fmt: skip
+                    it += 1
+                for t in range(gl.maximum(begin, q_tiles - full), q_tiles - first):
+                    s, dk, dv = _step(
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key,
+                        (q_tiles - 1 - t) * QUERIES, len_k, offset, scale2, unit, careful,
+                        WHICH, CAUSAL, False, True, SHIFT, STAGES, EARLY,
+                    )  # fmt: skip
+                    it += 1
+            mbarrier.arrive(x_free)
+            mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
+            dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES),))
+            mbarrier.arrive(k_free)
+            _hand_over(dq, dq_s, bars, it - 1, WHICH)
+            served += 1
+        # x is read anew from global memory: a read of shared memory may come after the barrier that frees it; dv
+        # takes its place
+        at, there = _at(first_key, len_k, kv, D, layout)
+        dv *= gl.load(x_ptr + at, mask=there, other=0.0).to(gl.float32) * UNSHIFT
+        gl.store(x_ptr + at, dv.to(x_ptr.dtype.element_ty), mask=there)
+        gl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=there)
+        turn += 1
+        index = _follow(turn, place_s, drawn, taken, True)
+
+
+# the sizes are not specialised for: one kernel per form of problem, whatever its sizes
+@gluon.jit(
+    do_not_specialize=[
+        "len_k", "offset", "heads_k", "heads", "group", "q_tiles", "k_tiles", "tiles", "head_span",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, x_ptr, dk_ptr, flags_ptr, turns_ptr,
+    len_k, offset, scale, scale2, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    SHIFT: gl.constexpr, EARLY: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dk, dv, and dq unscaled in float32, of the heads that are not flagged; arguments as ``hopper.backward`` has."""
+    dtype: gl.constexpr = q_desc.dtype
+    QUERIES: gl.constexpr = q_desc.block_type.shape[2]
+    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    g_s = gl.allocate_shared_memory(dtype, [STAGES] + g_desc.block_type.shape, g_desc.layout)
+    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
+    k_s = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
+    x_s = gl.allocate_shared_memory(dtype, [2] + x_desc.block_type.shape, x_desc.layout)
+    ds_s = gl.allocate_shared_memory(dtype, [4, ROWS, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
+    dq_s = gl.allocate_shared_memory(gl.float32, [2 * ADDERS] + dq_desc.block_type.shape, dq_desc.layout)
+    place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    dq_free = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(done.index(i), count=2)
+        mbarrier.init(g_full.index(i), count=1)
+    for i in gl.static_range(ADDERS):
+        mbarrier.init(dq_free.index(i), count=1)
+        mbarrier.init(dq_full.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(drawn.index(i), count=1)
+        mbarrier.init(taken.index(i), count=2 + ADDERS)
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(k_free, count=2)
+    mbarrier.init(x_full, count=1)
+    mbarrier.init(x_free, count=2)
+    bars = (q_full, g_full, k_full, k_free, x_full, x_free, done, dq_full, dq_free, drawn, taken)
+    # the arguments are written out: in a variable, the compile-time ones would become run-time ones
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
+                len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                0, CAUSAL, STAGES, SHIFT, EARLY,
+            )),
+            (_consumer, (
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
+                len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                1, CAUSAL, STAGES, SHIFT, EARLY,
+            )),
+            (producer, (
+                q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
+                turns_ptr, flags_ptr,
+                offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+                CAUSAL, STAGES,
+            )),
+            (adder, (
+                dq_desc, dq_s, place_s, bars, turns_ptr,
+                offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+                0, QUERIES, CAUSAL,
+            )),
+            (adder, (
+                dq_desc, dq_s, place_s, bars, turns_ptr,
+                offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+                1, QUERIES, CAUSAL,
+            )),
+        ],
+        [4, 1, 1, 1],
+        [REGISTERS, 24, 24, 24],
+    )
+    # fmt: on

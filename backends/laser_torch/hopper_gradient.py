@@ -1,0 +1,146 @@
+"""Host side of the Hopper backward kernel: its tiles and the launch. It serves what the forward kernel does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .hopper import L2_BYTES, ROWS
+
+
+class Tiles(NamedTuple):
+    """How a problem is cut: ``stages`` tiles of queries in flight."""
+
+    stages: int
+    early: bool  # whether dv's product starts before ds is worked out
+    registers: int
+
+
+TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
+
+
+def queries(width: int) -> int:
+    """Of a tile."""
+    return 8192 // width
+
+
+def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
+    """The compile-time arguments of the kernel."""
+    return {
+        "CAUSAL": causal,
+        "STAGES": cut.stages,
+        "SHIFT": 15 if half else 0,  # float16 needs its whole range of exponents for the weights
+        "EARLY": cut.early,
+        "REGISTERS": cut.registers,
+    }
+
+
+def blocks(width: int) -> dict[str, tuple[list[int], int]]:
+    """The tiles by the name of the argument, and how many bytes are swizzled in shared memory."""
+    of_queries, of_keys = ([1, 1, queries(width), width], 128), ([1, 1, ROWS, width], 128)
+    return {
+        "q_desc": of_queries,
+        "g_desc": of_queries,
+        "rows_desc": ([2, 1, queries(width)], 0),
+        "k_desc": of_keys,
+        "x_desc": of_keys,
+        "dq_desc": ([ROWS, ROWS], 0),  # of a warpgroup, in an order of its own
+    }
+
+
+def lies(block: list[int], swizzled: int, size: int) -> Any:
+    """How a tile of elements of so many bytes lies in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzled, 8 * size, len(block))
+
+
+def _tiles(block: list[int], swizzled: int) -> launch.Tiles:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return launch.Tiles(
+        lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies(block, swizzled, x.itemsize))
+    )
+
+
+class Prepared(NamedTuple):
+    """The launches, and how their arrays are cut into tiles."""
+
+    launch: launch.Launch
+    rounding: launch.Launch
+    tiles: list[launch.Tiles]  # of q, g, rows, k, x and the sums
+    q_tiles: int
+
+
+Shape = Sequence[int]
+
+
+def prepare(
+    q: Shape, k: Shape, dtype: torch.dtype, device: torch.device,
+    beta: float, scale: float, causal_offset: int | None, cut: Tiles = TILES,
+) -> Prepared:  # fmt: skip
+    """What :func:`backward` needs, for one form of call.
+
+    Args:
+        q: The shape (B, Hq, Lq, D) of the queries.
+        k: (B, Hk, Lk, D), Hq a multiple of Hk.
+        dtype: float16 or bfloat16.
+        device: Where they are.
+        beta: The inverse temperature, not 0.
+        scale: Of the scores, > 0.
+        causal_offset: Query i sees the keys ≤ i + offset; None: all.
+        cut: The tiles.
+    """
+    from . import hopper_backward, hopper_movers
+
+    (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
+    causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
+    q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
+    count = batch * heads_k * k_tiles
+    span = max(1, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+    scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    main = launch.Launch(
+        hopper_backward.backward_kernel, min(count, processors),
+        (len_k, offset, scale, scale2, unit, heads_k, batch * heads_k, group, q_tiles, k_tiles,
+         count, min(span, batch * heads_k)),
+        **constants(cut, causal, half), num_warps=4,
+    )  # fmt: skip
+    rounding = launch.Launch(
+        hopper_movers.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
+        QUERIES=queries(width), D=width, CAUSAL=causal, num_warps=4,
+    )  # fmt: skip
+    return Prepared(main, rounding, [_tiles(*b) for b in blocks(width).values()], q_tiles)
+
+
+def backward(
+    made: Prepared, q: Tensor, k: Tensor, x: Tensor, g: Tensor, rows: Tensor, flags: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, of the heads that are not flagged: what those of the others hold is for another to write.
+
+    p = 2^(scale·log2e·<q_i, k_j> − l2)    ds = p ∘ (G·Xᵀ/β + r)
+    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
+
+    Args:
+        made: By :func:`prepare` for arrays like these.
+        q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
+        k: (B, Hk, Lk, D), likewise.
+        x: (B, Hk, Lk, D), contiguous, 2^(βv·log2e − c), finite; dv takes its place.
+        g: (B, Hq, Lq, D), contiguous, do·2^(c − βo·log2e), finite.
+        rows: (2, B·Hq, L), float32, L ≥ Lq a multiple of 128: r, and the log-sum-exp in base 2, +∞ from Lq on and
+            where nothing flows through a query.
+        flags: (B·Hk,), int32; odd: not this head; 2: its keys may not be finite; 4: nor its queries.
+    """
+    heads = q.shape[0] * q.shape[1]
+    dq, dk = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k))
+    sums = torch.empty((heads * made.q_tiles * 2 * ROWS, ROWS), dtype=torch.float32, device=q.device)
+    turns = torch.zeros((1 + heads * made.q_tiles,), dtype=torch.int32, device=q.device)
+    arrays = (q, g, rows, k, x, sums)
+    made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), x, dk, flags, turns)
+    made.rounding(sums, dq, flags)
+    return dq, dk, x
