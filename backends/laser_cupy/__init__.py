@@ -5,6 +5,8 @@ The kernels are the ``.cu`` files beside this one, compiled at run time: ``hardw
 passes again as ``…_exact``, for heads outside the fast range; ``bias`` (gradients of what is broadcast) and
 ``decode`` (few queries against a long cache). ``host`` and ``decode`` launch them as ``build`` has compiled them, on
 CuPy arrays through ``cuda``, and on NumPy arrays through ``emulated``: the same source on a CPU.
+On Hopper GPUs ``hopper_passes``, ``hopper_forward`` and ``hopper_backward`` take the place of ``values``, ``rows`` and
+the two passes where ``hopper.why_not`` has no objection; ``hopper.cu`` is what they ask of that hardware.
 :func:`laser_attention` and :func:`laser_attention_vjp` take torch tensors, JAX arrays and all else on a CUDA device
 that speaks DLPack.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from laser_core import Problem
@@ -101,7 +102,7 @@ class Build:
             cap=problem.logits_soft_cap is not None,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return build
+            return dataclasses.replace(build, resident=3) if build.wide <= 64 and build.padded <= 64 else build
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -182,5 +183,10 @@ def source(*parts: str, hardware: str = "hardware.cu") -> str:
     """The source of some parts, or of all kernels, in one piece."""
     files = dict.fromkeys(file for part in parts or PARTS for file in PARTS[part][0])
     names = (hardware, *(f"{name}.cu" for name in ("float32", "common", *files)))
+    return joined(names)
+
+
+def joined(names: Sequence[str]) -> str:
+    """Files of this folder in one piece."""
     folder = Path(__file__).parent
     return "\n".join(f'#line 1 "{name}"\n' + (folder / name).read_text(encoding="utf-8") for name in names)

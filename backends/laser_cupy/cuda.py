@@ -11,11 +11,17 @@ import cupy
 from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
-from . import decode, host
+from . import decode, hopper, host
 from .build import KERNELS, THREADS, Build, source
 
 OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
 OPTIONS = ("-std=c++17",)
+
+
+@functools.cache
+def capability(device: int) -> int:
+    """The compute capability of a device: 90 for 9.0."""
+    return int(cupy.cuda.Device(device).compute_capability)
 
 
 @functools.cache
@@ -25,10 +31,9 @@ def kernel(build: Build, name: str, device: int) -> Any:
     Raises:
         Unsupported: The device is too old.
     """
-    with cupy.cuda.Device(device) as place:
-        capability = int(place.compute_capability)
-        if capability < OLDEST:
-            raise Unsupported(f"device: got compute capability {capability}; allowed: {OLDEST} or later")
+    with cupy.cuda.Device(device):
+        if capability(device) < OLDEST:
+            raise Unsupported(f"device: got compute capability {capability(device)}; allowed: {OLDEST} or later")
         function = _module(build, KERNELS[name], device).get_function(name)
         if build.shared(name) > 48 << 10:
             function.max_dynamic_shared_size_bytes = build.shared(name)
@@ -63,6 +68,19 @@ class _Machine:
 
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)
+
+    def special_forward(
+        self, x: host.Call, out: Array, residual: Array, lse: Array
+    ) -> tuple[host.Values, Array] | None:
+        return hopper.forward(x, out, residual, lse) if self._hopper_serves(x.problem) else None
+
+    def special_backward(
+        self, x: host.Call, forward: Forward, d_out: Array, d_lse: Array | None, dq: Array, dk: Array, dv: Array
+    ) -> tuple[host.Values, host.Rows] | None:
+        return hopper.backward(x, forward, d_out, d_lse, dq, dk, dv) if self._hopper_serves(x.problem) else None
+
+    def _hopper_serves(self, problem: Problem) -> bool:
+        return capability(self.device) == hopper.CAPABILITY and hopper.why_not(problem) is None
 
 
 def forward(problem: Problem, inputs: Inputs) -> Forward:

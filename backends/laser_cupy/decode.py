@@ -40,7 +40,7 @@ def splits(heads: int, keys: int, slots: int) -> int:
     def busy(n: int) -> float:
         return heads * n / (-(-heads * n // slots) * slots)
 
-    return next((n for n in range(1, most + 1) if busy(n) >= 0.9), max(range(1, most + 1), key=busy))
+    return next((n for n in range(1, most + 1) if busy(n) >= 0.98), max(range(1, most + 1), key=busy))
 
 
 def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:

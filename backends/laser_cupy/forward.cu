@@ -41,7 +41,7 @@ __device__ __forceinline__ float output_of(float exp_form, float expm1_form, con
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     PROBLEM, const element* q, const element* k, const element* x, const element* rest, const int* c, const int* flags,
-    element* out, float* residual, float* lse) {
+    element* out, float* residual, float* lse, const u32* wanted) {
   const Problem pr = THE_PROBLEM;
   SHARED_MEMORY(raw);
   element* k_tiles = (element*)raw;                      // two of [KEYS, DP]
@@ -50,6 +50,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   const Head at = head_of(pr, blockIdx.x / blocks);
   if (flags[at.key] & OUTSIDE) return;
   const int i0 = (blocks - 1 - blockIdx.x % blocks) * QUERIES;  // causal: the longest first
+  if (wanted) {  // bit 4 * (row % 8) + row / 8 of a word for 16 rows: only these, because another kernel has the others
+    const int strips = (pr.query_length + 15) / 16;
+    wanted += (i64)at.query * strips + i0 / 16;
+    u32 any = 0;
+    for (int n = 0; n < QUERIES / 16 && i0 / 16 + n < strips; n++) any |= wanted[n];
+    if (!any) return;
+  }
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int own = i0 + warp * 16 * STRIPS + g;  // the first row of this thread; others are 8 * n further
   const i64 keys = (i64)at.key * pr.key_length;
@@ -265,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float sum = row_sum(l[w][h]);
-      there[w][h] = own + w * 16 + h * 8 < pr.query_length;
+      there[w][h] = own + w * 16 + h * 8 < pr.query_length && (!wanted || wanted[warp * STRIPS + w] >> 4 * g + h & 1);
       empty[w][h] = sum == 0.f;
       over_total[w][h] = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][2 * h]) : NOT_A_NUMBER;
       if (t == 0 && there[w][h]) lse[row + w * 16 + h * 8] = empty[w][h] ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);

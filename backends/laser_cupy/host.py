@@ -36,6 +36,18 @@ class Machine(Protocol):
     def aligned(self, x: Array) -> bool:
         """Whether the memory of ``x`` begins at a multiple of 16 bytes."""
 
+    def special_forward(self, x: Call, out: Array, residual: Array, lse: Array) -> tuple[Values, Array] | None:
+        """The value pass and the heads inside the fast range by kernels for this machine alone, if some serve the call.
+
+        Returns:
+            What the value pass makes, and a word for each 16 rows with the rows that are left to the portable kernel.
+        """
+
+    def special_backward(
+        self, x: Call, forward: Forward, d_out: Array, d_lse: Array | None, dq: Array, dk: Array, dv: Array
+    ) -> tuple[Values, Rows] | None:
+        """The same of the gradients."""
+
 
 NOTHING = np.uint64(0)  # a null pointer
 
@@ -191,12 +203,12 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
         return Forward(out, lse, xp.zeros(problem.out_shape, dtype=xp.float32) if keep else None)
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
-    v = values(x)
     out = x.empty(*problem.out_shape)
     residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
     blocks = -(-problem.query_length // x.build.queries)
-    x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse)
+    v, left = machine.special_forward(x, out, residual, lse) or (values(x), NOTHING)
+    x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, left)
     workers = min(WORKERS, problem.query_length)
     x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
     return Forward(out, lse, residual if keep else None)
@@ -237,6 +249,11 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     return Rows(o, do, dl, l, r, g, marks, scales)
 
 
+def _with_rows(x: Call, forward: Forward, d_out: Array, d_lse: Array | None) -> tuple[Values, Rows]:
+    v = values(x)
+    return v, rows(x, v, forward, d_out, d_lse)
+
+
 def backward(
     machine: Machine, problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
 ) -> Gradients:
@@ -247,9 +264,6 @@ def backward(
     grouped, given = problem, inputs
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
-    v = values(x)
-    r = rows(x, v, forward, d_out, d_lse)
-
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
     workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
@@ -257,12 +271,15 @@ def backward(
     if given.beta is not None:
         shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
-    pairs = (r.l, r.r, r.marks)
-    of_keys = (x.q, x.k, x.v, v.x, r.g, *pairs, v.c, r.scales, v.flags, dk, dv, dbetas[0])
-    x.run("backward_keys", x.key_value_heads * k_blocks, *of_keys)
-    if x.build.split:
-        x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
-    x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
+    made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
+    v, r = made or _with_rows(x, forward, d_out, d_lse)
+    if made is None:
+        pairs = (r.l, r.r, r.marks)
+        of_keys = (x.q, x.k, x.v, v.x, r.g, *pairs, v.c, r.scales, v.flags, dk, dv, dbetas[0])
+        x.run("backward_keys", x.key_value_heads * k_blocks, *of_keys)
+        if x.build.split:
+            x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
+        x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
     exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
     x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
     x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, dbetas[1], np.int32(workers[1]))

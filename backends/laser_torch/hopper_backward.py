@@ -241,8 +241,8 @@ def _consumer(
                 WHICH, CAUSAL, True, True, SHIFT, STAGES, EARLY,
             )  # fmt: skip
             it += 1
-            begin = 1
-            for _ in range(group):
+            for member in range(group):
+                begin = gl.where(member == 0, 1, 0)
                 for _ in range(begin, q_tiles - full):
                     s, dk, dv = _step(
                         s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
@@ -257,7 +257,6 @@ def _consumer(
                         WHICH, CAUSAL, False, True, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
-                begin = 0
             mbarrier.arrive(x_free)
             mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
             dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES),))

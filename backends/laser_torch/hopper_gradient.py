@@ -21,9 +21,7 @@ class Tiles(NamedTuple):
     registers: int
 
 
-def tiles(width: int) -> Tiles:
-    """How the backward kernel is cut for head dimension ``width``: see docs/hopper-log.md for what that rests on."""
-    return Tiles(2, width == 64, 240)
+TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
 
 
 def queries(width: int) -> int:
@@ -84,7 +82,7 @@ Shape = Sequence[int]
 
 def prepare(
     q: Shape, k: Shape, dtype: torch.dtype, device: torch.device,
-    beta: float, scale: float, causal_offset: int | None, cut: Tiles | None = None,
+    beta: float, scale: float, causal_offset: int | None, cut: Tiles = TILES,
 ) -> Prepared:  # fmt: skip
     """What :func:`backward` needs, for one form of call.
 
@@ -96,12 +94,11 @@ def prepare(
         beta: The inverse temperature, not 0.
         scale: Of the scores, > 0.
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        cut: The tiles; None: :func:`tiles`.
+        cut: The tiles.
     """
     from . import hopper_backward, hopper_movers
 
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
-    cut = cut or tiles(width)
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
     count = batch * heads_k * k_tiles

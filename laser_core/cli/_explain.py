@@ -69,6 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--beta", type=_beta, default=1.0, metavar="X", help="a number, or array (default: 1)")
     options.add_argument("--soft-cap", type=float, metavar="X", help="bound of the scores")
     options.add_argument("--return-lse", action="store_true", help="with the log-sum-exp")
+    options.add_argument("--no-gradient", action="store_true", help="of a call that no backward pass will follow")
     options.add_argument("--backend", nargs="+", metavar="NAME", help="ask for this one, or try these in order")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -110,7 +111,8 @@ def _problem(options: argparse.Namespace) -> Problem:
         logits_soft_cap=options.soft_cap,
         return_lse=options.return_lse,
     )
-    return dataclasses.replace(problem, framework=framework, device=device, dtype=options.dtype)
+    gradient = not options.no_gradient
+    return dataclasses.replace(problem, framework=framework, device=device, dtype=options.dtype, gradient=gradient)
 
 
 def _stand_in(name: str, shape: tuple[int, ...], kind: type = float) -> NDArray[np.generic]:

@@ -1,0 +1,393 @@
+"""The Hopper kernels: what they serve, their tiles, how they are compiled, and the launches."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import numpy as np
+
+from laser_core import Forward, Problem
+from laser_core._array import Array
+
+from . import host
+from .build import THREADS, Build, joined
+
+CAPABILITY = 90
+SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
+WARPGROUP = 128
+SHARED = 227 << 10  # bytes that a block may have
+L2_BYTES = 24 << 20  # k and X of the heads that run together should fit in this much
+COMMON = ("hardware.cu", "common.cu")
+OPTIONS = ("-std=c++17", "-arch=sm_90a")
+CHUNK = 64  # keys of a block of a pass over the values
+WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the Hopper kernels do not serve a problem that the portable ones do; None if they do."""
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"dtype {problem.dtype} (supported: float16, bfloat16)"
+    for name, size in (("head dim D", problem.head_dim), ("value dim E", problem.value_dim)):
+        if not SMALLEST <= size <= 128:
+            return f"{name} = {size} (supported: {SMALLEST} … 128)"
+    if problem.value_dim % 8:
+        return f"value dim E = {problem.value_dim} (supported: multiples of 8)"
+    if problem.beta is None or abs(problem.beta) < 1:
+        return "beta (supported: a number with |beta| ≥ 1)"
+    for name in ("mask_shape", "bias_shape", "logits_soft_cap"):
+        if getattr(problem, name) is not None:
+            return f"{name.removesuffix('_shape')} (supported: none)"
+    if problem.scale <= 0:
+        return f"scale = {problem.scale}: the row maximum is taken before it is multiplied (supported: > 0)"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """What is compiled into all of these kernels, and all that is into those of ``hopper_passes.cu``.
+
+    Attributes:
+        half: float16; otherwise bfloat16.
+        columns: Of q and k: D rounded up to 8.
+        value_dim: E rounded up to 16.
+    """
+
+    half: bool
+    columns: int
+    value_dim: int
+
+    SOURCES: ClassVar[tuple[str, ...]] = (*COMMON, "hopper_passes.cu")
+    ALLOWED: ClassVar[dict[str, Any]] = {"columns": range(8, 129, 8), "value_dim": range(16, 129, 16)}
+
+    def __post_init__(self) -> None:
+        """Refuse what the kernels or the hardware do not have."""
+        for name, values in self.ALLOWED.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: {', '.join(map(str, values))}")
+        if self.shared > SHARED:
+            raise ValueError(f"shared memory of a block: got {self.shared} bytes; allowed: {SHARED}")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of tiles of q and k, and of X."""
+        d, e = (64 if n <= 64 else 128 for n in (self.columns, self.value_dim))
+        return d, e
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory of a block, with room to begin at a multiple of 1024."""
+        return 0
+
+    @property
+    def values(self) -> dict[str, int]:
+        """The definitions by name."""
+        return {
+            "FLOAT16": int(self.half),
+            "FLOAT32": 0,
+            "WIDTH": self.columns,
+            "EP": self.value_dim,
+            "EXP": 1,
+            "EXPM1": 0,
+            "CAP": 0,
+        }
+
+    @property
+    def definitions(self) -> tuple[str, ...]:
+        """Compiler options."""
+        return tuple(f"-D{name}={value}" for name, value in self.values.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles(Operands):
+    """What is compiled into the forward kernel.
+
+    Attributes:
+        consumers: Warpgroups of 64 queries.
+        keys: Of a tile.
+        stages: Tiles of k, and of x, in shared memory.
+        turns: Consumers take turns in issuing products.
+        dynamic: Work is drawn from a counter; otherwise every block has its share from the start.
+        lazy: Bits that the running maximum of a row may be behind, so that sums are seldom made smaller.
+    """
+
+    consumers: int = 2
+    keys: int = 128
+    stages: int = 2
+    turns: bool = False
+    dynamic: bool = True
+    lazy: int = 0
+
+    # of a producer's and of a consumer's thread; together no more than a block is launched with
+    REGISTERS: ClassVar = {2: (40, 232), 3: (32, 160)}
+    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_forward.cu")
+    ALLOWED: ClassVar = Operands.ALLOWED | {
+        "consumers": (2, 3),
+        "keys": (64, 128),
+        "stages": range(2, 9),
+        "lazy": (0, 8),
+    }
+
+    def __post_init__(self) -> None:
+        """Refuse what the kernels or the hardware do not have."""
+        super().__post_init__()
+        if self.half and self.lazy:
+            raise ValueError(f"lazy: got {self.lazy}; allowed: 0, because float16 has no bits to spare")
+
+    @classmethod
+    def of(cls, problem: Problem) -> ForwardTiles:
+        """The tiles for a problem: docs/cuda-hopper-log.md says what they rest on."""
+        build, half = Build.of(problem), problem.dtype == "float16"
+        small = max(build.columns, build.value_dim) <= 64
+        tiles = cls(half, build.columns, build.value_dim, turns=True)
+        return dataclasses.replace(tiles, consumers=3, stages=4, lazy=0 if half else 8) if small else tiles
+
+    @property
+    def queries(self) -> int:
+        """Queries of a block."""
+        return 64 * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARPGROUP * (1 + self.consumers)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
+        d, e = self.widths
+        return 2 * (self.queries * d + self.stages * self.keys * (d + e)) + 8 * (7 + 4 * self.stages) + 1024
+
+    @property
+    def values(self) -> dict[str, int]:
+        """The definitions by name."""
+        producer, consumer = self.REGISTERS[self.consumers]
+        return super().values | {
+            "CONSUMERS": self.consumers,
+            "KEYS": self.keys,
+            "STAGES": self.stages,
+            "TURNS": int(self.turns),
+            "DYNAMIC": int(self.dynamic),
+            "LAZY": self.lazy,
+            "PRODUCER_REGISTERS": producer,
+            "CONSUMER_REGISTERS": consumer,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles(Operands):
+    """What is compiled into the backward kernels: ``stages`` tiles of 64 queries in shared memory, of 128 keys one."""
+
+    stages: int = 2
+
+    QUERIES: ClassVar = 64
+    KEYS: ClassVar = 128
+    THREADS: ClassVar = 3 * WARPGROUP
+    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_backward.cu", "hopper_queries.cu")
+    ALLOWED: ClassVar = Operands.ALLOWED | {"stages": range(2, 9)}
+
+    @classmethod
+    def of(cls, problem: Problem) -> BackwardTiles:
+        """The tiles for a problem."""
+        build = Build.of(problem)
+        small = max(build.columns, build.value_dim) <= 64
+        return cls(problem.dtype == "float16", build.columns, build.value_dim, stages=3 if small else 2)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
+        d, e = self.widths
+        operands = 2 * (self.KEYS + self.stages * self.QUERIES) * (d + e)
+        exchanged = 2 * 2 * self.KEYS * self.QUERIES + 4 * self.QUERIES * d
+        return operands + exchanged + 4 * 2 * self.QUERIES * self.stages + 8 * (10 + 2 * self.stages) + self.KEYS + 1024
+
+    @property
+    def values(self) -> dict[str, int]:
+        """The definitions by name."""
+        return super().values | {"STAGES": self.stages}
+
+
+@functools.cache
+def kernel(tiles: Operands, name: str, device: int) -> Any:
+    """A kernel; CuPy keeps the machine code on disk. ``device`` is the current one."""
+    function = _module(tiles, device).get_function(name)
+    if name in ("hopper_forward", "hopper_backward"):
+        function.max_dynamic_shared_size_bytes = tiles.shared
+    return function
+
+
+@functools.cache
+def _module(tiles: Operands, device: int) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=joined(tiles.SOURCES), options=(*OPTIONS, *tiles.definitions))
+
+
+@functools.cache
+def _encode() -> Any:
+    """The driver's function that writes a tensor map: CuPy has no binding of it."""
+    return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+
+
+def tensor_map(x: Array, rows: int, half: bool) -> Any:
+    """A tensor map of ``x (heads, L, width)``, adjacent, whose tiles are of so many rows and of 64 columns.
+
+    Raises:
+        RuntimeError: The driver refuses.
+    """
+    heads, length, width = x.shape
+    room = np.zeros(192, dtype=np.uint8)
+    start = -room.ctypes.data % 64
+    sizes = (ctypes.c_uint64 * 3)(width, length, heads)
+    strides = (ctypes.c_uint64 * 2)(2 * width, 2 * width * length)
+    box, steps = (ctypes.c_uint32 * 3)(64, rows, 1), (ctypes.c_uint32 * 3)(1, 1, 1)
+    kind, plain, swizzle, promotion, zeros = (6 if half else 9), 0, 3, 2, 0  # float16, bfloat16; 128 bytes; 128 bytes
+    to, data = ctypes.c_void_p(room.ctypes.data + start), ctypes.c_void_p(x.data.ptr)
+    error = _encode()(to, kind, 3, data, sizes, strides, box, steps, plain, swizzle, promotion, zeros)
+    if error:
+        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for a matrix of {tuple(x.shape)}")
+    return room[start : start + 128].view("V128")
+
+
+def _passes(x: host.Call) -> Operands:
+    return Operands(x.problem.dtype == "float16", x.build.columns, x.build.value_dim)
+
+
+def _run(
+    x: host.Call, tiles: Operands, name: str, grid: int, *arguments: Any, threads: int = THREADS, shared: int = 0
+) -> None:
+    function = kernel(tiles, name, x.q.device.id)
+    function((grid,), (threads,), (*x.common, *arguments), shared_mem=shared)
+
+
+def values(x: host.Call) -> tuple[host.Values, Array]:
+    """The value pass, in which ``rest`` is room for :func:`rest_of_values`; and zeros, for the keys that need it."""
+    xp, heads, keys, width = x.machine.xp, x.key_value_heads, x.problem.key_length, x.build.value_dim
+    blocks = -(-keys // CHUNK)
+    zeros = xp.zeros(heads * (2 * width + 2), dtype=xp.int32)
+    flags, needed, ranges = zeros[:heads], zeros[heads : 2 * heads], zeros[2 * heads :]
+    c, hard = x.empty(heads, width, dtype=xp.int32), x.empty(heads, dtype=xp.int32)
+    made = x.empty(heads, keys, width)
+    sizes = (np.int32(blocks), np.int32(CHUNK))
+    _run(x, _passes(x), "hopper_values", heads * blocks, x.v, flags, ranges, made, *sizes)
+    _run(x, _passes(x), "hopper_decide", heads, ranges, c, flags, hard)
+    again = (x.v, c, hard, made, np.int32(0), np.int32(WORKERS))
+    _run(x, _passes(x), "hopper_values_again", heads * WORKERS, *again)
+    return host.Values(made, made, c, flags), needed
+
+
+def rest_of_values(x: host.Call, v: host.Values, needed: Array) -> host.Values:
+    """The same with what the rounding of X loses, of the first ``needed`` keys of each head."""
+    rest = x.empty(*v.x.shape)
+    again = (x.v, v.c, needed, rest, np.int32(1), np.int32(WORKERS))
+    _run(x, _passes(x), "hopper_values_again", v.x.shape[0] * WORKERS, *again)
+    return v._replace(rest=rest)
+
+
+def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> tuple[host.Values, Array]:
+    """The value pass, and the output of heads inside the fast range.
+
+    Returns:
+        What the value pass makes, and a word for each 16 rows: those in which few keys carry the weight, which are
+        left to the portable kernel.
+    """
+    v, needed = values(x)
+    few = forward_alone(x, v, out, residual, lse, needed)
+    return rest_of_values(x, v, needed), few
+
+
+def forward_alone(
+    x: host.Call,
+    v: host.Values,
+    out: Array,
+    residual: Array | None,
+    lse: Array,
+    needed: Array,
+    tiles: ForwardTiles | None = None,
+) -> Array:
+    """The forward kernel: the words of :func:`forward`, and how many keys of each head they need exactly."""
+    xp, problem = x.machine.xp, x.problem
+    tiles = tiles or ForwardTiles.of(problem)
+    few = x.empty(x.heads, -(-problem.query_length // 16), dtype=xp.uint32)
+    counter = xp.zeros(1, dtype=xp.int32)
+    blocks = -(-problem.query_length // tiles.queries)
+    grid = min(x.heads * blocks, x.machine.processors)
+    section = max(1, L2_BYTES // (2 * problem.key_length * sum(tiles.widths))) * problem.group
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys))]
+    scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section, x.heads)))
+    outputs = (out, host.NOTHING if residual is None else residual, lse, few, needed, counter)
+    arguments = (*maps, v.c, v.flags, *outputs, *scalars)
+    _run(x, tiles, "hopper_forward", grid, *arguments, threads=tiles.threads, shared=tiles.shared)
+    return few
+
+
+def backward(
+    x: host.Call, forward: Forward, d_out: Array, d_lse: Array | None, dq: Array, dk: Array, dv: Array
+) -> tuple[host.Values, host.Rows]:
+    """The gradients of heads inside the fast range.
+
+    Returns:
+        What the passes make.
+    """
+    v, _ = values(x)
+    tiles = BackwardTiles.of(x.problem)
+    r, records = rows(x, v, forward, d_out, d_lse, tiles)
+    backward_alone(x, v, r, records, dq, dk, dv, tiles)
+    return v, r
+
+
+def rows(
+    x: host.Call, v: host.Values, forward: Forward, d_out: Array, d_lse: Array | None, tiles: BackwardTiles
+) -> tuple[host.Rows, Array]:
+    """The passes over queries and keys, and the records of queries that the backward kernel reads."""
+    xp, problem, heads = x.machine.xp, x.problem, x.heads
+    q_tiles = -(-problem.query_length // tiles.QUERIES)
+    records = x.empty(heads * q_tiles, 2, tiles.QUERIES, dtype=xp.float32)
+    if tiles.half:  # G has a scale that is known after a pass over all of it
+        r = host.rows(x, v, forward, d_out, d_lse)
+        _run(x, tiles, "hopper_rows", heads * q_tiles, r.l, r.r, r.scales, records, np.int32(q_tiles))
+        return r, records
+    do = host.matrix(x.machine, d_out, problem.value_dim)
+    o = host.matrix(x.machine, forward.out if forward.residual is None else forward.residual, problem.value_dim)
+    lse = xp.ascontiguousarray(forward.lse).reshape(-1)
+    dl: Any = host.NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
+    count = heads * problem.query_length
+    l, g = x.empty(count, dtype=xp.float32), x.empty(count, x.build.value_dim)
+    marks = x.empty(x.key_value_heads * problem.key_length, dtype=xp.float32)
+    lanes = 16 if max(x.build.columns, x.build.value_dim) > 64 else 8
+    grid = -(-heads * q_tiles * tiles.QUERIES * lanes // THREADS)
+    sizes = (np.int32(q_tiles), np.int32(tiles.QUERIES))
+    _run(x, _passes(x), "hopper_terms", grid, x.q, o, do, lse, dl, v.c, v.flags, l, records, g, *sizes)
+    blocks = -(-problem.key_length // THREADS)
+    _run(x, _passes(x), "hopper_marks", x.key_value_heads * blocks, x.k, v.flags, marks, np.int32(blocks))
+    scales = xp.zeros((x.key_value_heads, 2), dtype=xp.int32)
+    return host.Rows(o, do, dl, l, records, g, marks, scales), records
+
+
+def backward_alone(
+    x: host.Call,
+    v: host.Values,
+    r: host.Rows,
+    records: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    tiles: BackwardTiles | None = None,
+) -> None:
+    """The backward kernel, and what its sums are turned into dq by."""
+    xp, problem = x.machine.xp, x.problem
+    tiles = tiles or BackwardTiles.of(problem)
+    q_tiles, k_tiles = -(-problem.query_length // tiles.QUERIES), -(-problem.key_length // tiles.KEYS)
+    count, work = x.heads * q_tiles, x.key_value_heads * k_tiles
+    zeros = xp.zeros(count + 1, dtype=xp.int32)
+    sums = x.empty(count, tiles.QUERIES * tiles.widths[0], dtype=xp.float32)
+    g = r.g.reshape(x.heads, problem.query_length, -1)
+    operands = ((x.q, tiles.QUERIES), (x.k, tiles.KEYS), (v.x, tiles.KEYS), (g, tiles.QUERIES))
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
+    side = (v.c, records, r.scales, v.flags, sums, zeros[:count], zeros[count:], dk, dv)
+    sizes = (np.int32(work), np.int32(k_tiles), np.int32(q_tiles))
+    blocks, shape = min(work, x.machine.processors), {"threads": tiles.THREADS, "shared": tiles.shared}
+    _run(x, tiles, "hopper_backward", blocks, *maps, x.v, *side, *sizes, **shape)
+    _run(x, tiles, "hopper_queries", count, sums, r.scales, v.flags, dq, np.int32(q_tiles))

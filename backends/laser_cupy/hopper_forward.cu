@@ -1,0 +1,318 @@
+// Forward on Hopper: flash attention over (q, k, X), and o = log(acc/l * 2^c)/beta at the end.
+//
+// A block is a producer warp, which has tiles copied, and CONSUMERS warpgroups of 64 queries each. Blocks are persistent:
+// the producer draws tiles of queries from a counter and tells the consumers. A consumer begins the product of q with key
+// tile j + 1, then that of the weights of tile j with x, and makes the weights of the former while the latter runs: the
+// tensor cores are busy while exponentials are taken. Key tiles go from the last to the first.
+//
+// Rows in which few keys carry the weight are left to the portable kernel, which adds what the rounding of X lost: here it
+// would cost every row registers. `few` has a word for 16 rows: bit 4 * (row % 8) + row / 8; `needed` how
+// many keys of a head those rows see.
+
+#define TILE (64 * CONSUMERS)  // queries
+#define FEW (4.f * (1 << P_SHIFT))
+#define Q_BYTES (64 * DT * 2)  // of a consumer
+#define K_BYTES (KEYS * DT * 2)
+#define X_BYTES (KEYS * ET * 2)
+
+struct Shared {  // offsets of tiles are multiples of 1024 bytes
+  u8 q[CONSUMERS][Q_BYTES];  // [DT/64][64][64]
+  u8 k[STAGES][K_BYTES];     // [DT/64][KEYS][64]
+  u8 x[STAGES][X_BYTES];     // [ET/64][KEYS][64]
+  u64 q_full, q_free, k_full[STAGES], k_free[STAGES], x_full[STAGES], x_free[STAGES], drawn_full[2], drawn_free[2];
+  int drawn[2];
+};
+
+// A tile of queries: heads come in sections whose keys share the L2 cache; in a section the longest rows come first
+struct Place { int head, i0; };
+__device__ __forceinline__ Place place_of(int index, int tiles, int heads, int section) {
+  const int begin = index / (section * tiles) * section, within = index - begin * tiles;
+  const int span = least(section, heads - begin);
+  return {begin + within % span, (tiles - 1 - within / span) * TILE};
+}
+
+// the key tiles that some query of i0 … i0 + TILE sees
+struct Span { int first, end; };
+__device__ __forceinline__ Span span_of(const Problem& p, const Head& at, int i0) {
+  const int i1 = least(i0 + TILE, at.q_end);
+  const int end = i1 <= i0 ? 0 : greatest(0, (least(at.k_end, i1 + p.high) + KEYS - 1) / KEYS);
+  return {least(greatest(0, i0 + p.low) / KEYS, end), end};
+}
+
+// The state of a row: what weights are relative to, which may be LAZY bits behind the greatest score; that score; the sum of
+// the weights. m and top in units of products of q and k.
+struct Row { float m = -INF, top = -INF, l = 0.f; };
+
+// Weights of a tile in place of its scores. Whether, and by what, old sums shrink.
+__device__ __forceinline__ bool weigh(float (&s)[KEYS / 8][4], Row (&row)[2], float (&shrink)[2], float factor) {
+  bool moves = false;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float top[2] = {row[h].top, -INF};  // two chains
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) top[n % 2] = fmaxf(top[n % 2], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    row[h].top = row_max(fmaxf(top[0], top[1]));
+    const float next = LAZY == 0 || row[h].top * factor > fmaf(row[h].m, factor, LAZY) ? row[h].top : row[h].m;
+    const float reference = next == -INF ? 0.f : next * factor, shift = P_SHIFT - reference;
+    moves |= next != row[h].m;
+    shrink[h] = next == row[h].m ? 1.f : exp2_fast(fmaf(row[h].m, factor, -reference));
+    row[h].m = next;
+    float sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+      s[n][2 * h] = exp2_fast(fmaf(s[n][2 * h], factor, shift));
+      s[n][2 * h + 1] = exp2_fast(fmaf(s[n][2 * h + 1], factor, shift));
+      sum[0] += s[n][2 * h];
+      sum[1] += s[n][2 * h + 1];
+    }
+    row[h].l = fmaf(row[h].l, shrink[h], sum[0] + sum[1]);
+  }
+  return LAZY == 0 || __any_sync(FULL_WARP, moves);
+}
+
+__device__ __forceinline__ void mask_tile(float (&s)[KEYS / 8][4], const Problem& p, const Head& at, int own, int j0) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int i = own + h * 8;
+    const int last = i < at.q_end ? least(at.k_end - 1, i + p.high) - j0 - t * 2 : -1, first = i + p.low - j0 - t * 2;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+        s[n][2 * h + r] = n * 8 + r <= last && n * 8 + r >= first ? s[n][2 * h + r] : -INF;
+  }
+}
+
+// log2 of a positive normal number: the exponent apart, so that a power of two changes nothing else
+__device__ __forceinline__ float log2_split(float a, int& n) {
+  const u32 bits = float_as_bits(a);
+  n = (int)(bits >> 23) - 127;
+  return log2_fast(bits_as_float((bits & 0x7FFFFFu) | 0x3F800000u));
+}
+
+__device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* x_map,
+                                        const int* flags, int* counter, int heads, int tiles, int section, Shared& sm) {
+  Ring<STAGES> ring;
+  int turn = 0;
+  for (int uses = 0;; turn++) {
+    const int index = DYNAMIC ? atomicAdd(counter, 1) : blockIdx.x + turn * gridDim.x;
+    barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
+    sm.drawn[turn % 2] = index;
+    barrier_arrive(&sm.drawn_full[turn % 2]);
+    if (index >= heads * tiles) return;
+    const Place place = place_of(index, tiles, heads, section);
+    const Head at = head_of(pr, place.head);
+    const Span span = span_of(pr, at, place.i0);
+    if (flags[at.key] & OUTSIDE || span.first == span.end) continue;
+    barrier_wait(&sm.q_free, uses++ % 2 ^ 1);
+    barrier_expect(&sm.q_full, CONSUMERS * Q_BYTES);
+#pragma unroll 1
+    for (int w = 0; w < CONSUMERS; w++) tile_copy<64, DT>(sm.q[w], q_map, place.i0 + w * 64, at.query, &sm.q_full);
+#pragma unroll 1
+    for (int tile = span.end - 1; tile >= span.first; tile--) {
+      barrier_wait(&sm.k_free[ring.stage], ring.parity ^ 1);
+      barrier_expect(&sm.k_full[ring.stage], K_BYTES);
+      tile_copy<KEYS, DT>(sm.k[ring.stage], k_map, tile * KEYS, at.key, &sm.k_full[ring.stage]);
+      barrier_wait(&sm.x_free[ring.stage], ring.parity ^ 1);
+      barrier_expect(&sm.x_full[ring.stage], X_BYTES);
+      tile_copy<KEYS, ET>(sm.x[ring.stage], x_map, tile * KEYS, at.key, &sm.x_full[ring.stage]);
+      ring.next();
+    }
+  }
+}
+
+// o, its float32 form, l and the rows in which few keys carry the weight, from acc, m and l of 64 rows
+__device__ __forceinline__ void finish(const Problem& pr, const Head& at, float (&acc)[ET / 8][4], const Row (&state)[2],
+                                       float factor, int own, const int2 (&c)[ET / 8], u16* out, float* residual,
+                                       float* lse, u32* few, int* needed) {
+  const int t = threadIdx.x % 4;
+  const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
+  float log_l[2];
+  int n_l[2];
+  bool seen[2], carried[2];
+  i64 row[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float sum = row_sum(state[h].l);
+    seen[h] = sum != 0.f;
+    carried[h] = seen[h] && sum < FEW * exp2_fast((state[h].top - state[h].m) * factor);
+    log_l[h] = log2_split(seen[h] ? sum : 1.f, n_l[h]);
+    if (sum != sum) log_l[h] = NOT_A_NUMBER;
+    const int i = own + h * 8;
+    row[h] = i < pr.query_length ? (i64)at.query * pr.query_length + i : -1;
+    if (t == 0 && row[h] >= 0) lse[row[h]] = seen[h] ? fmaf(state[h].m, factor, (float)(n_l[h] - P_SHIFT) + log_l[h]) * LN2 : -INF;
+  }
+  const u32 some = __ballot_sync(FULL_WARP, t < 2 && (t == 0 ? carried[0] : carried[1]));
+  const int strip = (own - threadIdx.x % 32 / 4) / 16, strips = (pr.query_length + 15) / 16;
+  if (threadIdx.x % 32 == 0 && strip < strips) {
+    few[(i64)at.query * strips + strip] = some;
+    // the portable kernel has 128 queries in a block at most, and 64 keys in a tile: what it reads has to be finite
+    if (some) atomicMax(needed + at.key, (least(at.k_end, (strip * 16 | 127) + 1 + pr.high) + 63) / 64 * 64);
+  }
+#pragma unroll
+  for (int n = 0; n < ET / 8; n += 2) {
+#pragma unroll
+    for (int part = 0; part < 2; part++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        int n_a;
+        const float a = acc[n + part][r], log_a = log2_split(a, n_a);
+        const int h = r / 2, whole = n_a - n_l[h] + (r % 2 ? c[n + part].y : c[n + part].x);
+        const float o = a == 0.f ? minus_infinity : ((float)whole + (log_a - log_l[h])) * per_beta;
+        acc[n + part][r] = seen[h] ? o : 0.f;
+      }
+    const int even_lane = t % 2 == 0, four = (n + t % 2) * 8 + t / 2 * 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const u32 even = pack(acc[n][2 * h], acc[n][2 * h + 1]), odd = pack(acc[n + 1][2 * h], acc[n + 1][2 * h + 1]);
+      // two lanes swap halves, so that each has four adjacent channels
+      const u32 got = __shfl_xor_sync(FULL_WARP, even_lane ? odd : even, 1);
+      if (row[h] >= 0 && four < pr.value_dim)
+        *(uint2*)(out + row[h] * pr.value_dim + four) = even_lane ? make_uint2(even, got) : make_uint2(got, odd);
+    }
+    if (!residual) continue;
+#pragma unroll
+    for (int part = 0; part < 2; part++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int two = (n + part) * 8 + t * 2;
+        if (row[h] >= 0 && two < pr.value_dim)
+          *(float2*)(residual + row[h] * pr.value_dim + two) = make_float2(acc[n + part][2 * h], acc[n + part][2 * h + 1]);
+      }
+  }
+}
+
+__device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* flags, u16* out, float* residual, float* lse,
+                                        u32* few, int* needed, int heads, int tiles, int section, Shared& sm) {
+  const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
+  const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const float factor = pr.scale * LOG2E;
+  Ring<STAGES> k_ring, x_ring;
+  if (TURNS && which == CONSUMERS - 1) named_arrive(1, 256);
+  auto turn_begins = [&] { if (TURNS) named_wait(1 + which, 256); };
+  auto turn_ends = [&] { if (TURNS) named_arrive(1 + (which + 1) % CONSUMERS, 256); };
+  for (int turn = 0, uses = 0;; turn++) {
+    barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);
+    const int index = sm.drawn[turn % 2];
+    __syncwarp();
+    if (first_lane) barrier_arrive(&sm.drawn_free[turn % 2]);
+    if (index >= heads * tiles) return;
+    const Place place = place_of(index, tiles, heads, section);
+    const Head at = head_of(pr, place.head);
+    const Span span = span_of(pr, at, place.i0);
+    if (flags[at.key] & OUTSIDE) continue;
+    const int own = place.i0 + row, i0 = place.i0 + which * 64, i1 = least(i0 + 64, pr.query_length);
+    float acc[ET / 8][4] = {}, shrink[2];
+    Row state[2];
+    int2 own_c[ET / 8];
+    auto load_c = [&] {
+#pragma unroll
+      for (int n = 0; n < ET / 8; n++) {
+        const int e = n * 8 + threadIdx.x % 4 * 2;
+        own_c[n] = e < EP ? *(const int2*)(c + (i64)at.key * CP + e) : make_int2(0, 0);
+      }
+    };
+    if (span.first == span.end) load_c();
+    else {
+      float s[KEYS / 8][4];
+      u32 p[KEYS / 16][4];
+      auto weights = [&](int tile) {  // p from s
+        const int j0 = tile * KEYS;
+        if (!all_visible(pr, at, i0, i1, j0, j0 + KEYS)) mask_tile(s, pr, at, own, j0);
+        return weigh(s, state, shrink, factor);
+      };
+      barrier_wait(&sm.q_full, uses++ % 2);
+      barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
+      turn_begins();
+      pin(s);
+      products_fence();
+      multiply_rows<64, KEYS, DT>(s, sm.q[which], sm.k[k_ring.stage]);
+      products_commit();
+      turn_ends();
+      products_wait<0>();
+      pin(s);
+      if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
+      k_ring.next();
+      weights(span.end - 1);
+      as_operand(p, s);
+#pragma unroll 1
+      for (int tile = span.end - 2; tile >= span.first; tile--) {
+        barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
+        turn_begins();
+        pin(s);
+        pin(acc);
+        pin(p);
+        products_fence();
+        multiply_rows<64, KEYS, DT>(s, sm.q[which], sm.k[k_ring.stage]);
+        products_commit();
+        barrier_wait(&sm.x_full[x_ring.stage], x_ring.parity);
+        multiply_columns(acc, p, sm.x[x_ring.stage]);
+        products_commit();
+        turn_ends();
+        products_wait<1>();
+        pin(s);
+        if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
+        k_ring.next();
+        const bool shrinks = weights(tile);
+        products_wait<0>();
+        pin(acc);
+        pin(p);
+        if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
+        x_ring.next();
+        if (shrinks)
+#pragma unroll
+          for (int n = 0; n < ET / 8; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) acc[n][r] *= shrink[r / 2];
+        as_operand(p, s);
+      }
+      if (first_lane) barrier_arrive(&sm.q_free);
+      barrier_wait(&sm.x_full[x_ring.stage], x_ring.parity);
+      pin(acc);
+      pin(p);
+      products_fence();
+      multiply_columns(acc, p, sm.x[x_ring.stage]);
+      products_commit();
+      load_c();  // while these products run
+      products_wait<0>();
+      pin(acc);
+      if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
+      x_ring.next();
+    }
+    finish(pr, at, acc, state, factor, own, own_c, out, residual, lse, few, needed);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
+    PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+    const __grid_constant__ TensorMap x_map, const int* c, const int* flags, u16* out, float* residual, float* lse,
+    u32* few, int* needed, int* counter, int heads, int tiles, int section) {
+  const Problem pr = THE_PROBLEM;
+  extern __shared__ u8 memory[];
+  Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
+  if (threadIdx.x == 0) {
+    barrier_init(&sm.q_full, 1);
+    barrier_init(&sm.q_free, 4 * CONSUMERS);
+    for (int n = 0; n < STAGES; n++) {
+      barrier_init(&sm.k_full[n], 1);
+      barrier_init(&sm.k_free[n], 4 * CONSUMERS);
+      barrier_init(&sm.x_full[n], 1);
+      barrier_init(&sm.x_free[n], 4 * CONSUMERS);
+    }
+    for (int n = 0; n < 2; n++) {
+      barrier_init(&sm.drawn_full[n], 1);
+      barrier_init(&sm.drawn_free[n], 4 * CONSUMERS);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    registers_give<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, flags, counter, heads, tiles, section, sm);
+  } else {
+    registers_take<CONSUMER_REGISTERS>();
+    consume(pr, c, flags, out, residual, lse, few, needed, heads, tiles, section, sm);
+  }
+}

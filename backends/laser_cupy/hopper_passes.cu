@@ -1,0 +1,187 @@
+// What comes before the Hopper kernels: passes over values, queries and keys that take as long as reading and writing them.
+//
+// values.cu reads the values twice: c has to be known before X = exp(beta*v) * 2^-c is written. Here X is written with c = 0
+// at once, and again for the heads where that is not in range: c is in no bit of the result. What the rounding of X loses
+// (`rest`) is needed where few keys carry a row, and made for the keys of such rows alone, when these are known.
+
+#define VECTORS (EP / 8)                // of a row of values, 16 bytes each
+#define ROWS (THREADS / VECTORS)        // of values that a block reads at once
+#define LANES (WIDTH > 64 || EP > 64 ? 16 : 8)  // of a row in hopper_terms
+#if FLOAT16
+#define EASY_LOW -14.f  // bits of X with c = 0 that are in range
+#define EASY_HIGH 15.f
+#else
+#define EASY_LOW -49.f
+#define EASY_HIGH 49.f
+#endif
+
+struct alignas(16) Eight {
+  u32 x[4];
+  __device__ __forceinline__ float operator[](int n) const { return widen((u16)(x[n / 2] >> n % 2 * 16)); }
+};
+__device__ __forceinline__ Eight rounded(const float (&x)[8]) {
+  return {{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])}};
+}
+
+// numbers as integers of the same order, all above 0
+__device__ __forceinline__ u32 ordered(float x) {
+  const u32 bits = float_as_bits(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
+
+// exp(beta*v) * 2^-c, or the rest of it after rounding; 0 where beta*v is not finite
+__device__ __forceinline__ float value_of(float v, float beta, int c, bool rest) {
+  const float y = beta * v;
+  int n;
+  const float mantissa = split_exp(y, fmaf(beta, v, -y), n), steps = 1 << 21;  // 11 bits of what is left
+  const float x = rest ? scaled(rintf((mantissa - rounded(mantissa)) * steps) / steps, n - c + REST_SHIFT) : scaled(mantissa, n - c);
+  return finite(y) ? x : 0.f;
+}
+
+// X [B*Hkv, Lk, EP] with c = 0, and the greatest beta*v and -beta*v of each channel: ranges [B*Hkv, 2, EP], zero before
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
+    PROBLEM, const u16* v, int* flags, u32* ranges, u16* x, int blocks, int chunk) {
+  const Problem p = THE_PROBLEM;
+  __shared__ float room[2][ROWS * EP];
+  const int kv = blockIdx.x / blocks, start = blockIdx.x % blocks * chunk, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
+  const Head at = head_of(p, kv * p.group);
+  float most[2][8];
+  for (int h = 0; h < 8; h++) most[0][h] = most[1][h] = -INF;
+  bool odd = false;
+  const int end = own < ROWS ? least(start + chunk, p.key_length) : 0;
+#pragma unroll 4
+  for (int j = start + own; j < end; j += ROWS) {
+    const i64 row = (i64)kv * p.key_length + j;
+    const bool inside = j < at.k_end && e < p.value_dim;
+    Eight from = {};
+    if (inside) from = *(const Eight*)(v + row * p.value_dim + e);
+    float to[8];
+#pragma unroll
+    for (int h = 0; h < 8; h++) {
+      const float y = p.beta * from[h];
+      to[h] = inside ? value_of(from[h], p.beta, 0, false) : 0.f;
+      odd |= !(y < INF);
+      if (inside && finite(y)) { most[0][h] = fmaxf(most[0][h], y); most[1][h] = fmaxf(most[1][h], -y); }
+    }
+    *(Eight*)(x + row * EP + e) = rounded(to);
+  }
+  if (own < ROWS)
+#pragma unroll
+    for (int h = 0; h < 8; h++)
+      for (int side = 0; side < 2; side++) room[side][own * EP + e + h] = most[side][h];
+  const bool any = __syncthreads_or(odd);
+  if (threadIdx.x == 0 && any) atomicOr(flags + kv, BROKEN);
+  for (int n = threadIdx.x; n < 2 * EP; n += THREADS) {
+    float top = -INF;
+    for (int r = 0; r < ROWS; r++) top = fmaxf(top, room[n / EP][r * EP + n % EP]);
+    if (top > -INF) atomicMax(ranges + (i64)kv * 2 * EP + n, ordered(top));
+  }
+}
+
+// The integers of each channel, and which heads are outside the fast range. hard [B*Hkv]: where X is to be made with c
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_decide(PROBLEM, const u32* ranges, int* c, int* flags, int* hard) {
+  const Problem p = THE_PROBLEM;
+  const int kv = blockIdx.x, e = threadIdx.x;
+  const float reach = fminf(MAX_BITS, SUM_BITS - log2f((float)greatest(p.key_length, 1)));
+  bool outside = false, easy = true;
+  int own = 0;
+  if (e < EP && ranges[(i64)kv * 2 * EP + e]) {
+    const float high = number(ranges[(i64)kv * 2 * EP + e]), low = -number(ranges[((i64)kv * 2 + 1) * EP + e]);
+    outside = !((high - low) * LOG2E <= reach);
+    easy = low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH;
+    own = outside ? 0 : (int)rintf(fminf(fmaxf((0.5f * low + 0.5f * high) * LOG2E, -1e9f), 1e9f));
+  }
+  const bool any_outside = __syncthreads_or(outside), any_hard = __syncthreads_or(!easy);
+  if (e < EP) c[(i64)kv * CP + e] = any_hard ? own : 0;
+  if (e) return;
+  if (any_outside) atomicOr(flags + kv, OUTSIDE);
+  hard[kv] = any_hard && !any_outside;
+}
+
+// X with c, of hard heads; or the rest of X, of the first `needed` keys of a head. Mostly there is little to do: `workers`
+// blocks for a head.
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
+    PROBLEM, const u16* v, const int* c, const int* needed, u16* x, int rest, int workers) {
+  const Problem p = THE_PROBLEM;
+  const int kv = blockIdx.x / workers, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
+  const int needs = rest ? least(needed[kv], p.key_length) : needed[kv] ? p.key_length : 0;
+  if (own >= ROWS) return;
+  const Head at = head_of(p, kv * p.group);
+  for (int j = blockIdx.x % workers * ROWS + own; j < needs; j += workers * ROWS) {
+    const i64 row = (i64)kv * p.key_length + j;
+    const bool inside = j < at.k_end && e < p.value_dim;
+    Eight from = {};
+    if (inside) from = *(const Eight*)(v + row * p.value_dim + e);
+    float to[8];
+#pragma unroll
+    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, c[(i64)kv * CP + e + h], rest) : 0.f;
+    *(Eight*)(x + row * EP + e) = rounded(to);
+  }
+}
+
+// bfloat16: what row_terms of backward.cu makes, and the records [heads, tiles][2][tile] of minus l and r that the Hopper
+// kernel reads. LANES lanes for a row.
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
+    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, int* flags, float* l,
+    float* rows, u16* g, int tiles, int tile) {
+  const Problem p = THE_PROBLEM;
+  const i64 n = ((i64)blockIdx.x * THREADS + threadIdx.x) / LANES;
+  const int lane = threadIdx.x % LANES, e = lane * 8, query = (int)(n / (tiles * tile)), i = (int)(n % (tiles * tile));
+  const Head at = head_of(p, query);
+  const i64 row = (i64)query * p.query_length + i;
+  const bool there = i < p.query_length;
+  const bool outside = flags[at.key] & OUTSIDE;
+  Eight from = {}, of_q = {};
+  float mean[8] = {}, to[8];
+  if (there && e < p.value_dim) {
+    from = *(const Eight*)(d_out + row * p.value_dim + e);
+    const float4 first = *(const float4*)(o + row * p.value_dim + e), second = *(const float4*)(o + row * p.value_dim + e + 4);
+    mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
+    mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
+  }
+  if (there && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
+  const float inverse = 1.f / p.beta;
+  float sum = 0.f;
+  u32 seen = 0;  // bits: q is not finite, o or do is not, do is not zero
+#pragma unroll
+  for (int h = 0; h < 8; h++) {
+    const float one = from[h], y = -p.beta * mean[h];
+    int exponent;
+    const float mantissa = split_exp(y, fmaf(-p.beta, mean[h], -y), exponent);
+    to[h] = one * scaled(mantissa, exponent + (e < EP ? c[(i64)at.key * CP + e + h] : 0)) * inverse;
+    sum = fmaf(one, inverse, sum);
+    seen |= (finite(of_q[h]) ? 0 : 1) | (finite(mean[h]) && finite(one) ? 0 : 2) | (one != 0.f ? 4 : 0);
+    if (one == 0.f) to[h] = 0.f;
+  }
+#pragma unroll
+  for (int m = 1; m < LANES; m *= 2) {
+    sum += __shfl_xor_sync(FULL_WARP, sum, m);
+    seen |= __shfl_xor_sync(FULL_WARP, seen, m);
+  }
+  const float dl = d_lse && there ? d_lse[row] : 0.f, own_lse = there ? lse[row] : -INF;
+  const bool nothing = own_lse == -INF || (!(seen & 4) && dl == 0.f);
+  const bool broken = (seen & 3) || !finite(own_lse) || !finite(dl), live = !nothing && !broken;
+  const float own_l = nothing ? INF : broken ? NOT_A_NUMBER : own_lse * LOG2E;
+#pragma unroll
+  for (int h = 0; h < 8; h++) if (!live || outside) to[h] = 0.f;
+  if (there && e < EP) *(Eight*)(g + row * EP + e) = rounded(to);
+  if (lane) return;
+  float* record = rows + ((i64)query * tiles + i / tile) * 2 * tile + i % tile;
+  record[0] = i < at.q_end ? -own_l : -INF;
+  record[tile] = live ? dl - sum : 0.f;
+  if (!there) return;
+  l[row] = own_l;
+  if ((seen & 1) || (!nothing && broken)) atomicOr(flags + at.key, ODD);
+}
+
+// NaN for keys that are not finite, otherwise 0, of heads outside the fast range: what the exact kernels read
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_marks(PROBLEM, const u16* k, const int* flags, float* marks, int blocks) {
+  const Problem p = THE_PROBLEM;
+  const int kv = blockIdx.x / blocks, j = blockIdx.x % blocks * THREADS + threadIdx.x;
+  if (!(flags[kv] & OUTSIDE) || j >= p.key_length) return;
+  const i64 row = (i64)kv * p.key_length + j;
+  bool odd = false;
+  for (int d = 0; d < WIDTH; d++) odd |= !finite(widen(k[row * WIDTH + d]));
+  marks[row] = odd ? NOT_A_NUMBER : 0.f;
+}

@@ -1,0 +1,41 @@
+// What comes before and after the Hopper backward kernel: the terms of queries in the order in which it reads them, and dq
+// from sums in the order in which it writes them.
+
+// Rows as the kernel below takes them: minus l and r of each tile of queries. rows [heads, tiles][2][QUERIES]
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_rows(
+    PROBLEM, const float* l, const float* r, const int* scales, float* rows, int tiles) {
+  const Problem pr = THE_PROBLEM;
+  const Head at = head_of(pr, blockIdx.x / tiles);
+  const int i = blockIdx.x % tiles * QUERIES + threadIdx.x % QUERIES;
+  const i64 row = (i64)at.query * pr.query_length + i;
+  float* to = rows + (i64)blockIdx.x * 2 * QUERIES + threadIdx.x;
+  if (threadIdx.x < QUERIES) *to = i < at.q_end ? P_SHIFT - l[row] : -INF;
+  else *to = i < at.q_end ? scaled(r[row], FLOAT16 ? -P_SHIFT - scales[2 * at.key + 1] : 0) : 0.f;
+}
+
+// dq from its sums
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_queries(
+    PROBLEM, const float4* sums, const int* scales, const int* flags, u16* dq, int tiles) {
+  const Problem pr = THE_PROBLEM;
+  const Head at = head_of(pr, blockIdx.x / tiles);
+  if (flags[at.key] & OUTSIDE) return;
+  const int tile = blockIdx.x % tiles, lane = threadIdx.x % 32, t = lane % 4, last = last_of(pr, at, tile);
+  const bool some = tile * QUERIES < at.q_end && last >= greatest(0, tile * QUERIES + pr.low) / KEYS;
+  const int n = scales[2 * at.key + 1], own = tile * QUERIES + threadIdx.x / 32 * 16 + lane / 4;
+  sums += (i64)blockIdx.x * (SUMS / 4) + threadIdx.x;
+#pragma unroll
+  for (int m = 0; m < DT / 8; m += 2) {
+    float4 even = make_float4(0.f, 0.f, 0.f, 0.f), odd = even;
+    if (some) { even = sums[m * 128]; odd = sums[m * 128 + 128]; }
+    const float a[2][4] = {{even.x, even.y, even.z, even.w}, {odd.x, odd.y, odd.z, odd.w}};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const u32 one = pack(scaled(a[0][2 * h] * pr.scale, n), scaled(a[0][2 * h + 1] * pr.scale, n));
+      const u32 two = pack(scaled(a[1][2 * h] * pr.scale, n), scaled(a[1][2 * h + 1] * pr.scale, n));
+      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? one : two, 1);
+      const int i = own + h * 8, d = (m + t % 2) * 8 + t / 2 * 4;
+      if (i < pr.query_length && d < WIDTH)
+        *(uint2*)(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d) = t % 2 ? make_uint2(got, two) : make_uint2(one, got);
+    }
+  }
+}
