@@ -65,7 +65,8 @@ def mosaic(session: nox.Session) -> None:
     """The Pallas kernels for GPUs, in JAX's interpreter and compiled for an H200; they need JAX 0.11."""
     session.install(*CONSTRAINED, ".[conformance,jax]")
     session.install(*CONSTRAINED, "--no-deps", *COMPILER)
-    session.run("pytest", "tests/test_mosaic.py", *session.posargs, env={"LASER_REQUIRE": "jax,jax_cuda13_plugin"})
+    tests = ("tests/test_mosaic.py", "tests/test_mosaic_backward.py")
+    session.run("pytest", *tests, *session.posargs, env={"LASER_REQUIRE": "jax,jax_cuda13_plugin"})
 
 
 @nox.session(tags=["quick"])
