@@ -40,6 +40,10 @@ for b in laser_core.backends().values():
     if (not b.frameworks or sys.argv[1] in b.frameworks) and (not b.devices or set(b.devices) - {"cpu"}):
         print(b.name)
 """
+COMPILER = (  # JAX's CUDA plugin as a compiler: what it needs where there is no GPU
+    *("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
+    *("nvidia-cuda-runtime", "nvidia-cuda-crt", "absl-py"),
+)
 CONSTRAINED = ("--constraint", ".ci/constraints.txt")
 
 if "PIP_FIND_LINKS" in os.environ:  # uv has its own name for it
@@ -54,6 +58,15 @@ def tests(session: nox.Session, framework: str) -> None:
     extras, required = FRAMEWORKS[framework]
     session.install(*CONSTRAINED, f".[{extras}]")
     session.run("pytest", *session.posargs, env={"LASER_REQUIRE": required})
+
+
+@nox.session(python="3.12")
+def mosaic(session: nox.Session) -> None:
+    """The Pallas kernels for GPUs, in JAX's interpreter and compiled for an H200; they need JAX 0.11."""
+    session.install(*CONSTRAINED, ".[conformance,jax]")
+    session.install(*CONSTRAINED, "--no-deps", *COMPILER)
+    tests = ("tests/test_mosaic.py", "tests/test_mosaic_backward.py")
+    session.run("pytest", *tests, *session.posargs, env={"LASER_REQUIRE": "jax,jax_cuda13_plugin"})
 
 
 @nox.session(tags=["quick"])

@@ -90,7 +90,8 @@ def test_explain_says_what_a_backend_would_take(call: Any) -> None:
 def test_explain_takes_every_option(call: Any) -> None:
     arguments = "--shape 2,8,16,64 --key-shape 2,4,32,64 --value-shape 2,4,32,48 --dtype bfloat16 --framework torch"
     arguments += " --device cuda --mask --bias 8,16,32 --lengths both --causal bottom_right --window 128,none"
-    arguments += " --scale 0.5 --beta array --soft-cap 30 --return-lse --no-gradient --backend streaming reference --json"
+    arguments += " --scale 0.5 --beta array --soft-cap 30 --return-lse --no-gradient"
+    arguments += " --backend streaming reference --json"
     code, out, err = call("explain", *arguments.split())
     assert (code, err) == (0, "")
     answer = json.loads(out)

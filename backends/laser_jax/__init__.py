@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
 
+from . import served
+
 if TYPE_CHECKING:
     from .functional import attention_fn as attention_fn
     from .functional import dot_product_attention as dot_product_attention
@@ -55,6 +57,22 @@ def _dpa_why_not(problem: Problem) -> str | None:
     return None
 
 
+def _mosaic_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import mosaic
+
+    done: Forward = mosaic.forward(problem, inputs)
+    return done
+
+
+def _mosaic_backward(
+    problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
+) -> Gradients:
+    from . import mosaic
+
+    gradients: Gradients = mosaic.backward(problem, inputs, forward, d_out, d_lse)
+    return gradients
+
+
 def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import tpu
 
@@ -100,6 +118,20 @@ DPA = Backend(
     why_not=_dpa_why_not,
     priority=lambda problem: 15,  # it materialises the scores, and was the slower of the two wherever both were timed
     residual=unrounded_output,
+)
+
+MOSAIC = Backend(
+    name="jax-mosaic",
+    summary="fused kernels in Pallas for NVIDIA Hopper: a flash kernel on exponentiated values, exact where it is not",
+    forward=_mosaic_forward,
+    backward=_mosaic_backward,
+    frameworks=("jax",),
+    devices=("cuda", "cpu") if served.INTERPRETING else ("cuda",),
+    dtypes=("float16", "bfloat16"),
+    requires=("jax",),
+    why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
+    priority=lambda problem: 50 if problem.device == "cuda" else -10,  # JAX's interpreter is for tests
+    residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )
 
 TPU = Backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +42,7 @@ def quiet() -> AbstractContextManager[object]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[Array, Array]:
-    return _forward(problem, backend, inputs)[0]
+    return _forward(dataclasses.replace(problem, gradient=False), backend, inputs)[0]
 
 
 def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:

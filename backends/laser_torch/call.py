@@ -21,7 +21,7 @@ from .tiles import ROWS, is_large
 INTERPRETED = not isinstance(triton_values.value_pass, triton.runtime.JITFunction)
 _FAR = 2**30  # a band edge that is beyond every position
 _LOG2E = math.log2(math.e)
-_VALUE_PROGRAMS = 1024  # of the value pass: several for each processor of any card
+_VALUE_PROGRAMS = 512  # of the value pass: one wave of four for each multiprocessor, see docs/performance-log.md
 
 
 class _Limits(NamedTuple):
@@ -311,33 +311,41 @@ def value_pass(call: Call, keys: bool) -> Values:
     """X, c, and which heads need what; ``keys``: a head whose keys are not all finite is flagged too."""
     plan, v = call.plan, call.v
     heads, width = plan.batch * v.shape[1], padded(v.shape[-1])
-    launch, blocks = plan.prepared(_value_launch, keys)
+    write, decide, blocks = plan.prepared(_value_launches, keys)
     x = plan.new(v.shape[1], plan.problem.key_length, v.shape[-1])
     partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
     c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
     flags = torch.empty((heads,), dtype=torch.int32, device=v.device)
-    counters = torch.zeros((heads + 1,), dtype=torch.int32, device=v.device)
-    launch(call.k, v, x, partial, c, flags, counters, call.key_lengths)
-    return Values(x, c, flags, counters)
+    counter = torch.empty((1,), dtype=torch.int32, device=v.device)
+    write(call.k, v, x, partial, counter, call.key_lengths)
+    decide(v, x, partial, c, flags, call.key_lengths)
+    return Values(x, c, flags, counter)
 
 
-def _value_launch(plan: Plan, keys: bool) -> tuple[Launch, int]:
-    """The launch of the value pass, and into how many blocks it cuts the keys of a head."""
+def _value_launches(plan: Plan, keys: bool) -> tuple[Launch, Launch, int]:
+    """The two launches of the value pass, and into how many blocks it cuts the keys of a head."""
     p, limits = plan.problem, plan.limits
     heads, width = plan.batch * p.key_value_heads, padded(p.value_dim)
     block = 4096 // max(width, padded(p.head_dim) if keys else 0)
     span = cdiv(cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
     blocks = cdiv(p.key_length, span)
-    launch = Launch(
+    sums = limits.range + math.log2(p.key_length) > limits.sum
+    lengths = plan.lengths()["KEY_LENGTHS"]
+    common = {"E": p.value_dim, "EP": width, "LENGTHS": lengths, "LINEAR": p.beta == 0, "SUMS": sums}
+    write = Launch(
         triton_values.value_pass, heads * blocks,
         (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
-        D=p.head_dim, E=p.value_dim, DP=padded(p.head_dim), EP=width, BLOCK=block, WIDE=8,
-        LENGTHS=plan.lengths()["KEY_LENGTHS"], LINEAR=p.beta == 0, KEYS=keys,
-        SUMS=limits.range + math.log2(p.key_length) > limits.sum,
-        RANGE=limits.range, SUM=limits.sum, EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top,
-        num_warps=8, **_registers(64),
+        **common, D=p.head_dim, DP=padded(p.head_dim), BLOCK=block, KEYS=keys, num_warps=8, **_registers(64),
     )  # fmt: skip
-    return launch, blocks
+    block = 4096 // width
+    share = min(cdiv(256, heads), cdiv(p.key_length, block))
+    decide = Launch(
+        triton_values.decide, heads * share,
+        (*plan.strides("v"), share, p.key_value_heads, p.key_length, blocks, plan.y_scale),
+        **common, BLOCK=block, WIDE=8, RANGE=limits.range, SUM=limits.sum,
+        EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top, num_warps=8,
+    )  # fmt: skip
+    return write, decide, blocks
 
 
 def _registers(most: int) -> dict[str, int]:

@@ -67,8 +67,8 @@ def table(device: str, capability: tuple[int, int]) -> dict[str, Any] | None:
 
 
 def _shipped() -> list[Path]:
-    folder = resources.files(__package__) / "tables"
-    return sorted(Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".json"))
+    folder = Path(str(resources.files(__package__))) / "tables"
+    return sorted(folder.glob("*.json"))
 
 
 def _read(path: Path) -> dict[str, Any]:

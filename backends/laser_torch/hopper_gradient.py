@@ -21,6 +21,7 @@ class Tiles(NamedTuple):
     registers: int
 
 
+HEADS = 6  # at least so many are worked on by turns: the key tiles of one follow one another at a step's distance
 TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
 
 
@@ -102,7 +103,7 @@ def prepare(
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
     count = batch * heads_k * k_tiles
-    span = max(1, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+    span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
@@ -131,16 +132,16 @@ def backward(
         q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
         k: (B, Hk, Lk, D), likewise.
         x: (B, Hk, Lk, D), contiguous, 2^(βv·log2e − c), finite; dv takes its place.
-        g: (B, Hq, Lq, D), contiguous, do·2^(c − βo·log2e), finite.
+        g: (B, Hq, Lq, D), contiguous, do·2^(c − βo·log2e), finite; dq takes its place in the end.
         rows: (2, B·Hq, L), float32, L ≥ Lq a multiple of 128: r, and the log-sum-exp in base 2, +∞ from Lq on and
             where nothing flows through a query.
         flags: (B·Hk,), int32; odd: not this head; 2: its keys may not be finite; 4: nor its queries.
     """
     heads = q.shape[0] * q.shape[1]
-    dq, dk = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (q, k))
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     sums = torch.empty((heads * made.q_tiles * 2 * ROWS, ROWS), dtype=torch.float32, device=q.device)
     turns = torch.zeros((1 + heads * made.q_tiles,), dtype=torch.int32, device=q.device)
     arrays = (q, g, rows, k, x, sums)
     made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), x, dk, flags, turns)
-    made.rounding(sums, dq, flags)
-    return dq, dk, x
+    made.rounding(sums, g, flags)
+    return g, dk, x

@@ -176,21 +176,22 @@ def _rows_to(base, start, stride, n, e, final, width, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_pass(
-    K, V, X, Partial, C, Flags, Counters, KeyLengths,
+    K, V, X, Partial, Counter, KeyLengths,
     k_b, k_h, k_n, v_b, v_h, v_n,
     heads, key_length, blocks, span, y_scale,
-    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
     LENGTHS: tl.constexpr, LINEAR: tl.constexpr, KEYS: tl.constexpr, SUMS: tl.constexpr,
-    RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """X, c and the flags. Grid: B·Hkv · blocks, each of ``span`` keys.
+    """X for c = 0, as if all were finite and near. Grid: B·Hkv · blocks, each of ``span`` keys.
 
-    A program writes X for c = 0 as if all were finite and near, and of its keys the range of βv·log2e, the sum of X if
-    that can matter (SUMS), and whether all is finite. The last one of a head, whichever it is, then decides for the
-    head, from what all have written.
+    And of each block the range of βv·log2e, the sum of X if that can matter (SUMS), and whether all is finite; and 0
+    in Counter, for a kernel that comes later. That a head's last program decides for it would cost all of them a wait
+    for their stores, which is more than a kernel that decides.
 
-    Partial: ``(B·Hkv, blocks, 3, EP)``, then ``(B·Hkv, blocks)``. Counters: zeros, ``(1 + B·Hkv,)``; the first stays 0.
+    Partial: ``(B·Hkv, blocks, 3, EP)``, then ``(B·Hkv, blocks)``.
     """
+    if tl.program_id(0) == 0:
+        tl.store(Counter, 0)
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     n, d, e = tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, EP)
@@ -199,8 +200,6 @@ def value_pass(
     if LENGTHS >= PACKED:
         key_length = end
         if end == 0:  # there is not even a row to read
-            tl.store(C + head * EP + e, tl.zeros((EP,), tl.int32))
-            tl.store(Flags + head, 0)
             return
     final = tl.maximum(end - 1, 0)
     last = tl.minimum((block + 1) * span, key_length)
@@ -251,26 +250,43 @@ def value_pass(
             tl.store(own + 2 * EP, tl.sum(total, 0))
     keys = tl.sum(odd_keys)
     tl.store(Odd + block, tl.sum(odd) + tl.where(keys == keys, 0.0, float("inf")))  # ∞: a key only
-    tl.debug_barrier()  # all that this program has stored comes before its count
-    if tl.atomic_add(Counters + 1 + head, 1, sem="acq_rel") == blocks - 1:
-        _decide(V, X, Own, Odd, C + head * EP, Flags + head, end, v_n, x_n, blocks, key_length, y_scale,
-            E, EP, HALF, WIDE, LINEAR, SUMS, RANGE, SUM, EASY_LOW, EASY_HIGH, TOP)  # fmt: skip
 
 
-@triton.jit
-def _decide(
-    V, X, Partial, Odd, C, Flag, end, v_n, x_n, blocks, key_length, y_scale,
-    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LINEAR: tl.constexpr,
-    SUMS: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr, EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr,
-    TOP: tl.constexpr,
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def decide(
+    V, X, Partial, C, Flags, KeyLengths,
+    v_b, v_h, v_n, workers, heads, key_length, blocks, y_scale,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
+    LINEAR: tl.constexpr, SUMS: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr,
+    EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """c and the flags of one head, and its X once more where c is not zero or something is not finite.
+    """c and the flags of a head, and its X once more where c is not zero or something is not finite.
+
+    Grid: B·Hkv · workers, all of which decide, and share what there is to write.
 
     All limits in bits. Inside: every channel spans at most RANGE, and ΣX is at most 2^SUM times its least X.
     Then c = 0 where βv·log2e is between EASY_LOW and EASY_HIGH; otherwise it brings the top to TOP, or the middle to 0
     where TOP is 0.
     """
+    head, worker = tl.program_id(0) // workers, tl.program_id(0) % workers
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     n, e = tl.arange(0, BLOCK), tl.arange(0, EP)
+    end = length_of(KeyLengths, b, key_length, LENGTHS)
+    place = place_of(KeyLengths, b, LENGTHS)
+    V += place * v_b + h * v_h
+    if LENGTHS >= PACKED:
+        key_length = end
+        x_n = heads * E
+        X += (place * heads + h) * E
+        if end == 0:  # nothing was found out
+            tl.store(C + head * EP + e, tl.zeros((EP,), tl.int32))
+            tl.store(Flags + head, 0)
+            return
+    else:
+        x_n: tl.constexpr = E
+        X += head.to(tl.int64) * key_length * E
+    Odd = Partial + (tl.num_programs(0) // workers * blocks).to(tl.int64) * (3 * EP) + head * blocks
+    Partial += (head * blocks).to(tl.int64) * (3 * EP)
     odd = 0.0
     low = tl.full((EP,), float("inf"), tl.float32)
     high = tl.full((EP,), float("-inf"), tl.float32)
@@ -278,16 +294,15 @@ def _decide(
     w = tl.arange(0, WIDE)
     for first in range(0, blocks, WIDE):
         there = first + w < blocks
-        # .cg: what other programs wrote is read where it arrives
-        odd += tl.sum(tl.load(Odd + first + w, mask=there, other=0.0, cache_modifier=".cg"))
+        odd += tl.sum(tl.load(Odd + first + w, mask=there, other=0.0))
         if not LINEAR:
             at, there = Partial + (first + w)[:, None] * (3 * EP) + e[None, :], there[:, None]
-            lows = tl.load(at, mask=there, other=float("inf"), cache_modifier=".cg")
-            highs = tl.load(at + EP, mask=there, other=float("-inf"), cache_modifier=".cg")
+            lows = tl.load(at, mask=there, other=float("inf"))
+            highs = tl.load(at + EP, mask=there, other=float("-inf"))
             low = tl.minimum(low, tl.min(lows, 0))
             high = tl.maximum(high, tl.max(highs, 0))
             if SUMS:
-                total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0, cache_modifier=".cg"), 0)
+                total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0), 0)
     flags = tl.where(tl.abs(odd) < float("inf"), 0, 2)
     again = odd != odd
     c = tl.zeros((EP,), tl.float32)
@@ -318,10 +333,11 @@ def _decide(
             middle = tl.ceil(high) - TOP
         c = tl.where(hard, tl.minimum(tl.maximum(middle, -(2.0**30)), 2.0**30), 0.0)
         again |= tl.max(tl.abs(c)) > 0
-    tl.store(C + e, c.to(tl.int32))
-    tl.store(Flag, flags)
+    if worker == 0:
+        tl.store(C + head * EP + e, c.to(tl.int32))
+        tl.store(Flags + head, flags)
     if again & (flags % 2 == 0):
-        for start in range(0, key_length, BLOCK):
+        for start in range(worker * BLOCK, key_length, workers * BLOCK):
             v = load_rows(V, start, v_n, n[:, None], e[None, :], end, E, True, E != EP).to(tl.float32)
             fine = is_finite(v)
             if LINEAR:

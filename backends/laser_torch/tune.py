@@ -92,12 +92,11 @@ class Trial:
         if which == "forward":
             return lambda: fused.run(self.call, choice)[0]
         done = Forward(*fused.run(self.call, Choice("triton", None, "")))
-        values = value_pass(self.call, keys=True)
-        x = values.x.clone()
-        side = fused_backward.prepare_rows(self.call, values, done, self.do, None)
 
         def backward() -> Tensor:
-            return fused_backward.run(self.call, values._replace(x=x), side, choice)[0]
+            values = value_pass(self.call, keys=choice.engine != "triton")
+            side = fused_backward.prepare_rows(self.call, values, done, self.do, None)
+            return fused_backward.run(self.call, values, side, choice)[0]
 
         return backward
 

@@ -1,0 +1,202 @@
+"""Engine ``jax-mosaic``: LASER in Pallas kernels for Hopper GPUs; what the host does. The kernels are ``mosaic_*.py``.
+
+On the device alone and without a branch on the host: the value pass writes X and measures every head, one kernel serves
+all heads, and another mends those outside the fast range, or that hold NaN or infinity; it returns at once where there
+is none. Gradients of such heads are those of ``jax-xla``, in a loop over such heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from laser_core import Forward, Gradients, Inputs, Problem, _gradient
+
+from . import tiles, xla
+from .served import WIDTHS, causal_offset
+from .tiles import Array, Start
+from .values import LIMITS, decide, needs_sum, row_pass
+
+FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
+_LOG2E = math.log2(math.e)
+OUTSIDE, BROKEN = 1, 2  # flags of a head: beyond the fast range; NaN or infinity
+
+
+class Call(NamedTuple):
+    """The arrays of a call with one batch axis, padded to what the kernels take, and what the value pass makes."""
+
+    problem: Problem  # with that batch axis
+    q: Array  # (B, Hq, Lq, W)
+    k: Array  # (B, Hkv, Lk, W)
+    v: Array
+    x: Array
+    c: Array  # (B, Hkv, W), float32, integers
+    flags: Array  # (B, Hkv), int32
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs) -> Call:
+        """The value pass."""
+        from . import mosaic_values
+
+        size, limits = math.prod(problem.batch), LIMITS[problem.dtype]
+        problem = dataclasses.replace(problem, batch=(size,))
+        width = next(w for w in WIDTHS if w >= max(problem.head_dim, problem.value_dim))
+        q, k, v = (padded(jnp.reshape(x, (size, *x.shape[-3:])), width) for x in inputs[:3])
+        keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
+        total = needs_sum(keys, limits)
+        x, known = mosaic_values.measure(k, v, keys, beta, total, interpreted)
+        most = jnp.max(known[:, :, :, :3], axis=2)
+        sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
+        c, outside = decide(most[:, :, 0] * -_LOG2E, most[:, :, 1] * _LOG2E, sums, keys, limits)
+        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
+        x = mosaic_values.refer(x, v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
+        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
+        return cls(problem, q, k, v, x, c, flags.astype(jnp.int32))
+
+    @property
+    def width(self) -> int:
+        """Of the padded heads."""
+        return int(self.q.shape[-1])
+
+    def head(self, at: Start) -> tuple[Problem, Inputs]:
+        """One key/value head and its queries as a problem of its own."""
+        p = self.problem
+        problem = dataclasses.replace(p, batch=(), query_heads=p.group, key_value_heads=1)
+        sizes = ((p.query_length, p.head_dim), (p.key_length, p.head_dim), (p.key_length, p.value_dim))
+        q, k, v = (self.cut(x, at)[:, :n, :d] for x, (n, d) in zip((self.q, self.k, self.v), sizes, strict=True))
+        return problem, Inputs(q, k, v, None, None, None, None, None)
+
+    def cut(self, x: Array, at: Start) -> Array:
+        """Of an array ``(B, H, …)`` what belongs to one key/value head, ``(H/Hkv, …)``."""
+        heads = x.shape[1] // self.problem.key_value_heads
+        part: Array = tiles.take(x, self._start(x, at), (1, heads, *x.shape[2:]))[0]
+        return part
+
+    def put(self, x: Array, part: Array, at: Start) -> Array:
+        """``x`` with that replaced."""
+        return tiles.put(x, part[None].astype(x.dtype), self._start(x, at))
+
+    def _start(self, x: Array, at: Start) -> Start:
+        return (at[0], at[1] * (x.shape[1] // self.problem.key_value_heads), *(0,) * (x.ndim - 2))
+
+
+def padded(x: Array, width: int) -> Array:
+    """An array ``(B, H, L, D)`` with zeros up to that width and a multiple of 8 rows."""
+    missing = (-x.shape[-2] % 8, width - x.shape[-1])
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))) if any(missing) else x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(problem: Problem, inputs: Inputs) -> Forward:
+    """The output, the log-sum-exp, and what rounding took from the output."""
+    if 0 in problem.score_shape:
+        out = jnp.zeros(problem.out_shape, problem.dtype)
+        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), jnp.zeros_like(out))
+    call = Call.of(problem, inputs)
+    o, l, *rest = exact_forward(call, *fast_forward(call))
+    o, *rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, *rest))
+    o, *rest = (jnp.reshape(x, problem.out_shape) for x in (o, *rest))
+    return Forward(o, jnp.reshape(l[..., : problem.query_length], problem.lse_shape), rest[0] if rest else None)
+
+
+def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | None]:
+    """The flash kernel, for all heads: o, l and, if it is kept, the remainder of o, of the padded shapes."""
+    from . import mosaic_forward
+
+    p = call.problem
+    offset = causal_offset(p)
+    form = mosaic_forward.Form(
+        cut=cut or mosaic_forward.tiles(offset is not None, call.width),
+        query_length=p.query_length,
+        key_length=p.key_length,
+        offset=offset,
+        scale=p.scale,
+        beta=p.beta or 0.0,
+        shift=LIMITS[p.dtype].shift,
+        processors=_processors(p),
+        keeps=p.gradient,
+        interpreted=p.device == "cpu",
+    )
+    return mosaic_forward.forward(form, call.q, call.k, call.x, call.c)
+
+
+def _processors(problem: Problem) -> int:
+    """Of the device, or of an H100 or H200 where none is there to be asked."""
+    found = [d for d in jax.devices() if d.platform == "gpu"] if problem.device == "cuda" else []
+    return int(getattr(found[0], "core_count", 132)) if found else 3 if problem.device == "cpu" else 132
+
+
+def _interpreter(problem: Problem) -> Any:
+    """JAX's, for problems on the CPU."""
+    if problem.device != "cpu":
+        return None
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.10 has none
+
+
+def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
+    """The same with heads that have a flag, and rows that see few keys, from the definition."""
+    from . import mosaic_exact
+
+    p = call.problem
+    offset = causal_offset(p)
+    few = (0, p.query_length if p.key_length < FEW else 0, p.key_length)
+    if offset is not None and p.key_length >= FEW:
+        few = (max(0, -offset), min(p.query_length, FEW - 1 - offset), FEW - 1)
+    form = mosaic_exact.Form(
+        p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, few, interpreted=p.device == "cpu"
+    )
+    return mosaic_exact.rewrite(form, call.q, call.k, call.v, call.flags, o, l, *([] if rest is None else [rest]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    """All gradients."""
+    from . import mosaic_backward
+
+    if 0 in problem.score_shape:
+        none: Gradients = _gradient.no_gradients(jnp, inputs)
+        return none
+    call = Call.of(problem, inputs)
+    p, beta = call.problem, problem.beta or 0.0
+    shape = (*p.batch, p.query_heads, p.query_length)
+    out, rest, do = (jnp.reshape(x, (*shape, p.value_dim)) for x in (done.out, done.residual, d_out))
+    l = jnp.reshape(done.lse, shape)
+    dl = None if d_lse is None else jnp.reshape(d_lse, shape)
+    o = out.astype(jnp.float32) + rest.astype(jnp.float32)
+    c = jnp.repeat(call.c[..., : p.value_dim], p.group, axis=1)[:, :, None]
+    rows = row_pass(o, l, c, do, dl, beta)
+    odd = jnp.any(jnp.reshape(rows.odd | _odd_queries(call, l), (*call.flags.shape, -1)), axis=-1)
+    flags = call.flags | jnp.where(odd, BROKEN, 0)
+    ends = ((0, 0), (0, 0), (0, -p.query_length % 8))
+    r, l2 = (jnp.pad(x, ends, constant_values=y) for x, y in ((rows.r, 0), (rows.l2, jnp.inf)))
+    dq, dk, dv = mosaic_backward.backward(
+        call.q, call.k, call.x, padded(rows.g, call.width), r, l2,
+        scale=p.scale, causal_offset=causal_offset(p), inverse_beta=1 / beta, shift=LIMITS[p.dtype].shift,
+        interpret=_interpreter(p),
+    )  # fmt: skip
+    dq, dk = dq[..., : p.query_length, : p.head_dim], dk[..., : p.key_length, : p.head_dim]
+    total: tuple[Array, ...] = (dq, dk, dv[..., : p.key_length, : p.value_dim])
+
+    def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
+        o_, l_, do_ = (call.cut(x, at) for x in (out, l, do))
+        part = Forward(o_, l_, o_.astype(jnp.float32) + call.cut(rest, at).astype(jnp.float32))
+        found = xla.backward(*call.head(at), part, do_, None if dl is None else call.cut(dl, at))
+        return tuple(call.put(x, y, at) for x, y in zip(total, found[:3], strict=True))
+
+    total = tiles.for_heads(p, flags != 0, again, total)
+    return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip(total, inputs[:3], strict=True)))
+
+
+def _odd_queries(call: Call, l: Array) -> Array:
+    """Queries that are not finite: a query that sees something has said so in l."""
+    offset = causal_offset(call.problem)
+    blind = 0 if offset is None else max(0, -offset)
+    odd = jnp.isnan(l)
+    return odd.at[:, :, :blind].set(jnp.any(~jnp.isfinite(call.q[:, :, :blind]), axis=-1)) if blind else odd

@@ -1,0 +1,181 @@
+"""The value pass in Pallas (Mosaic GPU): x = 2^(βv·log2e − c), and what c and the range of a head are judged by.
+
+All exponents are in base 2, and split into integer and fraction first, so that x for another c is the same bits times a
+power of two. Device code only, in JAX 0.11 or later.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Array: TypeAlias = jax.Array
+Ref: TypeAlias = Any
+
+ROWS = 64  # of a tile
+TILES = 2  # of a block
+COLUMNS = 32  # worked on at a time: few, so that many blocks find registers
+_MAGIC = 1.5 * 2.0**23  # added to a float, it leaves the nearest integer in the low bits
+LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
+_LOG2E = math.log2(math.e)
+
+
+def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpreted: bool) -> tuple[Array, Array]:
+    """x for c = 0, and what is known of the columns of every block of keys.
+
+    Args:
+        k: (B, H, Lk, W), float16 or bfloat16; W is 64 or 128 and Lk a multiple of 8.
+        v: (B, H, Lk, W).
+        length: Keys beyond it are padding; their x is 0.
+        beta: β.
+        total: Whether the sum of x is asked for.
+        interpreted: By JAX, on the CPU.
+
+    Returns:
+        x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: the greatest −βv and the greatest βv of what is finite, zero
+        or NaN where something of k or βv is not finite, and Σx where asked for.
+    """
+    batch, heads, keys, width = v.shape
+    blocks = pl.cdiv(keys, ROWS * TILES)
+
+    def block(k_ref: Ref, v_ref: Ref, x_ref: Ref, known_ref: Ref) -> None:
+        b, h, index = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
+        tile = plgpu.SMEM((TILES, ROWS, width), v.dtype, transforms=_LAYOUT)
+        bars = plgpu.Barrier(num_barriers=TILES)
+
+        def work(k_s: Ref, v_s: Ref, known_s: Ref, k_full: Ref, v_full: Ref) -> None:
+            first = index * (ROWS * TILES)
+            for t in range(TILES):
+                at = (b, h, pl.ds(first + t * ROWS, ROWS))
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_s.at[t], v_full.at[t])
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_s.at[t], k_full.at[t])
+            for t in range(TILES):
+                plgpu.barrier_wait(v_full.at[t])
+                plgpu.barrier_wait(k_full.at[t])
+            for column in range(0, width, COLUMNS):  # a few at a time: all of them would not fit the registers
+                columns = pl.ds(column, COLUMNS)
+                known: tuple[Array, ...] | None = None
+                for t in range(TILES):
+                    v_t, k_t = (plgpu.load(s.at[t, :, columns], layout=plgpu.Layout.WGMMA) for s in (v_s, k_s))
+                    v32, k32 = (a.astype(jnp.float32) for a in (v_t, k_t))
+                    natural = v32 if beta == 1 else v32 * beta
+                    counts = _is_finite(natural)
+                    if length % (ROWS * TILES):
+                        row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
+                        counts = counts & (row < length - (first + t * ROWS))
+                    low, high = (jnp.where(counts, a, -jnp.inf) for a in (-natural, natural))
+                    x = jnp.where(counts, scaled_exp2(natural * _LOG2E, None), 0.0)
+                    v_s.at[t, :, columns][...] = _rounded(x, v.dtype)
+                    part = (low, high, natural * 0.0 + k32 * 0.0, *([x] * total))
+                    known = part if known is None else _merge(known, part)
+                assert known is not None
+                known_s.at[LOW, columns][...] = known[0].max(axis=0)
+                known_s.at[HIGH, columns][...] = known[1].max(axis=0)
+                known_s.at[ODD, columns][...] = known[2].sum(axis=0)
+                if total:
+                    known_s.at[SUM, columns][...] = known[3].sum(axis=0)
+            plgpu.commit_smem()
+            for t in range(TILES):
+                plgpu.copy_smem_to_gmem(v_s.at[t], x_ref.at[b, h, pl.ds(first + t * ROWS, ROWS)])
+            plgpu.copy_smem_to_gmem(known_s, known_ref.at[b, h, index])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(work, tile, tile, plgpu.SMEM((4, width), jnp.float32), bars, bars)
+
+    x, known = plgpu.kernel(
+        block,
+        out_type=[
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((batch, heads, blocks, 4, width), jnp.float32),
+        ],
+        grid=(blocks, heads, batch),
+        grid_names=("block", "head", "batch"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=6144),
+        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
+    )(k, v)
+    return x, known
+
+
+_LAYOUT = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+
+
+def _is_finite(x: Array) -> Array:
+    return jnp.abs(x) < jnp.inf
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    return (jnp.minimum(x, 65504.0) if dtype == jnp.float16 else x).astype(dtype)
+
+
+def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]), *(x + y for x, y in zip(a[2:], b[2:], strict=True))
+
+
+def scaled_exp2(y: Array, c: Array | None) -> Array:
+    """2^(y − c), the same bits times a power of two for every integer c; clipped where they are far."""
+    if c is None:
+        y = jnp.minimum(jnp.maximum(y, -125.0), 126.0)
+    shifted = lax.optimization_barrier(y + _MAGIC)  # XLA, in the interpreter, would make y of (y + a) − a
+    whole = shifted - _MAGIC
+    fraction = lax.bitcast_convert_type(jnp.exp2(y - whole), jnp.int32)
+    if c is not None:
+        shifted = jnp.minimum(jnp.maximum(whole - c, -125.0), 126.0) + _MAGIC
+    exponent = lax.shift_left(lax.bitcast_convert_type(shifted, jnp.int32), 23)
+    return lax.bitcast_convert_type(fraction + exponent, jnp.float32)
+
+
+def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, interpreted: bool) -> Array:
+    """``x`` with 2^(βv·log2e − c) in the heads that are ``hard``; the others are not touched.
+
+    Args:
+        x: As :func:`measure` returns it.
+        v: As it took it.
+        c: (B, H, W), float32, integers.
+        hard: (B, H), int32.
+        length: Keys beyond it are padding; their x is 0.
+        beta: β.
+        interpreted: By JAX, on the CPU.
+    """
+    batch, heads, keys, width = v.shape
+    blocks = pl.cdiv(keys, ROWS)
+    share = min(blocks, max(1, pl.cdiv(512, batch * heads)))  # most often there is nothing to do
+    out = jax.new_ref(x)
+
+    def block(v_ref: Ref, c_ref: Ref, hard_ref: Ref, x_ref: Ref) -> None:
+        b, h = lax.axis_index("batch"), lax.axis_index("head")
+
+        def work(tile: Ref, full: Ref) -> None:
+            @pl.loop(lax.axis_index("share"), blocks, step=share)
+            def _(index: Array) -> None:
+                at = (b, h, pl.ds(index * ROWS, ROWS))
+                plgpu.copy_gmem_to_smem(v_ref.at[at], tile, full)
+                plgpu.barrier_wait(full)
+                for column in range(0, width, COLUMNS):
+                    columns = pl.ds(column, COLUMNS)
+                    v_t = plgpu.load(tile.at[:, columns], layout=plgpu.Layout.WGMMA)
+                    c_t = plgpu.load(c_ref.at[b, h, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                    row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
+                    natural = v_t.astype(jnp.float32) * beta
+                    counts = _is_finite(natural) & (row < length - index * ROWS)
+                    y = jnp.minimum(jnp.maximum(jnp.where(counts, natural, 0.0) * _LOG2E, -1000.0), 1000.0)
+                    x = jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c_t, y.shape, [1])), 0.0)
+                    tile.at[:, columns][...] = _rounded(x, v.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(tile, x_ref.at[at])
+                plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(hard_ref[b, h] != 0)
+        def _() -> None:
+            pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=_LAYOUT), plgpu.Barrier())
+
+    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
+    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
+    )(v, c, hard, out)  # fmt: skip
+    return jax.freeze(out)
