@@ -9,15 +9,20 @@ __device__ __forceinline__ float widen(float x) { return x; }
 #define narrow(x) (x)
 #define store_pair store_two
 
-// d0, d1 += a · b, the columns of b in two halves
+// d0, d1 += a · b, the columns of b in two halves. Sixteen products are summed first: a sum over 10^5 keys, one after the
+// other, would lose three digits
 __device__ __forceinline__ void mma(float (&d0)[4], float (&d1)[4], const Left& a, const Right& b) {
 #pragma unroll
-  for (int k = 0; k < 16; k++)
+  for (int r = 0; r < 4; r++) {
+    float s0 = 0, s1 = 0;
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-      d0[r] = fmaf(a.x[r / 2][k], b.x[r % 2][k], d0[r]);
-      d1[r] = fmaf(a.x[r / 2][k], b.x[r % 2 + 2][k], d1[r]);
+    for (int k = 0; k < 16; k++) {
+      s0 = fmaf(a.x[r / 2][k], b.x[r % 2][k], s0);
+      s1 = fmaf(a.x[r / 2][k], b.x[r % 2 + 2][k], s1);
     }
+    d0[r] += s0;
+    d1[r] += s1;
+  }
 }
 
 __device__ __forceinline__ void load_sixteen(float (&to)[16], const float* from) {
