@@ -74,7 +74,7 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
     if name == "forward":
         cut = mosaic_forward.tiles(causal, width)
         form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, 15 if dtype == jnp.float16 else 0, 132, True, False)
-        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, ((*heads, width), jnp.float32))
+        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, ((*heads, 3, width), jnp.float32))
     if name == "values":
 
         def values(k: jax.Array, v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:

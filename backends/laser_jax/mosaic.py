@@ -36,6 +36,7 @@ class Call(NamedTuple):
     v: Array
     x: Array
     c: Array  # (B, Hkv, W), float32, integers
+    ends: Array  # (B, Hkv, 2, W), float32, the least and the greatest βv that is finite
     flags: Array  # (B, Hkv), int32
 
     @classmethod
@@ -56,7 +57,8 @@ class Call(NamedTuple):
         broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
         x = mosaic_values.refer(x, v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
         flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
-        return cls(problem, q, k, v, x, c, flags.astype(jnp.int32))
+        ends = jnp.stack([-most[:, :, 0], most[:, :, 1]], axis=2)
+        return cls(problem, q, k, v, x, c, ends, flags.astype(jnp.int32))
 
     @property
     def width(self) -> int:
@@ -122,7 +124,7 @@ def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | Non
         keeps=p.gradient,
         interpreted=p.device == "cpu",
     )
-    return mosaic_forward.forward(form, call.q, call.k, call.x, call.c)
+    return mosaic_forward.forward(form, call.q, call.k, call.x, jnp.concat([call.c[:, :, None], call.ends], axis=2))
 
 
 def _processors(problem: Problem) -> int:

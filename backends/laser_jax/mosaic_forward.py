@@ -84,7 +84,7 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         q: (B, Hq, Lq, D), float16 or bfloat16. D and E: 64 or 128; Lq and Lk: multiples of 8.
         k: (B, Hkv, Lk, D).
         x: (B, Hkv, Lk, E), 2^(βv·log2e − c), finite: 0·NaN would leak.
-        c: (B, Hkv, E), float32, integers.
+        c: (B, Hkv, 3, E), float32: the integers c, and the least and the greatest βv.
 
     Returns:
         o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; the remainder, like o.
@@ -411,11 +411,19 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
     sees = state.l > 0
     l = jnp.where(sees, state.l, 1.0)
     l_whole, l_rest = _log_parts(l)
-    c = plgpu.load(c_ref.at[place.batch, place.kv_head], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+    def of_channels(index: int) -> Array:
+        at = c_ref.at[place.batch, place.kv_head, index]
+        loaded = plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return lax.broadcast_in_dim(loaded, shape, [1])
+
     whole, rest = _log_parts(state.o)
-    whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + lax.broadcast_in_dim(c, shape, [1])
+    whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + of_channels(0)
     rest = rest - lax.broadcast_in_dim(l_rest, shape, [0])
-    o = (whole + rest) * (_LN2 / form.beta)
+    o = (whole + rest) * _LN2
+    if form.offset is None:  # rounded X can lead out of the range of the values; no hidden value has a say in it here
+        o = jnp.minimum(jnp.maximum(o, of_channels(1)), of_channels(2))
+    o = o * (1 / form.beta)
     l = (state.m * (form.scale * _LOG2E) + (l_whole - form.shift + l_rest)) * _LN2
     # a row without a weight sees nothing, or nothing that is finite
     row = plgpu.broadcasted_iota(jnp.int32, l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
