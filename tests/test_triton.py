@@ -54,6 +54,11 @@ assert got.dtype == torch.bfloat16 and torch.equal(got, want)
     assert done.returncode == 0, done.stderr
 
 
+def test_channels_that_hardly_vary_stay_within_their_values():
+    done = interpret(str(Path(__file__).with_name("triton_narrow.py")))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_output_comes_back_whole(dtype: str) -> None:
     """From what is kept of it: 16 bits beside the rounded one."""

@@ -32,13 +32,14 @@ class _Limits(NamedTuple):
     easy: tuple[float, float]
     top: int
     shift: int  # p is scaled up by so many bits
+    narrow: float  # not in bits: four roundings of X, as a span of the values
 
 
 # What is lost of a p below the least (sub)normal number, times ΣX, stays below the rounding of a sum of least X.
 _LIMITS = {
-    torch.float16: _Limits(28, 29, (-14, 15), 15, 15),
-    torch.bfloat16: _Limits(99.5, 117, (-49, 49), 0, 0),
-    torch.float32: _Limits(99.5, 108, (-49, 49), 0, 0),
+    torch.float16: _Limits(28, 29, (-14, 15), 15, 15, 2.0**-9),
+    torch.bfloat16: _Limits(99.5, 117, (-49, 49), 0, 0, 2.0**-6),
+    torch.float32: _Limits(99.5, 108, (-49, 49), 0, 0, 0.0),
 }
 
 _Layout = tuple[tuple[int, ...], bool]  # strides, and whether the array begins where compiled kernels like it
@@ -307,11 +308,17 @@ class Values(NamedTuple):
     counter: Tensor  # an int32 that is 0, for whom it may serve
 
 
-def value_pass(call: Call, keys: bool) -> Values:
-    """X, c, and which heads need what; ``keys``: a head whose keys are not all finite is flagged too."""
+def value_pass(call: Call, keys: bool, narrow: bool = False) -> Values:
+    """X, c, and which heads need what.
+
+    Args:
+        call: The arrays.
+        keys: Whether to flag heads whose keys are not all finite.
+        narrow: Whether to flag heads with a channel of small values that hardly vary.
+    """
     plan, v = call.plan, call.v
     heads, width = plan.batch * v.shape[1], padded(v.shape[-1])
-    write, decide, blocks = plan.prepared(_value_launches, keys)
+    write, decide, blocks = plan.prepared(_value_launches, keys, narrow)
     x = plan.new(v.shape[1], plan.problem.key_length, v.shape[-1])
     partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
     c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
@@ -322,7 +329,7 @@ def value_pass(call: Call, keys: bool) -> Values:
     return Values(x, c, flags, counter)
 
 
-def _value_launches(plan: Plan, keys: bool) -> tuple[Launch, Launch, int]:
+def _value_launches(plan: Plan, keys: bool, narrow: bool) -> tuple[Launch, Launch, int]:
     """The two launches of the value pass, and into how many blocks it cuts the keys of a head."""
     p, limits = plan.problem, plan.limits
     heads, width = plan.batch * p.key_value_heads, padded(p.value_dim)
@@ -343,7 +350,8 @@ def _value_launches(plan: Plan, keys: bool) -> tuple[Launch, Launch, int]:
         triton_values.decide, heads * share,
         (*plan.strides("v"), share, p.key_value_heads, p.key_length, blocks, plan.y_scale),
         **common, BLOCK=block, WIDE=8, RANGE=limits.range, SUM=limits.sum,
-        EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top, num_warps=8,
+        EASY_LOW=limits.easy[0], EASY_HIGH=limits.easy[1], TOP=limits.top, NARROW=limits.narrow if narrow else 0.0,
+        num_warps=8,
     )  # fmt: skip
     return write, decide, blocks
 

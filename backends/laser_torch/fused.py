@@ -50,7 +50,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
 
 def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output, l, and what is kept of the unrounded output, by an engine that serves the call."""
-    values, count = value_pass(call, keys=False), None
+    values, count = value_pass(call, keys=False, narrow=_few(call.plan)[1]), None
     rest: Tensor | None = None
     if choice.engine == "hopper":
         made = call.plan.prepared(_hopper, choice.tile)

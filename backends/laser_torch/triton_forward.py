@@ -187,6 +187,52 @@ def _within_range(
             tl.store(R + at, rest, mask=keep)
 
 
+@triton.jit
+def _within_seen(
+    V, v_n, O, R, own, worker, workers, query_length, key_length, high,
+    E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, BAND_HIGH: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """The same of all queries of a head, shared out to workers: where the values of a channel hardly vary."""
+    n, e = tl.arange(0, ROWS), tl.arange(0, EP)
+    there = e < E
+    share = tl.cdiv(tl.cdiv(query_length, workers), ROWS) * ROWS
+    first = worker * share
+    seen = key_length  # keys that are in low and top
+    if BAND_HIGH:
+        seen = tl.minimum(tl.maximum(first + high + 1, 0), key_length)
+    low = tl.full((EP,), float("inf"), tl.float32)
+    top = tl.full((EP,), float("-inf"), tl.float32)
+    for start in range(0, seen, ROWS):
+        j = tl.minimum(start + n, seen - 1)
+        v = tl.load(V + j.to(tl.int64)[:, None] * v_n + e[None, :], mask=there[None, :], other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(v, 0))
+        top = tl.maximum(top, tl.max(v, 0))
+    for m0 in range(first, tl.minimum(first + share, query_length), ROWS):
+        i = m0 + n
+        lows, tops = low[None, :] + tl.zeros((ROWS, 1), tl.float32), top[None, :] + tl.zeros((ROWS, 1), tl.float32)
+        if BAND_HIGH:
+            for step in tl.static_range(1, ROWS + 1):
+                j = m0 + high + step
+                inside = (j >= 0) & (j < key_length)
+                v = tl.load(V + tl.cast(j, tl.int64) * v_n + e, mask=there & inside, other=0.0).to(tl.float32)
+                sees = (n >= step)[:, None] & inside
+                lows = tl.where(sees, tl.minimum(lows, v[None, :]), lows)
+                tops = tl.where(sees, tl.maximum(tops, v[None, :]), tops)
+                low = tl.where(inside, tl.minimum(low, v), low)
+                top = tl.where(inside, tl.maximum(top, v), top)
+        keep = (i < query_length)[:, None] & there[None, :]
+        at = own + i.to(tl.int64)[:, None] * E + e[None, :]
+        rounded = tl.load(O + at, mask=keep, other=0.0)
+        o = rounded.to(tl.float32)
+        if REST:
+            o = joined(rounded, tl.load(R + at, mask=keep, other=0))
+        within = tl.minimum(tl.maximum(o, lows), tops)
+        rounded, rest = split(tl.where((o == o) & (lows <= tops), within, o), O.dtype.element_ty)
+        tl.store(O + at, rounded, mask=keep)
+        if REST:
+            tl.store(R + at, rest, mask=keep)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def exact(
     Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
@@ -202,8 +248,8 @@ def exact(
     The exponents are natural here: βv·log2e need not be finite where βv is.
 
     Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
-    rows that see fewer than FEW keys, which are before few_end: where X is rounded, a mean of so few can leave the
-    range of the values. Where these are the first FEW keys (FIRST), heads inside the range only have them put back.
+    rows that see fewer than FEW keys, which are before few_end, and all rows where a channel hardly varies (4): where X
+    is rounded, such a mean can leave the range of the values. Where these are the first FEW keys (FIRST), heads inside the range only have them put back.
     """
     head = tl.program_id(0) // workers
     b = (head // heads).to(tl.int64)
@@ -215,6 +261,11 @@ def exact(
             if (few_end > 0) & (tl.program_id(0) % workers == 0):
                 own = head.to(tl.int64) * query_length * E
                 _within_range(V + b * v_b + h_kv * v_h, v_n, O, R, own, few_end, high, E, EP, FEW, REST)  # fmt: skip
+            return
+        if flags == 4:
+            own = head.to(tl.int64) * query_length * E
+            _within_seen(V + b * v_b + h_kv * v_h, v_n, O, R, own, tl.program_id(0) % workers, workers,
+                query_length, key_length, high, E, EP, FEW, BAND_HIGH, REST)  # fmt: skip
             return
     whole = flags % 2 == 1
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)

@@ -258,14 +258,15 @@ def decide(
     v_b, v_h, v_n, workers, heads, key_length, blocks, y_scale,
     E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, LENGTHS: tl.constexpr,
     LINEAR: tl.constexpr, SUMS: tl.constexpr, RANGE: tl.constexpr, SUM: tl.constexpr,
-    EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr,
+    EASY_LOW: tl.constexpr, EASY_HIGH: tl.constexpr, TOP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """c and the flags of a head, and its X once more where c is not zero or something is not finite.
 
     Grid: B·Hkv · workers, all of which decide, and share what there is to write.
 
     All limits in bits. Inside: every channel spans at most RANGE, and ΣX is at most 2^SUM times its least X.
-    Then c = 0 where βv·log2e is between EASY_LOW and EASY_HIGH; otherwise it brings the top to TOP, or the middle to 0
+    Small values that span at most NARROW, as constant ones do, are flagged too: rounded X leave such a span.
+    c = 0 where βv·log2e is between EASY_LOW and EASY_HIGH; otherwise it brings the top to TOP, or the middle to 0
     where TOP is 0.
     """
     head, worker = tl.program_id(0) // workers, tl.program_id(0) % workers
@@ -326,6 +327,10 @@ def decide(
             spread = tl.where(tame, tl.log2(tl.where(tame, total, 1.0)) - low, high - low + tl.log2(key_length + 0.0))
             far = far | (some & ~(spread <= SUM))
         flags |= tl.max(far.to(tl.int32))
+        if NARROW > 0:
+            unit = tl.abs(y_scale)
+            narrow = some & (high - low <= NARROW * unit) & (tl.maximum(high, -low) < unit)
+            flags |= tl.max(narrow.to(tl.int32)) * 4
         hard = some & ~((low >= EASY_LOW) & (high <= EASY_HIGH))
         if TOP == 0:
             middle = tl.floor(low + (high - low) * 0.5 + 0.5)
