@@ -40,6 +40,16 @@ def test_conformance_interpreted():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_isolation_interpreted():
+    """In float16, whose X is rounded; of bfloat16 the interpreter would see float32."""
+    done = interpret(
+        *("-m", "laser_conformance", "run", "--backend", "torch-triton", "--arrays", "torch", "--device", "cpu"),
+        *("--dtype", "float16", "--jobs", "2", "--only", "isolation/causal-top-left", "--only", "isolation/bias"),
+        *("--only", "isolation/rows-causal"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_bfloat16_does_not_reach_the_interpreter():
     """Its products of bfloat16 are silently wrong, so the host widens: the output is float32's, rounded."""
     program = """

@@ -1,4 +1,4 @@
-"""Whether outputs stay between the visible values of channels that hardly vary; run where Triton interprets its kernels."""
+"""Whether outputs stay between the visible values of channels that hardly vary. Triton interprets its kernels."""
 
 import torch
 from torch import Tensor

@@ -122,6 +122,8 @@ def _triton_why_not(problem: Problem) -> str | None:
         return "beta is an array: its channels may need both transformations of the values (supported: a number)"
     if 0 < abs(problem.beta) < 1:
         return f"beta = {problem.beta}: its expm1 form needs more columns (supported: 0, or |beta| ≥ 1)"
+    if problem.dtype == "float32" and problem.bias_shape is not None and problem.gradient:
+        return "bias in float32 with a gradient: weights from a log-sum-exp of thousands have no more than four digits"
     if max(problem.head_dim, problem.value_dim) > WIDEST:
         return f"head dim D = {problem.head_dim}, value dim E = {problem.value_dim} (supported: 1 to {WIDEST})"
     if max(problem.query_length, problem.key_length) > 2**30:

@@ -249,7 +249,8 @@ def exact(
 
     Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
     rows that see fewer than FEW keys, which are before few_end, and all rows where a channel hardly varies (4): where X
-    is rounded, such a mean can leave the range of the values. Where these are the first FEW keys (FIRST), heads inside the range only have them put back.
+    is rounded, such a mean can leave the range of the values. Where the few are the first FEW keys (FIRST), heads
+    inside the range only have them put back.
     """
     head = tl.program_id(0) // workers
     b = (head // heads).to(tl.int64)
@@ -344,9 +345,26 @@ def exact(
             o = tl.where(empty[:, None], 0.0, o)
             l = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)
             inside = i < query_length
-            tl.store(L + numbers + i, l, mask=inside & (whole | few | ((l != l) & (flags != 0))))
-            keep = inside[:, None] & (e < E)[None, :] & (whole | few[:, None] | (~is_finite(o) & (flags != 0)))
             to = o_at + i.to(tl.int64)[:, None] * o_n + e[None, :]
+            if FIRST:  # as rows of a head without NaN: the same bits
+                if not whole:
+                    there = few[:, None] & (e < E)[None, :]
+                    fast = tl.load(O + to, mask=there, other=0.0)
+                    within = fast.to(tl.float32)
+                    if REST:
+                        within = joined(fast, tl.load(R + to, mask=there, other=0))
+                    least = tl.full((BM, BE), float("inf"), tl.float32)
+                    greatest = tl.full((BM, BE), float("-inf"), tl.float32)
+                    for j in tl.static_range(FEW - 1):
+                        v = tl.load(V + b_k * v_b + h_kv * v_h + j * v_n + e, mask=e < E, other=0.0).to(tl.float32)
+                        sees = (j <= i + high)[:, None]
+                        least = tl.where(sees, tl.minimum(least, v[None, :]), least)
+                        greatest = tl.where(sees, tl.maximum(greatest, v[None, :]), greatest)
+                    within = tl.minimum(tl.maximum(within, least), greatest)
+                    o = tl.where(there & is_finite(o), within, o)
+            exactly = few & ((not FIRST) | whole)
+            tl.store(L + numbers + i, l, mask=inside & (whole | exactly | ((l != l) & (flags != 0))))
+            keep = inside[:, None] & (e < E)[None, :] & (whole | few[:, None] | (~is_finite(o) & (flags != 0)))
             rounded, rest = split(o, O.dtype.element_ty)
             tl.store(O + to, rounded, mask=keep)
             if REST:

@@ -44,18 +44,26 @@ def is_finite(x):
 
 
 @triton.jit
-def near_exp2(y):
-    """2^y for y from −126 to 126, of the same bits as ``scaled_exp2`` but for a power of two; beyond, anything."""
-    t = y + MAGIC
-    power = tl.exp2(y - (t - MAGIC)).to(tl.int32, bitcast=True)
+def parted(v, scale):
+    """v·scale as an integer, beside MAGIC, and a rest. Each is one rounding, which no compiler may place elsewhere."""
+    scale = tl.zeros(v.shape, tl.float32) + scale
+    t = tl.fma(v, scale, tl.full(v.shape, MAGIC, tl.float32))
+    return t, tl.fma(v, scale, MAGIC - t)
+
+
+@triton.jit
+def near_exp2(v, scale):
+    """2^(v·scale), if that is from −126 to 126: ``scaled_exp2`` but for a power of two, bit for bit."""
+    t, rest = parted(v, scale)
+    power = tl.exp2(rest).to(tl.int32, bitcast=True)
     return (power + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def scaled_exp2(y, c):
-    """2^(y − c), the same bits times a power of two for every integer c."""
-    n = near_integer(y)
-    return tl.exp2(y - n) * pow2(n - c)
+def scaled_exp2(v, scale, c):
+    """2^(v·scale − c), the same bits times a power of two for every integer c."""
+    t, rest = parted(v, scale)
+    return tl.exp2(rest) * pow2((t - MAGIC) - c)
 
 
 @triton.jit
@@ -232,7 +240,7 @@ def value_pass(
         odd += tl.sum((x * 0.0).reshape(BLOCK, EP // 8, 8), 2)
         if not LINEAR:
             y = x * y_scale
-            x = near_exp2(y)
+            x = near_exp2(x, y_scale)
             low = tl.minimum(low, tl.min(y.reshape(2, HALF, EP), 0))
             high = tl.maximum(high, tl.max(y.reshape(2, HALF, EP), 0))
             if SUMS:
@@ -315,10 +323,11 @@ def decide(
             for start in range(0, end, BLOCK):
                 v = load_rows(V, start, v_n, n[:, None], e[None, :], end, E, True, E != EP).to(tl.float32)
                 fine = is_finite(v) & (start + n < end)[:, None]
-                y = tl.where(fine, v, 0.0) * y_scale
+                v = tl.where(fine, v, 0.0)
+                y = v * y_scale
                 low = tl.minimum(low, tl.min(tl.where(fine, y, float("inf")), 0))
                 high = tl.maximum(high, tl.max(tl.where(fine, y, float("-inf")), 0))
-                total += tl.sum(tl.where(fine, near_exp2(y), 0.0), 0)
+                total += tl.sum(tl.where(fine, near_exp2(v, y_scale), 0.0), 0)
         some = (high >= low) & (e < E)
         far = some & ~(high - low <= RANGE)
         if SUMS:
@@ -348,7 +357,7 @@ def decide(
             if LINEAR:
                 x = tl.where(fine, v, 0.0)
             else:
-                x = tl.where(fine, scaled_exp2(tl.where(fine, v * y_scale, c[None, :]), c[None, :]), 0.0)
+                x = tl.where(fine, scaled_exp2(tl.where(fine, v, 0.0), y_scale, c[None, :]), 0.0)
             to = X + tl.cast(start, tl.int64) * x_n + (n[:, None] * x_n + e[None, :])
             tl.store(to, x.to(X.dtype.element_ty), mask=(start + n < key_length)[:, None] & (e < E)[None, :])
 
@@ -377,7 +386,9 @@ def to_scores(x, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
         seen = seen & (tl.load(at, mask=seen, other=0) != 0)
     if BIAS:
         at = Bias + b * b_b + h * b_h + i.to(tl.int64) * b_i + j.to(tl.int64) * b_j
-        s += tl.load(at, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
+        bias = tl.load(at, mask=seen, other=0.0).to(tl.float32)
+        seen = seen & (bias != float("-inf"))  # which hides a key, NaN or not
+        s += bias * 1.4426950408889634
     return tl.where(seen, s, float("-inf")), slope
 
 
