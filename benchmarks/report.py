@@ -161,31 +161,30 @@ def gpu_page(result: dict[str, Any]) -> str:
         )
     header = ["B,H,L,D", "dtype", "causal", "pass", *(f"{x}, TFLOP/s" for x in names)]
     header += [*(f"{x} ÷ softmax" for x in others), "of the product's rate", "host, ms", "peak, MiB", "error / bound"]
-    widths = sorted({r["sigma"] for r in result["accuracy"]})
+    widths = sorted({r["sigma"] for r in result.get("accuracy", [])})
     accuracy = []
-    for dtype in dict.fromkeys(r["dtype"] for r in result["accuracy"]):
-        for name in dict.fromkeys(r["candidate"] for r in result["accuracy"]):
-            own = {r["sigma"]: r for r in result["accuracy"] if (r["dtype"], r["candidate"]) == (dtype, name)}
+    for dtype in dict.fromkeys(r["dtype"] for r in result.get("accuracy", [])):
+        for name in dict.fromkeys(r["candidate"] for r in result.get("accuracy", [])):
+            own = {r["sigma"]: r for r in result.get("accuracy", []) if (r["dtype"], r["candidate"]) == (dtype, name)}
             cells = [f"{own[s]['lost']} lost" if own[s]["lost"] else f"{own[s]['error']:.2f}" for s in widths]
             accuracy.append([dtype, name, *cells])
     order = " / ".join(names)
     about = (
-        f"Backend: `{result['chosen']}`. Speeds are ratios to cuDNN's softmax attention in the same run, in turns; "
-        "above 1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a product of "
+        f"Backend: `{result.get('chosen', 'cupy-cuda')}`. Speeds are ratios to cuDNN's softmax attention in the same "
+        "run, in turns; above 1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a product of "
         f"8192³ ran at {result['product']:.0f}. The device is kept busy while the host launches, whose time is in a "
         f"column of its own ({order}). Peak: of a forward and a backward pass, beside the inputs (the same order). "
-        "*recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded."
+        "*recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded; *flash* is torch's "
+        "FlashAttention-2, *portable* our kernel for any card, *kernel* the Hopper kernel without what is around it."
     )
-    return "\n\n".join(
-        (
-            provenance(result),
-            about,
-            table(header, rows),
+    parts = [provenance(result), about, table(header, rows)]
+    if accuracy:
+        parts += [
             "Worst error of sampled rows over the bound of [numerics](numerics.md) by the standard deviation of the "
             "values, causal, (2,4,1024,128); *lost* counts outputs that are not finite.",
             table(["dtype", "", *(f"σ = {s}" for s in widths)], accuracy),
-        )
-    )
+        ]
+    return "\n\n".join(parts)
 
 
 def _cell(records: dict[str, dict[str, Any]], name: str, shown: Callable[[dict[str, Any]], str]) -> str:
@@ -231,6 +230,8 @@ def main() -> int:
     stale = False
     for path, name, text in (
         (ROOT / "docs" / "performance.md", "gpu", gpu_page(gpu)),
+        (ROOT / "docs" / "performance.md", "gpu-jax", gpu_page(latest("gpu-jax"))),
+        (ROOT / "docs" / "performance.md", "gpu-cupy", gpu_page(latest("gpu-cupy"))),
         (ROOT / "docs" / "performance.md", "decode", decode_page(decode)),
         (ROOT / "docs" / "performance.md", "cpu", cpu_page(results)),
         (ROOT / "README.md", "benchmarks", summary(results)),
