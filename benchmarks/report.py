@@ -172,10 +172,11 @@ def gpu_page(result: dict[str, Any]) -> str:
     about = (
         f"Backend: `{result.get('chosen', 'cupy-cuda')}`. Speeds are ratios to cuDNN's softmax attention in the same "
         "run, in turns; above 1 LASER is faster. TFLOP/s = 4·B·H·L²·D, half if causal, ×2.5 for the backward pass; a "
-        f"product of 8192³ ran at {result['product']:.0f}. The device is kept busy while the host launches, whose time is in a "
-        f"column of its own ({order}). Peak: of a forward and a backward pass, beside the inputs (the same order). "
-        "*recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded; *flash* is torch's "
-        "FlashAttention-2, *portable* our kernel for any card, *kernel* the Hopper kernel without what is around it."
+        f"product of 8192³ ran at {result['product']:.0f}. The device is kept busy while the host launches, "
+        f"whose time is in a column of its own ({order}). Peak: of a forward and a backward pass, beside the inputs "
+        "(the same order). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded; *flash* is "
+        "torch's FlashAttention-2, *portable* our kernel for any card, *kernel* the Hopper kernel without "
+        "what is around it."
     )
     parts = [provenance(result), about, table(header, rows)]
     if accuracy:
