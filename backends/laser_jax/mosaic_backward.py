@@ -4,8 +4,8 @@
 
 with G = do·2^(c − βo·log2e), X = 2^(βv·log2e − c) and r = dl − Σ_e do/β. A program owns a block of keys and walks over
 the queries that see it, from the last tile to the first, so that each tile pair costs five matrix products. dk and dv
-stay in registers; the program adds its part of dq to global memory when its turn comes, block after block of keys. So every
-sum has one order, and the same bits come out of every run.
+stay in registers; the program adds its part of dq to global memory when its turn comes, block after block of keys. So
+every sum has one order, and the same bits come out of every run.
 """
 
 from __future__ import annotations
