@@ -136,9 +136,9 @@ def _how(problem: Problem) -> str | None:
 
     if not torch.cuda.is_available():
         return None
-    from . import fused, fused_backward
+    from . import engines
 
-    return f"{fused.how(problem)}\n{fused_backward.how(problem)}"
+    return engines.how(problem)
 
 
 TRITON = Backend(

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from laser_core import Problem
+
+from . import cudnn, hopper
+from .call import INTERPRETED, Plan
 
 Pass = Literal["forward", "backward"]
 VARIABLE = "LASER_TORCH_TABLE"  # the path of a table that is taken, whatever the device
@@ -82,12 +84,39 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def choose(which: Pass, problem: Problem, device: torch.device, why_not: Callable[[str], str | None]) -> Choice:
-    """The fastest engine that serves a pass of a problem on a device; ``why_not(engine)`` says why one does not."""
+def chosen(plan: Plan, which: Pass) -> Choice:
+    """The fastest engine that serves a pass of a call. Made by ``plan.prepared(chosen, which)``."""
+    able = ENGINES[which]
+    if INTERPRETED:
+        able = ("triton",)
+    elif not (plan.fits("q") and plan.fits("k")):  # the hardware cannot copy tiles of the arrays as they lie
+        able = tuple(engine for engine in able if engine != "hopper")
+    return _fastest(which, plan.problem, plan.device, able)
+
+
+def how(problem: Problem) -> str:
+    """A line for each pass: which engine would run it on the current device, and why."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = ((which, _fastest(which, problem, device, able)) for which, able in ENGINES.items())
+    return "\n".join(f"{which}: {choice.engine} ({choice.why})" for which, choice in found)
+
+
+def _fastest(which: Pass, problem: Problem, device: torch.device, able: tuple[str, ...]) -> Choice:
+    """The fastest of these engines that serves a pass of a problem on a device."""
     found = None
     if device.type == "cuda":
         found = table(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    return next(choice for choice in choices(which, problem, found) if why_not(choice.engine) is None)
+    serving = (c for c in choices(which, problem, found) if c.engine in able)
+    return next(choice for choice in serving if why_not(choice.engine, problem, device) is None)
+
+
+def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
+    """Why an engine does not serve a problem on a device; None if it does."""
+    if engine == "triton":
+        return None
+    if engine == "cudnn":
+        return cudnn.why_not(problem) or cudnn.missing(device)
+    return hopper.why_not(problem) or hopper.missing(device)
 
 
 def choices(which: Pass, problem: Problem, found: dict[str, Any] | None) -> list[Choice]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from laser_core import Forward, Inputs, Problem
 
 from . import cudnn, engines, hopper, triton_finish, triton_forward
-from .call import INTERPRETED, Call, Plan, Values, cdiv, describe, layout, padded, prepare, value_pass, workers
+from .call import Call, Plan, Values, cdiv, describe, layout, padded, prepare, value_pass, workers
 from .engines import Choice
 from .launch import Launch, on
 from .tiles import Tile, forward_tile, row_block
@@ -39,7 +39,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         return Forward(out, l, torch.zeros_like(out, dtype=torch.int16) if keeps else None)
     call = prepare(problem, inputs)
     with on(q.device):
-        out, l, rest = run(call, call.plan.prepared(_choice))
+        out, l, rest = run(call, call.plan.prepared(engines.chosen, "forward"))
     if out.dtype != q.dtype:  # interpreted
         out, rest = split(out, q.dtype)
     if out.shape != problem.out_shape:  # several batch axes, or none
@@ -50,7 +50,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
 
 def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output, l, and what is kept of the unrounded output, by an engine that serves the call."""
-    values, count = value_pass(call, keys=False, narrow=_few(call.plan)[1]), None
+    values, count = value_pass(call, keys=False, narrow=call.plan.prepared(_few)[1]), None
     rest: Tensor | None = None
     if choice.engine == "hopper":
         made = call.plan.prepared(_hopper, choice.tile)
@@ -61,35 +61,6 @@ def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
         out, l, rest, count = _portable_forward(call, values, choice.tile)
     _exact_forward(call, values, out, rest, l, count)
     return out, l, rest
-
-
-def how(problem: Problem) -> str:
-    """Which engine would run the forward pass on the current device, and why."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    choice = engines.choose("forward", problem, device, lambda engine: why_not(engine, problem, device))
-    return f"forward: {choice.engine} ({choice.why})"
-
-
-def _choice(plan: Plan) -> Choice:
-    """The engine for a call."""
-
-    def refused(engine: str) -> str | None:
-        if engine != "triton" and INTERPRETED:
-            return "it cannot be interpreted"
-        if engine == "hopper" and not (plan.fits("q") and plan.fits("k")):
-            return "the hardware cannot copy tiles of the arrays as they lie"
-        return why_not(engine, plan.problem, plan.device)
-
-    return engines.choose("forward", plan.problem, plan.device, refused)
-
-
-def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
-    """Why an engine does not serve a problem on a device; None if it does."""
-    if engine == "triton":
-        return None
-    if engine == "cudnn":
-        return cudnn.why_not(problem) or cudnn.missing(device)
-    return hopper.why_not(problem) or hopper.missing(device)
 
 
 def split(o: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -186,7 +157,7 @@ def _exact_launch(plan: Plan, keeps: bool) -> Launch:
     p = plan.problem
     heads, parts = plan.batch * p.query_heads, cdiv(p.value_dim, 16)
     share = workers(heads, cdiv(p.query_length, 16) * parts)
-    few_end, first = _few(plan)
+    few_end, first = plan.prepared(_few)
     return Launch(
         triton_forward.exact, heads * share,
         (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, few_end, plan.total),

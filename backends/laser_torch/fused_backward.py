@@ -11,7 +11,6 @@ from laser_core import Forward, Gradients, Inputs, Problem, _array, _gradient
 
 from . import engines, hopper, hopper_gradient, triton_backward, triton_exact
 from .call import (
-    INTERPRETED,
     Call,
     Plan,
     Values,
@@ -59,7 +58,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
         return _gradient.no_gradients(_array.namespace(inputs.query), inputs)
     call = prepare(problem, inputs)
     with on(inputs.query.device):
-        choice = call.plan.prepared(_choice)
+        choice = call.plan.prepared(engines.chosen, "backward")
         values = value_pass(call, keys=choice.engine != "triton")  # those kernels clean what they read
         side = prepare_rows(call, values, forward, d_out, d_lse)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
@@ -75,31 +74,6 @@ def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[T
         made = call.plan.prepared(_hopper)
         return hopper_gradient.backward(made, call.q, call.k, values.x, side.g, side.rows, values.flags)
     return _portable_backward(call, values, side, choice.tile)
-
-
-def how(problem: Problem) -> str:
-    """Which engine would run the backward pass on the current device, and why."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    choice = engines.choose("backward", problem, device, lambda engine: why_not(engine, problem, device))
-    return f"backward: {choice.engine} ({choice.why})"
-
-
-def _choice(plan: Plan) -> Choice:
-    """The engine for a call."""
-
-    def refused(engine: str) -> str | None:
-        if engine == "hopper" and INTERPRETED:
-            return "it cannot be interpreted"
-        if engine == "hopper" and not (plan.fits("q") and plan.fits("k")):
-            return "the hardware cannot copy tiles of the arrays as they lie"
-        return why_not(engine, plan.problem, plan.device)
-
-    return engines.choose("backward", plan.problem, plan.device, refused)
-
-
-def why_not(engine: str, problem: Problem, device: torch.device) -> str | None:
-    """Why an engine does not serve a problem on a device; None if it does."""
-    return None if engine == "triton" else hopper.why_not(problem) or hopper.missing(device)
 
 
 def _like(x: Tensor, gradient: Tensor) -> Tensor:

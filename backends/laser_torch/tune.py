@@ -139,8 +139,7 @@ def measure(widths: tuple[int, ...], lengths: tuple[int, ...], turns: int) -> It
 
 
 def _timed(trial: Trial, which: Pass, choice: Choice, turns: int) -> dict[str, Any]:
-    module = {"forward": fused, "backward": fused_backward}[which]
-    reason = module.why_not(choice.engine, trial.problem, trial.call.q.device)
+    reason = engines.why_not(choice.engine, trial.problem, trial.call.q.device)
     if reason is not None:
         return {"not timed": reason}
     try:
