@@ -6,6 +6,7 @@ from . import frameworks, properties
 from .case import EACH, LEVELS, TWO, Case
 from .cases_hard import SIGMAS, determinism, hostile, isolation, layout, precision, scale
 from .cases_plain import masks, options, plain
+from .cases_wide import wide
 
 __all__ = ["EACH", "LEVELS", "SIGMAS", "TWO", "Case", "all_cases", "choose"]
 
@@ -22,6 +23,7 @@ def all_cases() -> tuple[Case, ...]:
         determinism,
         layout,
         scale,
+        wide,
         frameworks.cases,
         properties.cases,
     )

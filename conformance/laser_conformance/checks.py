@@ -155,21 +155,27 @@ def _same(base: Results, changed: Results, why: str) -> list[Finding]:
 
 
 def isolation_of_rows(subject: Subject, data: Data) -> list[Finding]:
-    """NaN and ∞ in the last keys: queries that do not see them keep their bits."""
-    base = subject.forward(data)
+    """Anything in the last keys: queries that do not see them keep the bits of their results and of their gradients.
+
+    NaN and ∞ in keys and in values; and other values, such that the range of a channel stays below 20 nats.
+    """
+    base = subject.gradients(data)
     found = judged(data, base)
     count = max(1, data.spec.lengths[1] // 8)
     late = np.zeros(data.spec.lengths[1], dtype=bool)
     late[-count:] = True
     untouched = ~(visible(data) & late).any(axis=-1)
-    for what, name in ((math.nan, "NaN"), (math.inf, "∞"), (-math.inf, "−∞")):
-        for argument in ("key", "value"):
-            x = data.arrays[argument]
-            changed = subject.forward(
-                data.with_arrays(**{argument: np.where(late[:, None], np.asarray(what, x.dtype), x)})
-            )
-            found += changed.findings
-            for result in changed.values:
+    shape = data.arrays["value"].shape
+    others = [(fill(Fill("normal", 1, shift), "late", shape, data.dtype), f"N({shift}, 1)") for shift in (0, 8)]
+    contents = [(argument, what) for argument in ("key", "value") for what in (math.nan, math.inf, -math.inf)]
+    for argument, what, name in (*((a, w, str(w)) for a, w in contents), *(("value", *other) for other in others)):
+        x = data.arrays[argument]
+        changed = subject.gradients(
+            data.with_arrays(**{argument: np.where(late[:, None], np.asarray(what, x.dtype), x)})
+        )
+        found += changed.findings
+        for result in ("out", "lse", "d_query"):
+            if result in changed.values:
                 a, b = base.values[result], changed.values[result]
                 why = f"{name} in the {argument} of positions that it does not see changes a query's result"
                 found.append(compare.same_bits(result, b[untouched], a[untouched], why))

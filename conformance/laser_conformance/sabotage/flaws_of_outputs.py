@@ -220,3 +220,12 @@ class TileReachesNextHead(Honest):
         x = np.exp(self.beta(problem, inputs)[1:, None, :] * beyond)
         o[..., :-1, :, :] += (0 * x).sum(axis=-2, keepdims=True)
         return np.asarray(o)
+
+
+@flaw("isolation")
+class NanTimesZeroInGradients(Honest):
+    """Weights of zero meet with keys that are NaN in the product that makes the gradient of the queries."""
+
+    def through_scores(self, problem: Problem, dx: Floats, q: Floats, k: Floats) -> tuple[Floats, Floats]:
+        _, dk = super().through_scores(problem, dx, q, k)
+        return problem.scale * (dx @ k), dk

@@ -227,7 +227,8 @@ class Honest:
         return np.asarray(dl[..., None] * p, dtype=p.dtype)
 
     def through_scores(self, problem: Problem, dx: Floats, q: Floats, k: Floats) -> tuple[Floats, Floats]:
-        """dq and dk for all query heads."""
+        """dq and dk for all query heads; dx is NaN where a query sees NaN or ∞, and zero where it does not."""
+        q, k = (np.nan_to_num(x, nan=0, posinf=0, neginf=0) for x in (q, k))
         return problem.scale * (dx @ k), problem.scale * (dx.swapaxes(-1, -2) @ q)
 
     def fold(self, problem: Problem, x: Floats) -> Floats:
