@@ -73,6 +73,20 @@ def _mosaic_backward(
     return gradients
 
 
+def _cudnn_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import cudnn
+
+    done: Forward = cudnn.forward(problem, inputs)
+    return done
+
+
+def _cudnn_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    from . import cudnn
+
+    gradients: Gradients = cudnn.backward(problem, inputs, forward, d_out, d_lse)
+    return gradients
+
+
 def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import tpu
 
@@ -131,6 +145,20 @@ MOSAIC = Backend(
     requires=("jax",),
     why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
     priority=lambda problem: 50 if problem.device == "cuda" else -10,  # JAX's interpreter is for tests
+    residual=lambda problem: ((problem.out_shape, problem.dtype),),
+)
+
+CUDNN = Backend(
+    name="jax-cudnn",
+    summary="cuDNN's attention on exponentiated values; heads outside the fast range take the exact path",
+    forward=_cudnn_forward,
+    backward=_cudnn_backward,
+    frameworks=("jax",),
+    devices=("cuda",),
+    dtypes=("bfloat16",),  # what cuDNN rounds before the logarithm, the error bound has room for in this one alone
+    requires=("jax",),
+    why_not=lambda problem: served.cudnn_why_not(problem) or served.cudnn_wrong_device(),
+    priority=lambda problem: 40,
     residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )
 

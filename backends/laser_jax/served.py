@@ -1,9 +1,10 @@
-"""What the Pallas kernels for Hopper serve; JAX need not be there to ask."""
+"""What the engines for NVIDIA GPUs serve; JAX need not be there to ask."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from importlib.metadata import version
 
@@ -47,11 +48,36 @@ def missing() -> str | None:
 
 def wrong_device() -> str | None:
     """Why the GPUs that JAX has found cannot run the kernels; None where they can, or none has been looked for."""
+    found = capability()
+    return None if found in (None, (9, 0)) else f"GPU of compute capability {_dotted(found)} (supported: 9.0, Hopper)"
+
+
+def cudnn_why_not(problem: Problem) -> str | None:
+    """Why cuDNN does not serve a problem, from its description alone; None if it does."""
+    if causal_offset(problem) not in (None, 0):
+        return "is_causal and window_size: cuDNN knows causality from the top left alone"
+    return why_not(problem)
+
+
+def cudnn_wrong_device() -> str | None:
+    """As :func:`wrong_device`, for cuDNN's attention."""
+    found = capability()
+    if found is None or found >= (8, 0):
+        return None
+    return f"GPU of compute capability {_dotted(found)} (supported: 8.0 and later)"
+
+
+def capability() -> tuple[int, ...] | None:
+    """The compute capability of the GPUs that JAX has found, () where it is no number; None: it has not looked."""
     jax = sys.modules.get("jax")
     if jax is None or jax.default_backend() != "gpu":
         return None
-    found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    return None if found == "9.0" else f"GPU of compute capability {found} (supported: 9.0, Hopper)"
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return () if found is None else tuple(map(int, found.groups()))
+
+
+def _dotted(found: tuple[int, ...] | None) -> str:
+    return ".".join(map(str, found or ("unknown",)))
 
 
 def causal_offset(problem: Problem) -> int | None:
