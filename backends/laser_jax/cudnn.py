@@ -1,10 +1,10 @@
 """Engine ``jax-cudnn``: the published recipe on cuDNN's softmax attention, with X for exp(v), and guarded.
 
-cuDNN attends over X = exp(βv)·2^−c and returns a = p·X, rounded. That is one more unit of rounding, relative to a and so
-absolute in o, for which the error bound of o has room in bfloat16; in float16, whose exponents p needs for itself, it
-has none. Backward cuDNN differentiates its own attention: with G = do/(βa) it returns ds = p ∘ (G·Xᵀ − rowsum(G ∘ a)),
-which is LASER's, and pᵀ·G, of which dv = βX ∘ pᵀ·G. What is kept is a and not o: the weights of a query sum to one up to
-the rounding of a, however large o is. Heads outside the fast range, or with NaN or infinity, are computed exactly in
+cuDNN attends over X = exp(βv)·2^−c and returns a = p·X, rounded. That is one more unit of rounding, relative to a and
+so absolute in o, for which the error bound of o has room in bfloat16; in float16, whose exponents p needs for itself,
+it has none. Backward cuDNN differentiates its own attention: from G = do/(βa) it has ds = p ∘ (G·Xᵀ − rowsum(G ∘ a)),
+which is LASER's, and pᵀ·G, of which dv = βX ∘ pᵀ·G. What is kept is a and not o: the weights of a query sum to one up
+to the rounding of a, however large o is. Heads outside the fast range, or with NaN or infinity, are computed exactly in
 the same call, chosen on the device.
 """
 
@@ -25,7 +25,7 @@ from . import served, tiles, xla
 from .mosaic import BROKEN, FEW, OUTSIDE, padded
 from .served import causal_offset
 from .tiles import Array, Start
-from .values import LIMITS, _scaled_exp2, decide, needs_sum
+from .values import LIMITS, decide, needs_sum
 
 _LOG2E = math.log2(math.e)
 
@@ -65,7 +65,8 @@ class Call(NamedTuple):
     def head(self, at: Start) -> tuple[Problem, Inputs]:
         """One key/value head and its queries as a problem of its own."""
         problem = dataclasses.replace(self.problem, batch=(), query_heads=self.problem.group, key_value_heads=1)
-        return problem, Inputs(*(self.cut(x, at) for x in (self.q, self.k, self.v)), None, None, None, None, None)
+        q, k, v = (self.cut(x, at) for x in (self.q, self.k, self.v))
+        return problem, Inputs(q, k, v, None, None, None, None, None)
 
     def cut(self, x: Array, at: Start) -> Array:
         """Of an array ``(B, H, …)`` what belongs to one key/value head, ``(H/Hkv, …)``."""
@@ -81,6 +82,13 @@ class Call(NamedTuple):
         return (at[0], at[1] * (x.shape[1] // self.problem.key_value_heads), *(0,) * (x.ndim - 2))
 
 
+def _scaled_exp2(y: Array, c: Array) -> Array:
+    """2^(y − c), the same bits times a power of two for every integer c."""
+    n = jnp.floor(y + 0.5)
+    exponent = jnp.clip(n - c, -126, 127).astype(jnp.int32) + 127
+    return jnp.exp2(y - n) * jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
 def attend(problem: Problem, q: Array, k: Array, x: Array) -> tuple[Array, Array]:
     """p·x, rounded, and the log-sum-exp in float32, by cuDNN.
 
@@ -90,8 +98,9 @@ def attend(problem: Problem, q: Array, k: Array, x: Array) -> tuple[Array, Array
         k: (B, Hkv, Lk, D).
         x: (B, Hkv, Lk, E), finite.
     """
+    q, k, wide = _one_width(q, k, x)
     out, l = fused.dot_product_attention(
-        *_one_width(q, k, x), scale=problem.scale, mask_type=_mask(problem), qkv_layout="BNTH", return_residual=True
+        q, k, wide, scale=problem.scale, mask_type=_mask(problem), qkv_layout="BNTH", return_residual=True
     )
     return out[..., : x.shape[-1]], l
 
@@ -102,7 +111,8 @@ def pull(problem: Problem, q: Array, k: Array, x: Array, out: Array, l: Array, g
     none = jnp.zeros(0, q.dtype)
     saved = (q_, k_, x_, *(none,) * 7, l, out_)
     options = (problem.scale, 42, 0.0, (False, False), _mask(problem), fused.AttentionLayout.BNTH.value, None, 0, False)
-    dq, dk, dx, *_ = fused._dot_product_attention_bwd_rule(*options, saved, g_)
+    rule: Any = fused._dot_product_attention_bwd_rule
+    dq, dk, dx, *_ = rule(*options, saved, g_)
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dx[..., : x.shape[-1]]
 
 
@@ -179,7 +189,7 @@ def _first_rows(call: Call) -> Array:
     k, v = (jnp.repeat(x, call.problem.group, axis=1) for x in (k, v))
     s = jnp.einsum("bhid,bhjd->bhij", q * call.problem.scale, k)
     s = jnp.where(jnp.tril(jnp.ones((rows, k.shape[2]), bool)), s, -jnp.inf)
-    beta = jnp.full((1, 1, 1, 1), call.problem.beta, jnp.float32)
+    beta = jnp.full((1, 1, 1, 1), call.problem.beta or 0.0, jnp.float32)
     o: Array = _reference.attend(jnp, s, v[:, :, None], beta, large_beta=True)[0]
     return o
 
