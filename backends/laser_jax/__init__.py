@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
 
-from . import served
+from . import engines, served
 
 if TYPE_CHECKING:
     from .functional import attention_fn as attention_fn
@@ -117,7 +117,8 @@ XLA = Backend(
     backward=_xla_backward,
     frameworks=("jax",),
     requires=("jax",),
-    priority=lambda problem: 30,
+    priority=engines.priority("jax-xla", elsewhere=30),
+    how=engines.how("jax-xla"),
     residual=unrounded_output,
 )
 
@@ -144,7 +145,8 @@ MOSAIC = Backend(
     dtypes=("float16", "bfloat16"),
     requires=("jax",),
     why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
-    priority=lambda problem: 50 if problem.device == "cuda" else -10,  # JAX's interpreter is for tests
+    priority=engines.priority("jax-mosaic", elsewhere=-10),  # JAX's interpreter is for tests
+    how=engines.how("jax-mosaic"),
     residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )
 
@@ -158,7 +160,8 @@ CUDNN = Backend(
     dtypes=("bfloat16",),  # what cuDNN rounds before the logarithm, the error bound has room for in this one alone
     requires=("jax",),
     why_not=lambda problem: served.cudnn_why_not(problem) or served.cudnn_wrong_device(),
-    priority=lambda problem: 40,
+    priority=engines.priority("jax-cudnn", elsewhere=0),
+    how=engines.how("jax-cudnn"),
     residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )
 

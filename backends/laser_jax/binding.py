@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from laser_core import Backend, Forward, Inputs, Problem, Unsupported, _registry
+from laser_core import Forward, Inputs, Problem, Unsupported, _registry
 
 from . import partition, tiles
 from .partition import Operands, Step
@@ -22,7 +22,7 @@ Saved: TypeAlias = tuple[Inputs, Forward]
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
     """Output and log-sum-exp, with the analytic gradient unless the backend leaves differentiation to JAX."""
     chosen = _registry.select(problem, backend)
-    split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, chosen.name))
+    split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, backend))
     if split is not None:
         return split
     inputs = tiles.vary(inputs, inputs)  # so that shard_map sums what belongs to a replicated argument
@@ -30,7 +30,9 @@ def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | N
         with quiet():
             out, lse, _ = chosen.forward(problem, inputs)
         return out, lse
-    result: tuple[Array, Array] = _attention(problem, chosen, inputs)
+    alone = dataclasses.replace(problem, gradient=False)  # the fastest engine without a gradient may be another one
+    steps = Step(alone, _registry.select(alone, backend)), Step(problem, chosen)
+    result: tuple[Array, Array] = _attention(*steps, inputs)
     return result
 
 
@@ -41,22 +43,22 @@ def quiet() -> AbstractContextManager[object]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[Array, Array]:
-    return _forward(dataclasses.replace(problem, gradient=False), backend, inputs)[0]
+def _attention(alone: Step, step: Step, inputs: Inputs) -> tuple[Array, Array]:
+    """By ``alone``, or by ``step`` where it is differentiated."""
+    return _forward(step, alone, inputs)[0]
 
 
-def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
+def _forward(_: Step, step: Step, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
     with quiet():
-        done = _run(Step(problem, backend), Operands(inputs))
+        done = _run(step, Operands(inputs))
     return (done.out, done.lse), (inputs, done)
 
 
-def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
+def _backward(_: Step, step: Step, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
     inputs, done = saved
     d_out, d_lse = cotangents
     with quiet():
-        operands = Operands(inputs, done, d_out, d_lse if problem.return_lse else None)
-        gradients = _run(Step(problem, backend), operands)
+        gradients = _run(step, Operands(inputs, done, d_out, d_lse if step.problem.return_lse else None))
     none = Inputs(*(None,) * len(Inputs._fields))
     return (none._replace(**gradients._asdict()),)  # None: masks and lengths have no cotangent
 

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from importlib.metadata import version
+from typing import Any
 
 from laser_core import Problem
 
@@ -67,12 +68,18 @@ def cudnn_wrong_device() -> str | None:
     return f"GPU of compute capability {_dotted(found)} (supported: 8.0 and later)"
 
 
-def capability() -> tuple[int, ...] | None:
-    """The compute capability of the GPUs that JAX has found, () where it is no number; None: it has not looked."""
+def gpu() -> Any:
+    """The GPU that JAX has found; None where there is none, or none has been looked for."""
     jax = sys.modules.get("jax")
-    if jax is None or jax.default_backend() != "gpu":
+    return jax.devices()[0] if jax is not None and jax.default_backend() == "gpu" else None
+
+
+def capability() -> tuple[int, ...] | None:
+    """Its compute capability, () where it has no such number; None without a GPU."""
+    device = gpu()
+    if device is None:
         return None
-    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return () if found is None else tuple(map(int, found.groups()))
 
 

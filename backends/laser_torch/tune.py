@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laser_core import Forward, Inputs, Problem
+from laser_core import Forward, Inputs, Problem, _tables
 
 from . import engines, fused, fused_backward
 from .call import prepare, value_pass
@@ -155,14 +155,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m laser_torch.tune", description=__doc__)
     parser.add_argument("--out", type=Path, help="the table to write (default: where the automatic choice looks)")
     parser.add_argument("--turns", type=int, default=5, help="timings of each (default: %(default)s)")
-    parser.add_argument("--widths", type=int, nargs="+", default=engines.WIDTHS, choices=engines.WIDTHS)
+    parser.add_argument("--widths", type=int, nargs="+", default=_tables.WIDTHS, choices=_tables.WIDTHS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("laser_torch.tune: needs a GPU that torch can use", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
-    out: Path = options.out or engines.own_table(name)
+    out: Path = options.out or _tables.own("laser_torch", name)
     out.parent.mkdir(parents=True, exist_ok=True)
     versions = {}
     for package in ("laser-attention", "torch", "triton"):
