@@ -142,13 +142,15 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
 
 
 def _finished(call: Call, a: Array) -> Array:
-    """o = log(a·2^c)/β in float32, the same bits for every c, and not outside the values of its channel."""
+    """o = log(a·2^c)/β in float32, the same bits for every c; where no key is hidden, inside the values of its channel."""
     beta = call.problem.beta or 0.0
     c, low, high = (jnp.repeat(x, call.problem.group, axis=1)[:, :, None] for x in (call.c, *call.ends))
     bits = jax.lax.bitcast_convert_type(a.astype(jnp.float32), jnp.int32)
     exponent = (bits >> 23).astype(jnp.float32) - 127 + c
     mantissa = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-    y = jnp.clip((exponent + jnp.log2(mantissa)) * (1 / _LOG2E), low, high)
+    y = (exponent + jnp.log2(mantissa)) * (1 / _LOG2E)
+    if causal_offset(call.problem) is None:
+        y = jnp.clip(y, low, high)
     return jnp.where((a > 0) & (a < jnp.inf), y * (1 / beta), jnp.nan)  # the others: for _mended
 
 
