@@ -142,7 +142,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
 
 
 def _finished(call: Call, a: Array) -> Array:
-    """o = log(a·2^c)/β in float32, the same bits for every c; where no key is hidden, inside the values of its channel."""
+    """log(a·2^c)/β in float32, the same bits for every c; inside the values of its channel where no key is hidden."""
     beta = call.problem.beta or 0.0
     c, low, high = (jnp.repeat(x, call.problem.group, axis=1)[:, :, None] for x in (call.c, *call.ends))
     bits = jax.lax.bitcast_convert_type(a.astype(jnp.float32), jnp.int32)
