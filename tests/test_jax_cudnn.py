@@ -14,7 +14,7 @@ from laser_core import Problem, _problem, _streaming  # noqa: E402
 
 FINE = Problem(
     framework="jax", device="cuda", dtype="bfloat16", batch=(2,), query_heads=4, key_value_heads=2,
-    query_length=100, key_length=70, head_dim=128, value_dim=64, scale=0.1, causal="top_left",
+    query_length=100, key_length=70, head_dim=128, value_dim=64, scale=0.1, causal="top_left", gradient=False,
 )  # fmt: skip
 
 
@@ -28,11 +28,19 @@ FINE = Problem(
         ({"causal": "bottom_right"}, "top left alone"),
         ({"window": (None, 3), "causal": None}, "top left alone"),
         ({"key_value_lengths": True}, "sequence lengths"),
+        ({"gradient": True}, "another order in every run"),
     ],
 )
-def test_says_what_it_leaves_to_others(change, told):
+def test_says_what_it_leaves_to_others(change, told, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert CUDNN.refuses(FINE) is None
     assert told in str(CUDNN.refuses(dataclasses.replace(FINE, **change)))
+
+
+def test_gradients_where_xla_is_told_to_be_deterministic(monkeypatch):
+    for flags, told in (("--xla_gpu_deterministic_ops=false", True), ("-x --xla_gpu_deterministic_ops=true", False)):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        assert (CUDNN.refuses(dataclasses.replace(FINE, gradient=True)) is not None) == told
 
 
 def _scores(problem, q, k):

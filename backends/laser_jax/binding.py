@@ -16,12 +16,13 @@ from . import partition, tiles
 from .partition import Operands, Step
 
 Array: TypeAlias = jax.Array
+Asked: TypeAlias = str | tuple[str, ...] | None  # backends by name
 Saved: TypeAlias = tuple[Inputs, Forward]
 
 
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
     """Output and log-sum-exp, with the analytic gradient unless the backend leaves differentiation to JAX."""
-    chosen = _registry.select(problem, backend)
+    chosen = _registry.select(_alone(problem), backend)
     split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, backend))
     if split is not None:
         return split
@@ -30,10 +31,14 @@ def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | N
         with quiet():
             out, lse, _ = chosen.forward(problem, inputs)
         return out, lse
-    alone = dataclasses.replace(problem, gradient=False)  # the fastest engine without a gradient may be another one
-    steps = Step(alone, _registry.select(alone, backend)), Step(problem, chosen)
-    result: tuple[Array, Array] = _attention(*steps, inputs)
+    asked = backend if backend is None or isinstance(backend, str) else tuple(backend)
+    result: tuple[Array, Array] = _attention(problem, asked, inputs)
     return result
+
+
+def _alone(problem: Problem) -> Problem:
+    """Without a gradient: the engine may be another one."""
+    return dataclasses.replace(problem, gradient=False)
 
 
 def quiet() -> AbstractContextManager[object]:
@@ -43,22 +48,22 @@ def quiet() -> AbstractContextManager[object]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(alone: Step, step: Step, inputs: Inputs) -> tuple[Array, Array]:
-    """By ``alone``, or by ``step`` where it is differentiated."""
-    return _forward(step, alone, inputs)[0]
+def _attention(problem: Problem, asked: Asked, inputs: Inputs) -> tuple[Array, Array]:
+    return _forward(_alone(problem), asked, inputs)[0]
 
 
-def _forward(_: Step, step: Step, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
+def _forward(problem: Problem, asked: Asked, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
     with quiet():
-        done = _run(step, Operands(inputs))
+        done = _run(Step(problem, _registry.select(problem, asked)), Operands(inputs))
     return (done.out, done.lse), (inputs, done)
 
 
-def _backward(_: Step, step: Step, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
+def _backward(problem: Problem, asked: Asked, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
     inputs, done = saved
     d_out, d_lse = cotangents
     with quiet():
-        gradients = _run(step, Operands(inputs, done, d_out, d_lse if step.problem.return_lse else None))
+        operands = Operands(inputs, done, d_out, d_lse if problem.return_lse else None)
+        gradients = _run(Step(problem, _registry.select(problem, asked)), operands)
     none = Inputs(*(None,) * len(Inputs._fields))
     return (none._replace(**gradients._asdict()),)  # None: masks and lengths have no cotangent
 

@@ -6,6 +6,9 @@ it has none. Backward cuDNN differentiates its own attention: from G = do/(βa) 
 which is LASER's, and pᵀ·G, of which dv = βX ∘ pᵀ·G. What is kept is a and not o: the weights of a query sum to one up
 to the rounding of a, however large o is. Heads outside the fast range, or with NaN or infinity, are computed exactly in
 the same call, chosen on the device.
+
+cuDNN sums dq in another order in every run, unless XLA is told to leave such kernels out: gradients are served where it
+has been.
 """
 
 from __future__ import annotations
