@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -100,13 +100,13 @@ class Trial(NamedTuple):
 def milliseconds(call: Callable[[], Any], turns: int) -> float:
     """The median over turns, many calls being launched at a time."""
     taken: list[float] = []
-    count = 1
+    count, wait = 1, cast("Callable[[Any], Any]", jax.block_until_ready)
     for turn in range(turns + 1):
-        jax.block_until_ready(call())
+        wait(call())
         start = time.perf_counter()
         for _ in range(count):
             results = call()
-        jax.block_until_ready(results)
+        wait(results)
         seconds = (time.perf_counter() - start) / count
         if turn:
             taken.append(seconds)
