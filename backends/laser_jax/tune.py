@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,8 @@ class Trial(NamedTuple):
 def milliseconds(call: Callable[[], Any], turns: int) -> float:
     """The median over turns, many calls being launched at a time."""
     taken: list[float] = []
-    count, wait = 1, cast("Callable[[Any], Any]", jax.block_until_ready)
+    count = 1
+    wait: Callable[[Any], Any] = jax.block_until_ready
     for turn in range(turns + 1):
         wait(call())
         start = time.perf_counter()
