@@ -110,8 +110,9 @@ def test_is_right_whatever_the_range(rows, keys, spread, options):
     found = CUDNN.backward(problem, given, done, do, dl)
     wide = [np.asarray(x).astype(np.float64) for x in (*inputs, do)]
     exact, exact_given = _problem.describe(*wide[:3], **options)
-    right = _streaming.BACKEND.forward(exact, exact_given)
-    wanted = _streaming.BACKEND.backward(exact, exact_given, right, wide[3], None if dl is None else np.float64(dl))
+    with np.errstate(all="ignore"):  # it tries the fast path with numbers that are not for it
+        right = _streaming.BACKEND.forward(exact, exact_given)
+        wanted = _streaming.BACKEND.backward(exact, exact_given, right, wide[3], None if dl is None else np.float64(dl))
     out, lse, *found = (np.asarray(x).astype(np.float64) for x in (done.out, done.lse, *found[:3]))
     assert np.all(np.abs(out - right.out) <= 2.0**-8 * (np.abs(right.out) + 3))
     assert np.all(np.abs(lse - right.lse) <= 1e-4 * (1 + np.abs(right.lse)))
