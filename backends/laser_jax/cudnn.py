@@ -182,9 +182,15 @@ def _mended(call: Call, o: Array, l: Array) -> tuple[Array, Array]:
 
     def again(at: Start, done: tuple[Array, Array]) -> tuple[Array, Array]:
         found = xla.forward(*call.head(at))
-        return call.put(done[0], found.out, at), call.put(done[1], found.lse, at)
+        o, l = (_merged(flags[at] & OUTSIDE != 0, call.cut(x, at), y) for x, y in zip(done, found[:2], strict=True))
+        return call.put(done[0], o, at), call.put(done[1], l, at)
 
     return tiles.for_heads(p, flags != 0, again, (o, l))
+
+
+def _merged(outside: Array, fast: Array, exact: Array) -> Array:
+    """Of a head beyond the fast range what is exact; of one with NaN or infinity only what these have come to."""
+    return jnp.where(outside | ~jnp.isfinite(fast) | ~jnp.isfinite(exact), exact, fast)
 
 
 def _first_rows(call: Call) -> Array:
@@ -206,32 +212,50 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
         none: Gradients = _gradient.no_gradients(jnp, inputs)
         return none
     call = Call.of(problem, inputs)
-    p, beta = call.problem, problem.beta or 0.0
+    p = call.problem
     a, do = (jnp.reshape(x, (*p.batch, *x.shape[-3:])) for x in (done.residual, d_out))
     l = jnp.reshape(done.lse, a.shape[:-1])
     dl = None if d_lse is None else jnp.reshape(d_lse, l.shape)
-    g = (do.astype(jnp.float32) / (beta * a.astype(jnp.float32))).astype(a.dtype)
-    dq, dk, pg = pull(p, call.q, call.k, call.x, a, l, g)
+    total = _fast_backward(p, call.q, call.k, call.x, a, l, do, dl)
     # The first key is seen by every query, and the last query sees every key: what is not finite has come to them.
-    signs = (dq[:, :, -1:], dk[:, :, :1], pg[:, :, :1])
+    signs = (total[0][:, :, -1:], total[1][:, :, :1], total[2][:, :, :1])
     odd = (jnp.any(jnp.reshape(~jnp.isfinite(x), (*call.broken.shape, -1)), axis=-1) for x in signs)
     flags = functools.reduce(jnp.logical_or, odd, call.outside | call.broken)
-    if dl is not None:  # ds = p∘dl: its products with k and q are attention over k, and the gradient of that
-        flags = flags | jnp.any(jnp.reshape(~jnp.isfinite(dl), (*flags.shape, -1)), axis=-1)
-        attended, _ = attend(p, call.q, call.k, call.k)
-        of_keys = pull(p, call.q, call.k, call.k, attended, l, (dl[..., None] * call.q).astype(a.dtype))[2]
-        dq = dq + p.scale * dl[..., None] * attended
-        dk = dk + p.scale * of_keys.astype(jnp.float32)
-    dv = beta * call.x.astype(jnp.float32) * pg.astype(jnp.float32)
 
     def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
-        head = call.head(at)
-        do_, dl_ = call.cut(do, at), None if dl is None else call.cut(dl, at)
-        found = xla.backward(*head, xla.forward(*head), do_, dl_)
-        return tuple(call.put(x, y, at) for x, y in zip(total, found[:3], strict=True))
+        one, head = call.head(at)
+        l_, a_, x_, do_ = (call.cut(x, at) for x in (l, a, call.x, do))
+        dl_ = None if dl is None else call.cut(dl, at)
+        exact = xla.backward(one, head, xla.forward(one, head), do_, dl_)
+        live = jnp.isfinite(l_) & functools.reduce(
+            jnp.logical_and, (jnp.all(jnp.isfinite(x), axis=-1) for x in (head.query, a_, do_))
+        )
+        q, do_, a_ = (jnp.where(live[..., None], x, y) for x, y in ((head.query, 0), (do_, 0), (a_, 1)))
+        k = jnp.where(jnp.isfinite(head.key), head.key, 0)
+        dl_ = None if dl_ is None else jnp.where(live & jnp.isfinite(dl_), dl_, 0)
+        q, k, x_, a_, l_, do_ = (x[None] for x in (q, k, x_, a_, jnp.where(live, l_, jnp.inf), do_))
+        one = dataclasses.replace(one, batch=(1,))
+        fast = _fast_backward(one, q, k, x_, a_, l_, do_, None if dl_ is None else dl_[None])
+        found = (_merged(call.outside[at], x[0], y) for x, y in zip(fast, exact[:3], strict=True))
+        return tuple(call.put(x, y, at) for x, y in zip(total, found, strict=True))
 
-    total = tuple(x.astype(p.dtype) for x in (dq, dk, dv))
     dq, dk, dv = tiles.for_heads(p, flags, again, total)
     unseen = problem.key_length - p.key_length
     dk, dv = (jnp.pad(x, ((0, 0), (0, 0), (0, unseen), (0, 0))) if unseen else x for x in (dk, dv))
     return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip((dq, dk, dv), inputs[:3], strict=True)))
+
+
+def _fast_backward(
+    problem: Problem, q: Array, k: Array, x: Array, a: Array, l: Array, do: Array, dl: Array | None
+) -> tuple[Array, ...]:
+    """dq, dk and dv of heads inside the fast range: cuDNN's own backward pass on (X, G)."""
+    beta = problem.beta or 0.0
+    g = (do.astype(jnp.float32) / (beta * a.astype(jnp.float32))).astype(a.dtype)
+    dq, dk, pg = pull(problem, q, k, x, a, l, g)
+    if dl is not None:  # ds = p∘dl: its products with k and q are attention over k, and the gradient of that
+        attended, _ = attend(problem, q, k, k)
+        of_keys = pull(problem, q, k, k, attended, l, (dl[..., None] * q).astype(a.dtype))[2]
+        dq = dq + problem.scale * dl[..., None] * attended
+        dk = dk + problem.scale * of_keys.astype(jnp.float32)
+    dv = beta * x.astype(jnp.float32) * pg.astype(jnp.float32)
+    return tuple(y.astype(problem.dtype) for y in (dq, dk, dv))
