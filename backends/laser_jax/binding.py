@@ -22,6 +22,8 @@ Saved: TypeAlias = tuple[Inputs, Forward]
 
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
     """Output and log-sum-exp, with the analytic gradient unless the backend leaves differentiation to JAX."""
+    if backend is None and not all(isinstance(n, int) for n in problem.batch):
+        backend = "jax-xla"  # exported for any batch; the others compare sizes, or compile for them
     chosen = _registry.select(_alone(problem), backend)
     split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, backend))
     if split is not None:
