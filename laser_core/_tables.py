@@ -7,11 +7,15 @@ one of the same compute capability serves.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
+import importlib.metadata
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -70,6 +74,30 @@ def read(path: Path) -> Table:
     if missing:
         raise ValueError(f"{path}: no table of engines: it has no {', '.join(sorted(missing))}")
     return found
+
+
+def write(
+    path: Path, device: str, capability: tuple[int, ...], packages: tuple[str, ...], rows: Iterable[dict[str, Any]]
+) -> None:
+    """Write a table, and its rows to standard output, as they come: nothing is lost."""
+    versions = {}
+    for package in ("laser-attention", *packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    table: Table = {
+        "device": device,
+        "capability": capability,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": os.environ.get("LASER_COMMIT", ""),
+        "versions": versions,
+        "rows": [],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        table["rows"].append(row)
+        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(path)
 
 
 def width(problem: Problem) -> int | None:

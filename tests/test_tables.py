@@ -43,3 +43,11 @@ def test_found_by_variable_then_own_then_shipped(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("LASER_SOME_TABLE", str(broken))
     with pytest.raises(ValueError, match=r"broken\.json: no table of engines: it has no capability, date, rows"):
         device((9, 0))
+
+
+def test_what_is_written_is_a_table(tmp_path: Path):
+    path = tmp_path / "folder" / "table.json"
+    _tables.write(path, "a card", (9, 0), ("numpy",), iter([{"ms": 1.0}]))
+    found = _tables.read(path)
+    assert (found["device"], found["capability"], found["rows"]) == ("a card", [9, 0], [{"ms": 1.0}])
+    assert set(found["versions"]) == {"laser-attention", "numpy"}

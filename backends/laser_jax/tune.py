@@ -9,10 +9,6 @@ A result is compared with float64 before it is timed, and a wrong one is not tim
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
-import json
 import os
 import statistics
 import sys
@@ -159,25 +155,9 @@ def main() -> int:
         print("laser_jax.tune: needs a GPU that JAX can use", file=sys.stderr)
         return 2
     name = str(served.gpu().device_kind)
-    out: Path = options.out or _tables.own("laser_jax", name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package in ("laser-attention", "jax", "jaxlib", "nvidia-cudnn-cu13"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    table: dict[str, Any] = {
-        "device": name,
-        "capability": served.capability(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": os.environ.get("LASER_COMMIT", ""),
-        "versions": versions,
-        "rows": [],
-    }
-    for row in measure(tuple(options.widths), tuple(options.lengths), options.turns):
-        print(json.dumps(row), flush=True)
-        table["rows"].append(row)
-        out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")  # nothing is lost
-    print(out)
+    out = options.out or _tables.own("laser_jax", name)
+    rows = measure(tuple(options.widths), tuple(options.lengths), options.turns)
+    _tables.write(out, name, served.capability() or (), ("jax", "jaxlib", "nvidia-cudnn-cu13"), rows)
     return 0
 
 

@@ -9,12 +9,7 @@ A result is compared with float64 before it is timed, and a wrong one is not tim
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
-import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -162,25 +157,9 @@ def main() -> int:
         print("laser_torch.tune: needs a GPU that torch can use", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
-    out: Path = options.out or _tables.own("laser_torch", name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package in ("laser-attention", "torch", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    table: dict[str, Any] = {
-        "device": name,
-        "capability": torch.cuda.get_device_capability(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": os.environ.get("LASER_COMMIT", ""),
-        "versions": versions,
-        "rows": [],
-    }
-    for row in measure(tuple(options.widths), tuple(options.lengths), options.turns):
-        print(json.dumps(row), flush=True)
-        table["rows"].append(row)
-        out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")  # nothing is lost
-    print(out)
+    out = options.out or _tables.own("laser_torch", name)
+    rows = measure(tuple(options.widths), tuple(options.lengths), options.turns)
+    _tables.write(out, name, torch.cuda.get_device_capability(), ("torch", "triton"), rows)
     return 0
 
 
