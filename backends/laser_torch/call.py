@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from laser_core import Inputs, Problem
 
 from . import triton_values
+from .driver import Placed
 from .launch import ALIGNMENT, Launch, Tiles, fits, strides_of
 from .tiles import ROWS, is_large
 
@@ -170,9 +172,10 @@ class Plan:
         return (self.problem.beta or 0.0) * _LOG2E
 
     @property
-    def o_scale(self) -> float:
-        """O = log2(…) · o_scale."""
-        return math.log(2) / self.problem.beta if self.problem.beta else 1.0
+    def o_scale(self) -> tuple[float, float]:
+        """O = log2(…) · o_scale in two float32 numbers: the inverse of y_scale as kernels have it, rounded."""
+        exact = 1 / _float32(self.y_scale) if self.problem.beta else 1.0
+        return _float32(exact), exact - _float32(exact)
 
     @property
     def inverse_beta(self) -> float:
@@ -203,6 +206,11 @@ class Call(NamedTuple):
 def padded(width: int) -> int:
     """The width of a tile that holds so many columns."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+def _float32(x: float) -> float:
+    """A number rounded as an argument of a kernel is."""
+    return ctypes.c_float(x).value
 
 
 def cdiv(a: int, b: int) -> int:
@@ -374,7 +382,7 @@ def copies_tiles(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def describe(plan: Plan, x: Tensor, rows: int) -> TensorDescriptor | None:
+def describe(plan: Plan, x: Tensor, rows: int) -> Placed | None:
     """Tiles of so many rows of an array (B, H, L, D), zero beyond the end of a head; None where there can be none."""
     if plan.packed is not None:  # a tile would reach into the next sequence
         return None

@@ -102,7 +102,7 @@ def _finish_launch(plan: Plan, lies: tuple[tuple[int, ...], bool]) -> Launch:
     block = row_block(width)
     return Launch(
         triton_finish.finish, plan.batch * p.query_heads * cdiv(p.query_length, block),
-        (*lies[0][:3], p.query_heads, p.group, p.query_length, plan.o_scale),
+        (*lies[0][:3], p.query_heads, p.group, p.query_length, *plan.o_scale),
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, num_warps=8,
     )  # fmt: skip
 
@@ -136,7 +136,7 @@ def _forward_launch(plan: Plan, tile: Tile, tma: bool, keeps: bool) -> Launch:
     p = plan.problem
     return Launch(
         triton_forward.forward, plan.batch * p.query_heads * cdiv(p.query_length, tile.block_q),
-        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), plan.o_scale, plan.total),
+        (*plan.strides("q", "k", "mask", "bias"), *plan.geometry(), *plan.o_scale, plan.total),
         **plan.options(), EP=padded(p.value_dim), BM=tile.block_q, BN=tile.block_k,
         FOLD=p.scale > 0 and p.logits_soft_cap is None, TMA=tma, SHIFT=0 if p.beta == 0 else plan.limits.shift,
         REST=keeps, num_warps=tile.warps, num_stages=tile.stages,

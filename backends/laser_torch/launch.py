@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import driver
+
 ALIGNMENT = 16  # bytes, of what the hardware copies by itself and of what compiled kernels rely on
 
 
@@ -16,22 +18,33 @@ class Launch:
     """A kernel and all of its arguments but the arrays, which come first.
 
     The first call goes through Triton's own path, which compiles the kernel for these arguments. Later ones give the
-    arguments to the compiled kernel, and so must have arrays that are the same but for where they begin, each a
-    multiple of 16 bytes or not as in the first call.
+    compiled kernel its arrays, which must be the same but for where they begin, each a multiple of 16 bytes or not as
+    in the first call.
     """
 
-    def __init__(self, function: Any, programs: int, scalars: Sequence[Any], **constants: Any) -> None:  # noqa: D107
-        self._function, self._grid = function, (programs, 1, 1)
+    def __init__(  # noqa: D107
+        self, function: Any, programs: int | tuple[int, int], scalars: Sequence[Any], **constants: Any
+    ) -> None:
+        grid = programs if isinstance(programs, tuple) else (programs, 1)
+        self._function, self._grid = function, (*grid, 1)
         self._scalars, self._constants = tuple(scalars), constants
         self._kernel: Any = None
         self._rest: tuple[Any, ...] = ()
+        self._direct: driver.Arguments | None = None
+        self._untried = True
 
     def __call__(self, *arrays: Any) -> None:
         """Launch on the current stream of the current device."""
-        if self._kernel is not None:
-            self._kernel[self._grid](*arrays, *self._rest)
+        if self._direct is not None and self._direct.launch(arrays):
             return
-        kernel = self._function[self._grid](*arrays, *self._scalars, **self._constants)
+        described = [x.described() if isinstance(x, driver.Placed) else x for x in arrays]
+        if self._kernel is not None:
+            self._kernel[self._grid](*described, *self._rest)
+            if self._untried:  # it is worth it: there was a second call
+                self._untried = False
+                self._direct = driver.arguments(self._kernel, self._grid, (*arrays, *self._rest), len(arrays))
+            return
+        kernel = self._function[self._grid](*described, *self._scalars, **self._constants)
         if hasattr(kernel, "packed_metadata"):  # compiled: not interpreted
             names = self._function.arg_names[len(arrays) + len(self._scalars) :]
             self._rest = (*self._scalars, *(self._constants[name] for name in names))
@@ -43,16 +56,10 @@ class Tiles:
 
     def __init__(self, make: Callable[[Tensor], Any]) -> None:  # noqa: D107
         self._make = make
-        self._found: Any = None
 
-    def of(self, x: Tensor) -> Any:
+    def of(self, x: Tensor) -> driver.Placed:
         """The descriptor of an array of the shape and strides that this was made for."""
-        if self._found is None:
-            self._found = self._make(x)  # this one is checked
-            self._found.base = None
-        descriptor = object.__new__(type(self._found))
-        descriptor.__dict__.update(self._found.__dict__, base=x)
-        return descriptor
+        return driver.Placed(x, lambda: self._make(x))
 
 
 def fits(shape: Sequence[int], strides: Sequence[int], aligned: bool, size: int) -> bool:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .triton_values import (
     BEHIND,
+    MAGIC,
     PACKED,
     TO_ENDS,
     UNSPECIALIZED,
@@ -22,9 +23,9 @@ from .triton_values import (
     key_range,
     length_of,
     load_rows,
-    near_integer,
     own_numbers,
     own_rows,
+    parted,
     place_of,
     pow2,
     tile_count,
@@ -83,9 +84,8 @@ def prepare_rows(
         r = tl.where(live, dl, 0.0) - tl.sum(do * o, 1)
     else:
         c = tl.load(C + head // group * EP + e)[None, :].to(tl.float32)
-        z = o * y_scale
-        n = near_integer(z)
-        g = do * tl.where(live[:, None], tl.exp2(n - z) * pow2(c - n), 0.0)
+        t, rest = parted(o, y_scale)  # as values: what o is rounded by is all that is lost
+        g = do * tl.where(live[:, None], tl.exp2(-rest) * pow2(c - (t - MAGIC)), 0.0)
         r = tl.where(live, dl, 0.0) - tl.sum(do, 1) * inverse_beta
     l2 = tl.where(nothing, float("inf"), tl.where(fine, l * 1.4426950408889634, float("nan")))
     own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS) + m0

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from .triton_values import split_log2
+from .triton_values import scaled_log2
 
 
 @triton.jit(do_not_specialize=["heads", "group", "query_length"])
 def finish(
-    A, C, O, a_b, a_h, a_n, heads, group, query_length, o_scale,
+    A, C, O, a_b, a_h, a_n, heads, group, query_length, o_scale, o_rest,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
-    """o = log2(a·2^c)·o_scale; where nothing is seen a is 0, and so is o. Grid: B·Hq · blocks of queries.
+    """o = log2(a·2^c)·(o_scale + o_rest); where nothing is seen a is 0, and so is o. Grid: B·Hq · blocks of queries.
 
     A: (B, Hq, Lq, E) of any strides of rows; C: (B·Hkv, EP), int32; O: (B, Hq, Lq, E), contiguous.
     """
@@ -26,6 +26,6 @@ def finish(
         o = a
     else:
         c = tl.load(C + (head // group) * EP + e).to(tl.float32)
-        o = tl.where(a == 0, 0.0, split_log2(a, c[None, :]) * o_scale)
+        o = tl.where(a == 0, 0.0, scaled_log2(a, c[None, :], o_scale, o_rest))
     at = O + (head.to(tl.int64) * query_length + i)[:, None] * E + e[None, :]
     tl.store(at, o.to(O.dtype.element_ty), mask=inside)

@@ -15,8 +15,8 @@ from .triton_values import (
     own_numbers,
     own_rows,
     place_of,
+    scaled_log2,
     split,
-    split_log2,
     tile_count,
     tile_start,
     to_scores,
@@ -75,7 +75,7 @@ def _tiles(
 def forward(
     Q, K, X, C, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    heads, group, query_length, key_length, low, high, scale, cap, o_scale, total,
+    heads, group, query_length, key_length, low, high, scale, cap, o_scale, o_rest, total,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr, LINEAR: tl.constexpr,
@@ -144,7 +144,7 @@ def forward(
         o = t
     else:
         c = tl.load(C + kv * EP + e)
-        o = split_log2(t, c[None, :].to(tl.float32)) * o_scale
+        o = scaled_log2(t, c[None, :].to(tl.float32), o_scale, o_rest)
     o = tl.where(empty[:, None], 0.0, o)
     l = tl.where(empty, float("-inf"), (m - SHIFT + tl.log2(l)) * 0.6931471805599453)
     inside = i < query_length
@@ -325,13 +325,15 @@ def exact(
                     terms = tl.where(seen[:, :, None], p[:, :, None] * v[None, :, :], 0.0)
                     acc = acc * tl.exp2(m - safe)[:, None] + tl.sum(terms, 1)
                 else:
-                    natural = s * 0.6931471805599453
-                    t = natural[:, :, None] + (v * beta)[None, :, :]
-                    t = tl.where((s == float("-inf"))[:, :, None], float("-inf"), t)
-                    top_new = tl.maximum(top, tl.max(t, 1))
+                    natural = (s * 0.6931471805599453)[:, :, None]
+                    y = (v * beta)[None, :, :]
+                    hidden = (s == float("-inf"))[:, :, None]
+                    top_new = tl.maximum(top, tl.max(tl.where(hidden, float("-inf"), natural + y), 1))
                     about = tl.where(tl.abs(top_new) == float("inf"), 0.0, top_new)
+                    # y is large, and so is what is taken off it: their sum with a score would be rounded
+                    t = tl.where(hidden, float("-inf"), (y - about[:, None, :]) + natural)
                     acc *= tl.exp2((top - about) * 1.4426950408889634)
-                    acc += tl.sum(tl.exp2((t - about[:, None, :]) * 1.4426950408889634), 1)
+                    acc += tl.sum(tl.exp2(t * 1.4426950408889634), 1)
                     top = top_new
                 m = m_new
             empty = l == 0

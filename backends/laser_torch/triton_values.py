@@ -24,10 +24,16 @@ UNSPECIALIZED = (
 MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: a sum with it is rounded to an integer, which its lowest bits show
 
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
 @triton.jit
-def near_integer(y):
-    """The integer nearest to y, and for y beyond 2^22 one that is not far."""
-    return (y + MAGIC) - MAGIC
+def fused(a, b, c):
+    """a·b + c in one rounding. Triton's interpreter makes two of it."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
 
 
 @triton.jit
@@ -47,8 +53,8 @@ def is_finite(x):
 def parted(v, scale):
     """v·scale as an integer, beside MAGIC, and a rest. Each is one rounding, which no compiler may place elsewhere."""
     scale = tl.zeros(v.shape, tl.float32) + scale
-    t = tl.fma(v, scale, tl.full(v.shape, MAGIC, tl.float32))
-    return t, tl.fma(v, scale, MAGIC - t)
+    t = fused(v, scale, tl.full(v.shape, MAGIC, tl.float32))
+    return t, fused(v, scale, MAGIC - t)
 
 
 @triton.jit
@@ -67,12 +73,16 @@ def scaled_exp2(v, scale, c):
 
 
 @triton.jit
-def split_log2(t, c):
-    """log2(t·2^c) of positive normal t, the same bits for every c with the same t·2^c; NaN stays NaN."""
+def scaled_log2(t, c, scale, rest):
+    """log2(t·2^c)·(scale + rest) of positive normal t, in one rounding; NaN stays NaN.
+
+    The same bits for every c with the same t·2^c.
+    """
     bits = t.to(tl.int32, bitcast=True)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    exponent = ((bits >> 23) & 0xFF) - 127
-    return tl.where(t == t, (exponent.to(tl.float32) + c) + tl.log2(mantissa), t)
+    n = (((bits >> 23) & 0xFF) - 127).to(tl.float32) + c
+    scale, rest = tl.zeros(t.shape, tl.float32) + scale, tl.zeros(t.shape, tl.float32) + rest
+    return tl.where(t == t, fused(n, scale, fused(n, rest, tl.log2(mantissa) * scale)), t)
 
 
 @triton.jit
