@@ -196,10 +196,12 @@ def _signature(arrays: dict[str, Any], options: tuple[Any, ...]) -> Hashable | N
         if x is not None and about is None:
             return None
         found.append(about)
-    for x in options:  # as keys, 1, 1.0 and True are one
-        if not (x is None or isinstance(x, bool | float | int | str)):
-            return None
-        found += [type(x), x]
+    for option in options:
+        for x in option if type(option) is tuple else (option,):
+            if not (x is None or isinstance(x, bool | float | int | str)):
+                return None
+            found += [type(x), x]  # as keys, 1, 1.0 and True are one
+        found.append(type(option))
     return tuple(found)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from laser_core import Forward, Inputs, Problem, _streaming
 
 from . import decode_kernels
+from .launch import ALIGNMENT, Launch, on
 
 _INTERPRET: bool = triton.knobs.runtime.interpret
 
@@ -107,108 +108,77 @@ def launch(
     With ``pages``, key and value are caches ``(blocks, size, Hkv, D or E)``, and the causal diagonal and window are
     relative to each sequence's own length.
     """
-    batch, d, e = math.prod(problem.batch), problem.head_dim, problem.value_dim
+    batch = math.prod(problem.batch)
     query, key, value = (_adjacent(x) for x in inputs[:3])
-    query = query.reshape(batch, *query.shape[-3:])
-    if pages is None:
-        key, value = (x.reshape(batch, *x.shape[-3:]) for x in (key, value))
-    else:
-        key, value = (x.transpose(1, 2) for x in (key, value))  # (blocks, Hkv, size, dim)
+    if len(problem.batch) != 1:
+        query = query.reshape(batch, *query.shape[-3:])
+        if pages is None:
+            key, value = (x.reshape(batch, *x.shape[-3:]) for x in (key, value))
     mask, bias = (_scores_like(problem, x) for x in (inputs.attn_mask, inputs.bias))
     if mask is not None:
         mask = mask.view(torch.uint8)
     q_lengths, k_lengths = (_lengths(problem, x) for x in (inputs.query_seq_lengths, inputs.key_value_seq_lengths))
     table = None if pages is None else pages.table.contiguous()
 
-    rows, block = problem.group * problem.query_length, block_r(problem)
-    splits = triton.cdiv(problem.key_length, cut.keys)
-    entries = batch * problem.key_value_heads
-    like: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    w = torch.empty((entries, rows, splits, e), **like)
-    l = torch.empty((entries, rows, splits), **like)
-    out = torch.empty(problem.out_shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(problem.lse_shape, **like)
+    arrays = (query, key, value, mask, bias, q_lengths, k_lengths, table)
+    lies = tuple(None if x is None else (x.stride(), x.data_ptr() % ALIGNMENT == 0, x.dtype) for x in arrays)
+    tf32 = problem.dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
+    device = query.device
+    by_runs, merge, shape = _prepared(problem, device, cut, lies, 0 if pages is None else pages.size, tf32)
+    w = torch.empty(shape, dtype=torch.float32, device=device)
+    l = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    out = torch.empty(problem.out_shape, dtype=query.dtype, device=device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
     wide = None
     if problem.dtype != "float32" and (residual or _INTERPRET):
-        wide = torch.empty(problem.out_shape, **like)
-    low, high = problem.band
-    to_length = pages is not None and problem.causal == "bottom_right"
+        wide = torch.empty(problem.out_shape, dtype=torch.float32, device=device)
+    rounded_here = _INTERPRET and wide is not None  # the interpreter cuts bits off where it should round
+    with on(device):
+        by_runs(*(query if x is None else x for x in arrays), w, l)
+        merge[wide is not None](w, l, None if rounded_here else out, wide, lse)
+    return wide.to(out.dtype) if wide is not None and rounded_here else out, wide, lse
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared(
+    problem: Problem, device: torch.device, cut: Tiles, lies: tuple[Any, ...], page: int, tf32: bool
+) -> tuple[Launch, tuple[Launch, Launch], tuple[int, ...]]:
+    """The launch over runs of keys, that of the merge without and with the wide output, and the shape of w."""
+    p, e, beta = problem, problem.value_dim, problem.beta or 0.0
+    rows, block = p.group * p.query_length, block_r(p)
+    splits = triton.cdiv(p.key_length, cut.keys)
+    entries = math.prod(p.batch) * p.key_value_heads
+    low, high = p.band
+    to_length = page > 0 and p.causal == "bottom_right"
     if to_length:  # without the offset of the arrays, which the kernel replaces by that of the sequence
-        low, high = (None if x is None else x - problem.offset for x in (low, high))
-    beta = problem.beta or 0.0
-    wide_products = problem.dtype == "float32" or _INTERPRET
-    tf32 = problem.dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
+        low, high = (None if x is None else x - p.offset for x in (low, high))
+    query, key, value, mask, bias, q_lengths, k_lengths, table = (() if x is None else x[0] for x in lies)
+    if page:  # (blocks, size, Hkv, dim)
+        key, value = ((x[0], x[2], x[1]) for x in (key, value))
     block_e = max(16, triton.next_power_of_2(e))
-    grid = (splits * entries, triton.cdiv(rows, block))
-    with torch.device(query.device) if query.is_cpu else torch.cuda.device(query.device):
-        decode_kernels.decode_kernel[grid](
-            query,
-            key,
-            value,
-            mask if mask is not None else query,
-            bias if bias is not None else query,
-            q_lengths,
-            k_lengths,
-            table if table is not None else query,
-            w,
-            l,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            *(mask.stride() if mask is not None else (0, 0, 0, 0)),
-            *(bias.stride() if bias is not None else (0, 0, 0, 0)),
-            0 if table is None else table.stride(0),
-            problem.key_value_heads,
-            problem.group,
-            problem.query_length,
-            problem.key_length,
-            splits,
-            cut.keys,
-            _int32(low),
-            _int32(high),
-            problem.scale,
-            beta,
-            problem.logits_soft_cap or 1.0,
-            D=d,
-            E=e,
-            BLOCK_D=max(16, triton.next_power_of_2(d)),
-            BLOCK_E=block_e,
-            BLOCK_R=block,
-            BLOCK_K=cut.block_k,
-            LINEAR=beta == 0,
-            HAS_MASK=mask is not None,
-            HAS_BIAS=bias is not None,
-            HAS_Q_LENGTHS=q_lengths is not None,
-            HAS_K_LENGTHS=k_lengths is not None,
-            HAS_LOW=low is not None,
-            HAS_HIGH=high is not None,
-            HAS_CAP=problem.logits_soft_cap is not None,
-            TO_LENGTH=to_length,
-            PAGE=0 if pages is None else pages.size,
-            PRECISION="tf32" if tf32 else "ieee",
-            WIDE=wide_products,
-            LANES=16,
-            STAGES=cut.stages,
-            num_warps=cut.warps,
-            **({} if cut.registers is None else {"maxnreg": cut.registers}),
+    nothing = (0, 0, 0, 0)
+    by_runs = Launch(
+        decode_kernels.decode_kernel, (splits * entries, triton.cdiv(rows, block)),
+        (
+            *query[:3], *key[:3], *value[:3], *(mask or nothing), *(bias or nothing), table[0] if table else 0,
+            p.key_value_heads, p.group, p.query_length, p.key_length, splits, cut.keys, _int32(low), _int32(high),
+            p.scale, beta, p.logits_soft_cap or 1.0,
+        ),
+        D=p.head_dim, E=e, BLOCK_D=max(16, triton.next_power_of_2(p.head_dim)), BLOCK_E=block_e, BLOCK_R=block,
+        BLOCK_K=cut.block_k, LINEAR=beta == 0, HAS_MASK=mask != (), HAS_BIAS=bias != (),
+        HAS_Q_LENGTHS=q_lengths != (), HAS_K_LENGTHS=k_lengths != (), HAS_LOW=low is not None,
+        HAS_HIGH=high is not None, HAS_CAP=p.logits_soft_cap is not None, TO_LENGTH=to_length, PAGE=page,
+        PRECISION="tf32" if tf32 else "ieee", WIDE=p.dtype == "float32" or _INTERPRET, LANES=16, STAGES=cut.stages,
+        num_warps=cut.warps, **({} if cut.registers is None else {"maxnreg": cut.registers}),
+    )  # fmt: skip
+    narrow, wide = (
+        Launch(
+            decode_kernels.merge_kernel, entries * rows, (splits, beta or 1.0),
+            E=e, BLOCK_E=block_e, BLOCK_S=16, LINEAR=beta == 0, num_warps=4,
         )
-        decode_kernels.merge_kernel[(entries * rows,)](
-            w,
-            l,
-            None if _INTERPRET and wide is not None else out,
-            wide,
-            lse,
-            splits,
-            beta or 1.0,
-            E=e,
-            BLOCK_E=block_e,
-            BLOCK_S=16,
-            LINEAR=beta == 0,
-            num_warps=4,
-        )
-    if _INTERPRET and wide is not None:  # the interpreter cuts bits off where it should round
-        out = wide.to(out.dtype)
-    return out, wide, lse
+        for _ in range(2)
+    )  # fmt: skip
+    return by_runs, (narrow, wide), (entries, rows, splits, e)
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -225,6 +195,6 @@ def _scores_like(problem: Problem, x: Tensor | None) -> Tensor | None:
 
 
 def _lengths(problem: Problem, x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
+    if x is None or (len(problem.batch) == 1 and x.shape == problem.batch and x.is_contiguous()):
+        return x
     return x.expand(problem.batch).reshape(-1).contiguous()

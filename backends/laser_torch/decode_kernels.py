@@ -53,6 +53,14 @@ def _product(x, p, acc, dtype: tl.constexpr):
         return tl.dot(x.to(dtype), p.to(dtype), acc)
 
 
+@triton.constexpr_function
+def _count(page, block_k):
+    """In how many blocks of a cache a tile lies: 1, 2 or 4; 0 for other numbers, and without blocks."""
+    if page % block_k == 0:
+        return int(page > 0)
+    return block_k // page if block_k % page == 0 and block_k // page in (2, 4) else 0
+
+
 @triton.jit
 def _pages_of(columns, end, table_ptr, PAGE: tl.constexpr):
     """The numbers of the blocks that hold these keys of a paged cache."""
@@ -60,6 +68,36 @@ def _pages_of(columns, end, table_ptr, PAGE: tl.constexpr):
         return tl.load(table_ptr + columns // PAGE, mask=columns < end, other=0)
     else:
         return columns
+
+
+@triton.jit
+def _page(start, n, last, table_ptr, PAGE: tl.constexpr):
+    """The number of the n-th block of a tile of keys."""
+    return tl.load(table_ptr + start // PAGE + n, mask=start + n * PAGE < last, other=0)
+
+
+@triton.jit
+def _few_pages(start, last, table_ptr, PAGE: tl.constexpr, COUNT: tl.constexpr):
+    """The numbers of up to four blocks that a tile of keys lies in."""
+    first = _page(start, 0, last, table_ptr, PAGE)
+    second, third, fourth = first, first, first
+    if COUNT > 1:
+        second = _page(start, 1, last, table_ptr, PAGE)
+    if COUNT > 2:
+        third = _page(start, 2, last, table_ptr, PAGE)
+        fourth = _page(start, 3, last, table_ptr, PAGE)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _one_of(n, first, second, third, fourth, PAGE: tl.constexpr, COUNT: tl.constexpr):
+    """Those of each key."""
+    pages = first
+    if COUNT > 1:
+        pages = tl.where(n >= PAGE, second, pages)
+    if COUNT > 2:
+        pages = tl.where(n >= 3 * PAGE, fourth, tl.where(n >= 2 * PAGE, third, pages))
+    return pages
 
 
 @triton.jit
@@ -218,16 +256,22 @@ def decode_kernel(
     if WIDE:
         q = q.to(tl.float32)
     n = tl.arange(0, BLOCK_K)
-    if PAGE % BLOCK_K == 0:  # a tile is in one block
-        within = 0
+    # a tile in few blocks has their numbers as scalars: as one of each key they would change layout
+    COUNT: tl.constexpr = _count(PAGE, BLOCK_K)
+    if COUNT:
+        one, two, three, four = _few_pages(first, last, table_ptr, PAGE, COUNT)
     else:
-        within = n
-    pages = _pages_of(first + within, last, table_ptr, PAGE)
+        pages = _pages_of(first + n, last, table_ptr, PAGE)
     for start in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         columns = start + n
         inside = columns < last
-        here = pages  # loaded a tile ahead: loads that wait for other loads are not pipelined as deeply
-        pages = _pages_of(start + BLOCK_K + within, last, table_ptr, PAGE)
+        # the next ones are loaded a tile ahead: loads that wait for other loads are not pipelined as deeply
+        if COUNT:
+            here = _one_of(n, one, two, three, four, PAGE, COUNT)
+            one, two, three, four = _few_pages(start + BLOCK_K, last, table_ptr, PAGE, COUNT)
+        else:
+            here = pages
+            pages = _pages_of(start + BLOCK_K + n, last, table_ptr, PAGE)
         k_rows = k_ptr + _rows_of(columns, here, stride_kb, stride_kl, PAGE)
         k = tl.load(k_rows[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0)  # [block_k, D]
         v_rows = v_ptr + _rows_of(columns, here, stride_vb, stride_vl, PAGE)
@@ -258,11 +302,13 @@ def decode_kernel(
         acc *= rescale[None, :]
         if WIDE:
             acc = tl.dot(x, p, acc, input_precision=PRECISION)
+        elif LINEAR:
+            acc = _product(x, p, acc, v.dtype)
         else:
             rounded = _round(x, v.dtype)
             acc = _product(rounded, p, acc, v.dtype)
-            if not LINEAR:  # rounded to half precision alone, equal values would average to another
-                acc = _product(x - rounded, p, acc, v.dtype)
+            # rounded to half precision alone, equal values would average to another
+            acc = _product(x - rounded, p, acc, v.dtype)
 
     empty = l == 0
     total = tl.where(empty, 1.0, l)

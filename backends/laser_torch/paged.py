@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laser_core import Problem, _array, _problem, laser_attention
+from laser_core import Inputs, Problem, _array, _problem, laser_attention
 from laser_core._problem import Alignment
 
 from . import DECODE
@@ -61,10 +63,41 @@ def laser_attention_paged(
         ValueError: A shape, device or option that does not fit. Block numbers are not checked: that would wait for
             the device. They must be inside the cache for every block that holds a key of the sequence.
     """
-    _check(query, key_cache, value_cache, block_table, key_value_seq_lengths, beta)
-    size, longest = key_cache.shape[1], block_table.shape[1] * key_cache.shape[1]
-    shape = (*query.shape[:1], key_cache.shape[2], longest)
-    problem, inputs = _problem.describe(  # of arrays that stand for the gathered ones
+    arrays = (query, key_cache, value_cache, block_table, key_value_seq_lengths)
+    options = (scale, beta, is_causal, window_size, logits_soft_cap, return_lse)
+    seen = _problem._signature(dict(zip(_ARRAYS, arrays, strict=True)), options)
+    known = None if seen is None else _KNOWN.get(seen)
+    if known is None:
+        known = _described(arrays, options)
+        if seen is not None:
+            if len(_KNOWN) >= _MOST:
+                _KNOWN.clear()
+            _KNOWN[seen] = known
+    problem, served = known
+    if not served or (torch.is_grad_enabled() and any(x.requires_grad for x in arrays[:3])):
+        out, lse = _gathered(problem, query, key_cache, value_cache, block_table, key_value_seq_lengths)
+    else:
+        from . import decode
+
+        inputs = Inputs(query, key_cache, value_cache, None, None, None, None, key_value_seq_lengths)
+        pages = decode.Pages(block_table, key_cache.shape[1])
+        cut = decode.tiles(problem, decode.device_of(query.device))
+        out, _, lse = decode.launch(problem, inputs, pages, cut, residual=False)
+    return (out, lse) if return_lse else out
+
+
+_ARRAYS = ("query", "key_cache", "value_cache", "block_table", "key_value_seq_lengths")
+_KNOWN: dict[Hashable, tuple[Problem, bool]] = {}  # calls that were found to be right
+_MOST = 4096
+
+
+def _described(arrays: tuple[Tensor, ...], options: tuple[Any, ...]) -> tuple[Problem, bool]:
+    """The problem of a call with its pages gathered, all looked at, and whether the decode kernel serves it."""
+    query, key_cache, value_cache, block_table, lengths = arrays
+    scale, beta, is_causal, window_size, logits_soft_cap, return_lse = options
+    _check(query, key_cache, value_cache, block_table, lengths, beta)
+    shape = (*query.shape[:1], key_cache.shape[2], block_table.shape[1] * key_cache.shape[1])
+    problem, _ = _problem.describe(  # of arrays that stand for the gathered ones
         query,
         query.new_empty(1).expand(*shape, key_cache.shape[3]),
         query.new_empty(1).expand(*shape, value_cache.shape[3]),
@@ -72,21 +105,11 @@ def laser_attention_paged(
         beta=beta,
         is_causal=is_causal,
         window_size=window_size,
-        key_value_seq_lengths=key_value_seq_lengths,
+        key_value_seq_lengths=lengths,
         logits_soft_cap=logits_soft_cap,
         return_lse=return_lse,
     )
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key_cache, value_cache))
-    if recorded or DECODE.refuses(problem) is not None or 0 in problem.score_shape:
-        out, lse = _gathered(problem, query, key_cache, value_cache, block_table, key_value_seq_lengths)
-    else:
-        from . import decode
-
-        inputs = inputs._replace(key=key_cache.detach(), value=value_cache.detach())
-        pages = decode.Pages(block_table, size)
-        cut = decode.tiles(problem, decode.device_of(query.device))
-        out, _, lse = decode.launch(problem, inputs, pages, cut, residual=False)
-    return (out, lse) if return_lse else out
+    return problem, DECODE.refuses(problem) is None and 0 not in problem.score_shape
 
 
 def _gathered(
@@ -129,13 +152,7 @@ def _gathered(
 def _check(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, lengths: Tensor, beta: float
 ) -> None:
-    arrays = {
-        "query": query,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
-        "block_table": block_table,
-        "key_value_seq_lengths": lengths,
-    }
+    arrays = dict(zip(_ARRAYS, (query, key_cache, value_cache, block_table, lengths), strict=True))
     _problem._check_arrays(arrays, required=tuple(arrays))
     for name, x in arrays.items():
         got = _array.dtype_name(x)

@@ -7,6 +7,7 @@ gathering alone, so that nothing waits for the device and results are the same b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from laser_core import Backend, Forward, Inputs, Problem, Unsupported, _array, _
 from laser_core._problem import Alignment
 
 from . import TRITON
-from .binding import _define, _second_order, autocast, quiet
+from .binding import _define, _is_plain, _second_order, autocast, quiet
 
 _refuse = _problem._refuse
 _ARRAYS = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
@@ -86,13 +87,8 @@ def laser_attention_varlen(
     query, key, value = autocast(query, key, value)
     names = None if backend is None else [b.name for b in _registry.named(backend)]
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, given))
-    out, lse, _ = torch.ops.laser_attention.varlen_forward(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        given,
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, given)
+    options = (
         max_seqlen_q,
         max_seqlen_k,
         1 / math.sqrt(query.shape[2]) if scale is None else _problem._number("scale", scale),
@@ -103,6 +99,12 @@ def laser_attention_varlen(
         recorded,
         None if names is None else ",".join(names),
     )
+    if not _is_plain(tensors):
+        out, lse, _ = torch.ops.laser_attention.varlen_forward(*tensors, *options)
+    elif recorded:
+        out, lse = _Direct.apply(*tensors, *options)  # type: ignore[no-untyped-call]
+    else:
+        out, lse, _ = _forward(*tensors, *options)
     return (out, lse) if _problem._flag("return_lse", return_lse) else out
 
 
@@ -216,24 +218,42 @@ class _Call(NamedTuple):
 def _describe(args: Sequence[Any]) -> tuple[_Call, Problem, Backend, bool]:
     """The arrays of a call, its problem, who runs it, and whether packed as it is."""
     call, options = _Call(*args[:_N]), args[_N : _N + _M]
-    longest_q, longest_k, scale, beta, causal, left, right, cap, gradient, names = options
     query, value = call.query, call.value
+    about = (
+        *(_array.device_kind(query), query.dtype, call.starts_q.shape[0] - 1),
+        *(query.shape[1], value.shape[1], query.shape[2], value.shape[2]),
+        None if call.beta is None else tuple(call.beta.shape),
+        *options,
+    )
+    try:
+        return call, *_known(*about)
+    except TypeError:  # sizes that are being traced have no hash
+        return call, *_chosen(*about)
+
+
+def _chosen(
+    device: str, dtype: torch.dtype, sequences: int, query_heads: int, key_value_heads: int, head_dim: int,
+    value_dim: int, beta_shape: tuple[int, ...] | None, longest_q: int, longest_k: int, scale: float,
+    beta: float | None, causal: Alignment | None, left: int | None, right: int | None, cap: float | None,
+    gradient: bool, names: str | None,
+) -> tuple[Problem, Backend, bool]:  # fmt: skip
+    """The problem of a call, who runs it, and whether packed as it is."""
     problem = Problem(
         framework="torch",
-        device=_array.device_kind(query),
-        dtype=_array.dtype_name(query),
-        batch=(call.starts_q.shape[0] - 1,),
-        query_heads=query.shape[1],
-        key_value_heads=value.shape[1],
+        device=device,
+        dtype=str(dtype).rpartition(".")[2],
+        batch=(sequences,),
+        query_heads=query_heads,
+        key_value_heads=key_value_heads,
         query_length=longest_q,
         key_length=longest_k,
-        head_dim=query.shape[2],
-        value_dim=value.shape[2],
+        head_dim=head_dim,
+        value_dim=value_dim,
         scale=scale,
         beta=beta,
         causal=causal,
         window=(left, right),
-        beta_shape=None if call.beta is None else tuple(call.beta.shape),
+        beta_shape=beta_shape,
         query_lengths=True,
         key_value_lengths=True,
         logits_soft_cap=cap,
@@ -243,13 +263,16 @@ def _describe(args: Sequence[Any]) -> tuple[_Call, Problem, Backend, bool]:
     reason = TRITON.refuses(problem)
     if names is None:
         packed = reason is None and TRITON.priority(problem) > 0
-        return call, problem, TRITON if packed else _registry.select(_padded(problem)), packed
+        return problem, TRITON if packed else _registry.select(_padded(problem)), packed
     asked = _registry.named(names.split(",") if names else [])
     reasons = [(b, reason if b.name == TRITON.name else b.refuses(_padded(problem))) for b in asked]
     for chosen, why in reasons:
         if why is None:
-            return call, problem, chosen, chosen.name == TRITON.name
+            return problem, chosen, chosen.name == TRITON.name
     raise Unsupported("; ".join(f"backend {b.name!r} cannot run this: {why}" for b, why in reasons))
+
+
+_known = functools.lru_cache(maxsize=1024)(_chosen)
 
 
 def _is_empty(call: _Call, problem: Problem) -> bool:
@@ -335,9 +358,26 @@ def _autograd(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: Any) -> 
     saved = ctx.saved_tensors
     arrays, (out, lse), kept = saved[:_N], saved[_N : _N + 2], list(saved[_N + 2 :])
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    backward = torch.ops.laser_attention.varlen_backward
+    plain = not torch.is_grad_enabled() and _is_plain((*saved, d_out, d_lse))
+    backward = _backward if plain else torch.ops.laser_attention.varlen_backward
     dq, dk, dv, dbeta = backward(*arrays, *ctx.options, out, lse, d_out, d_lse, kept)
     return (dq, dk, dv, None, None, None if arrays[5] is None else dbeta, *(None for _ in ctx.options))
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the operators, where torch neither traces nor watches."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+        found = _forward(*args)
+        _setup_context(ctx, args, found)
+        return found[:2]
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+        """Gradients of the arrays."""
+        return _autograd(ctx, d_out, d_lse)
 
 
 forward_operator = _define(
