@@ -26,7 +26,7 @@ from laser_core import _problem, explain, laser_attention
 
 SHAPES = {"B64-L8192": (64, 8192), "B1-L131072": (1, 131072), "B16-L4096": (16, 4096)}
 HEADS, KV_HEADS, DIM = 32, 8, 128
-BLOCK = 64  # keys per page
+PAGES = (64, 16)  # keys per page
 SWEEP = [
     (block_k, keys, warps, stages)
     for block_k, warps, stages in ((64, 4, 3), (64, 4, 2), (64, 8, 3), (64, 8, 4), (128, 8, 2), (128, 8, 3), (32, 4, 4))
@@ -133,15 +133,16 @@ def shape(name: str, sweep: bool, copy: float) -> list[Any]:
     if not sweep:
         add("laser_attention", lambda: laser_attention(q, k, v))
         print(name, explain(q, k, v).chosen, cut)
-    blocks = batch * length // BLOCK
-    table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
     lengths = torch.full((batch,), length, device="cuda", dtype=torch.int32)
-    paged = []
-    for x in (k, v):
-        cache = torch.empty(blocks, BLOCK, KV_HEADS, DIM, device="cuda", dtype=x.dtype)
-        cache[table.flatten().long()] = x.transpose(1, 2).reshape(blocks, BLOCK, KV_HEADS, DIM)
-        paged.append(cache)
-    add("laser paged", lambda: laser_attention_paged(q, *paged, table, lengths))
+    for page in PAGES:
+        blocks = batch * length // page
+        table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(batch, -1)
+        paged = []
+        for x in (k, v):
+            cache = torch.empty(blocks, page, KV_HEADS, DIM, device="cuda", dtype=x.dtype)
+            cache[table.flatten().long()] = x.transpose(1, 2).reshape(blocks, page, KV_HEADS, DIM)
+            paged.append(cache)
+        add(f"laser paged, {page}", lambda p=paged, t=table: laser_attention_paged(q, *p, t, lengths))
     if sweep:
         for config in SWEEP:
             if config[1] < length:
@@ -149,7 +150,7 @@ def shape(name: str, sweep: bool, copy: float) -> list[Any]:
                 add(f"{config}", lambda t=tiles: decode.launch(problem, inputs, None, t, residual=False)[0])
     records = measure(name, candidates, size, copy)
     if not sweep:
-        for who in ("softmax cudnn", "laser_attention"):
+        for who in ("softmax cudnn", "laser_attention", *(f"laser paged, {page}" for page in PAGES)):
             if who in candidates:
                 records.append({"shape": name, "who": f"{who}, eager", "us": eager_seconds(candidates[who][0]) * 1e6})
     return records
