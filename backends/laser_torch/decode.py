@@ -152,7 +152,8 @@ def _prepared(
     to_length = page > 0 and p.causal == "bottom_right"
     if to_length:  # without the offset of the arrays, which the kernel replaces by that of the sequence
         low, high = (None if x is None else x - p.offset for x in (low, high))
-    query, key, value, mask, bias, q_lengths, k_lengths, table = (() if x is None else x[0] for x in lies)
+    strides: list[Any] = [() if x is None else x[0] for x in lies]
+    query, key, value, mask, bias, q_lengths, k_lengths, table = strides
     if page:  # (blocks, size, Hkv, dim)
         key, value = ((x[0], x[2], x[1]) for x in (key, value))
     block_e = max(16, triton.next_power_of_2(e))
