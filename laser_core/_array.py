@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -28,12 +28,21 @@ def _is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def signature(x: object) -> tuple[object, ...] | None:
-    """Shape, dtype and device of a plain torch tensor, as a key; None for all others, and while torch traces."""
+def signature(arrays: Iterable[Any]) -> list[object] | None:
+    """Shapes, dtypes and devices of plain torch tensors, as a key; None for all others, and while torch traces."""
     torch = sys.modules.get("torch")
-    if torch is None or torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if torch is None or torch.compiler.is_compiling():
         return None
-    return x.shape, x.dtype, x.device  # type: ignore[attr-defined]
+    plain = (torch.Tensor, torch.nn.Parameter)
+    found: list[object] = []
+    for x in arrays:
+        if x is None:
+            found.append(None)
+        elif type(x) in plain:
+            found += (x.shape, x.dtype, x.device)
+        else:
+            return None
+    return found
 
 
 def namespace(*arrays: Array) -> Namespace:

@@ -190,12 +190,9 @@ _MOST = 4096
 
 def _signature(arrays: dict[str, Any], options: tuple[Any, ...]) -> Hashable | None:
     """A key that two calls share only if the same can be said of them; None where there is no cheap one."""
-    found: list[Any] = []
-    for x in arrays.values():
-        about = None if x is None else _array.signature(x)
-        if x is not None and about is None:
-            return None
-        found.append(about)
+    found = _array.signature(arrays.values())
+    if found is None:
+        return None
     for option in options:
         for x in option if type(option) is tuple else (option,):
             if not (x is None or isinstance(x, bool | float | int | str)):
