@@ -119,12 +119,12 @@ class Plan:
             return self.packed.queries + self.batch * ROWS
         return cdiv(self.problem.query_length, ROWS) * ROWS
 
-    def new(self, heads: int, length: int, width: int) -> Tensor:
-        """An array (B, heads, length, width) to be written; packed, (T, heads, width) of zeros: not all is."""
-        if self.packed is None:
-            return torch.empty((self.batch, heads, length, width), dtype=self.dtype, device=self.device)
-        rows = self.packed.queries if heads == self.problem.query_heads else self.packed.keys
-        return torch.zeros((rows, heads, width), dtype=self.dtype, device=self.device)
+    def new(self, heads: int, length: int, width: int, keys: bool = False) -> Tensor:
+        """An array (B, heads, length, width) to be written; packed, (T, heads, width) of queries or keys, not whole."""
+        shape: tuple[int, ...] = (self.batch, heads, length, width)
+        if self.packed is not None:
+            shape = (self.packed.keys if keys else self.packed.queries, heads, width)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def geometry(self) -> list[Any]:
         """heads, group, query_length, key_length, low, high, scale, cap."""
@@ -327,7 +327,7 @@ def value_pass(call: Call, keys: bool, narrow: bool = False) -> Values:
     plan, v = call.plan, call.v
     heads, width = plan.batch * v.shape[1], padded(v.shape[-1])
     write, decide, blocks = plan.prepared(_value_launches, keys, narrow)
-    x = plan.new(v.shape[1], plan.problem.key_length, v.shape[-1])
+    x = plan.new(v.shape[1], plan.problem.key_length, v.shape[-1], keys=True)
     partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
     c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
     flags = torch.empty((heads,), dtype=torch.int32, device=v.device)

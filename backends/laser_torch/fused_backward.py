@@ -158,7 +158,7 @@ def _portable_backward(
     plan.prepared(_queries_launch, for_queries, tma)(
         call.q, k if tma else call.k, x if tma else values.x, side.g, *common, dq
     )
-    dk = plan.new(p.key_value_heads, p.key_length, p.head_dim)
+    dk = plan.new(p.key_value_heads, p.key_length, p.head_dim, keys=True)
     dv = values.x
     q, g = (describe(plan, a, for_keys.block_q) if for_keys.tma else None for a in (call.q, side.g))
     tma = q is not None and g is not None

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from laser_core import Forward, Problem
 
-from . import fused, fused_backward
-from .call import Call, Plan, prepare_packed, value_pass
+from . import fused, fused_backward, triton_finish
+from .call import Call, Plan, cdiv, prepare_packed, value_pass, workers
 from .engines import Choice
-from .launch import on
+from .launch import Launch, on
 from .tiles import Tile, backward_tiles
 
 
@@ -30,6 +30,7 @@ def forward(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | No
     """``o (Tq, Hq, E)``, ``l (Hq, Tq)`` and the rest of o."""
     with on(call.plan.device):
         out, l, rest = fused.run(call, Choice("triton", Tile(64, 64, 4, 3) if _by_pointers(call.plan) else None, ""))
+        _clear(call, out)
     if out.dtype != dtype:  # interpreted
         out, rest = fused.split(out, dtype)
     return out, l, rest
@@ -46,4 +47,21 @@ def backward(call: Call, state: Forward, d_out: Tensor, d_lse: Tensor | None) ->
         dq, dk, dv = fused_backward.run(call, values, side, Choice("triton", tiles, ""))
         if plan.problem.beta != 0:
             fused_backward._exact_backward(call, values, side, dq, dk, dv)
+        _clear(call, dq)
+        _clear(call, dk, keys=True)
+        _clear(call, dv, keys=True)
     return dq, dk, dv
+
+
+def _clear(call: Call, x: Tensor, keys: bool = False) -> None:
+    """Zero the rows that belong to no sequence, and so were not written."""
+    call.plan.prepared(_clear_launch, tuple(x.shape), keys)(x, call.key_lengths if keys else call.query_lengths)
+
+
+def _clear_launch(plan: Plan, shape: tuple[int, ...], keys: bool) -> Launch:
+    p, share = plan.problem, workers(plan.batch + 2, cdiv(shape[0] * shape[1] * shape[2], 4096))
+    return Launch(
+        triton_finish.clear, (plan.batch + 2) * share,
+        (share, plan.batch, p.key_length if keys else p.query_length, shape[0]),
+        WIDTH=shape[1] * shape[2], BLOCK=4096, num_warps=4,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Device code: from p·X, as a kernel of softmax attention returns it, to o."""
+"""Device code that comes last: from p·X, as softmax attention returns it, to o; and rows of no packed sequence."""
 
 import triton
 import triton.language as tl
@@ -29,3 +29,21 @@ def finish(
         o = tl.where(a == 0, 0.0, scaled_log2(a, c[None, :], o_scale, o_rest))
     at = O + (head.to(tl.int64) * query_length + i)[:, None] * E + e[None, :]
     tl.store(at, o.to(O.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["workers", "sequences", "longest", "rows"])
+def clear(X, Starts, workers, sequences, longest, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero the rows of X ``(rows, WIDTH)`` before the first sequence, behind the last, and where one is cut off.
+
+    Grid: (sequences + 2) · workers, the programs of a gap.
+    """
+    gap, worker = tl.program_id(0) // workers, tl.program_id(0) % workers
+    end = tl.load(Starts + gap, mask=gap <= sequences, other=rows)
+    begin = tl.load(Starts + gap - 1, mask=gap > 0, other=0)  # of the sequence in front of the gap
+    if (gap > 0) & (gap <= sequences):
+        begin += longest
+    begin, end = begin.to(tl.int64) * WIDTH, end.to(tl.int64) * WIDTH
+    nothing = tl.zeros((BLOCK,), X.dtype.element_ty)
+    for at in range(begin + worker * BLOCK, end, workers * BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        tl.store(X + i, nothing, mask=i < end)
