@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
+from laser_core._registry import Kept
 
 from . import served
 
@@ -73,6 +74,12 @@ def _mosaic_backward(
     return gradients
 
 
+def _mosaic_residual(problem: Problem) -> Kept:
+    """What rounding took from the output, the references of the channels, and the flags of the heads."""
+    heads = (*problem.batch, problem.key_value_heads)
+    return (problem.out_shape, problem.dtype), ((*heads, problem.value_dim), "float32"), (heads, "int32")
+
+
 def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import tpu
 
@@ -131,7 +138,7 @@ MOSAIC = Backend(
     requires=("jax",),
     why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
     priority=lambda problem: 50 if problem.device == "cuda" else -10,  # JAX's interpreter is for tests
-    residual=lambda problem: ((problem.out_shape, problem.dtype),),
+    residual=_mosaic_residual,
 )
 
 TPU = Backend(

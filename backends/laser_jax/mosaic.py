@@ -20,45 +20,36 @@ from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 from . import tiles, xla
 from .served import WIDTHS, causal_offset
 from .tiles import Array, Start
-from .values import LIMITS, decide, needs_sum, row_pass
+from .values import LIMITS, decide, needs_sum
 
 FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
 _LOG2E = math.log2(math.e)
 OUTSIDE, BROKEN = 1, 2  # flags of a head: beyond the fast range; NaN or infinity
 
 
+class Kept(NamedTuple):
+    """What the backward pass needs beside inputs and results."""
+
+    rest: Array  # (..., Hq, Lq, E), what rounding took from the output
+    c: Array  # (..., Hkv, E), float32, integers
+    flags: Array  # (..., Hkv), int32
+
+
 class Call(NamedTuple):
-    """The arrays of a call with one batch axis, padded to what the kernels take, and what the value pass makes."""
+    """The arrays of a call with one batch axis, padded to what the kernels take."""
 
     problem: Problem  # with that batch axis
     q: Array  # (B, Hq, Lq, W)
     k: Array  # (B, Hkv, Lk, W)
     v: Array
-    x: Array
-    c: Array  # (B, Hkv, W), float32, integers
-    ends: Array  # (B, Hkv, 2, W), float32, the least and the greatest βv that is finite
-    flags: Array  # (B, Hkv), int32
 
     @classmethod
     def of(cls, problem: Problem, inputs: Inputs) -> Call:
-        """The value pass."""
-        from . import mosaic_values
-
-        size, limits = math.prod(problem.batch), LIMITS[problem.dtype]
-        problem = dataclasses.replace(problem, batch=(size,))
+        """Without a copy where lengths and widths are those of tiles."""
+        size = math.prod(problem.batch)
         width = next(w for w in WIDTHS if w >= max(problem.head_dim, problem.value_dim))
         q, k, v = (padded(jnp.reshape(x, (size, *x.shape[-3:])), width) for x in inputs[:3])
-        keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
-        total = needs_sum(keys, limits)
-        x, known = mosaic_values.measure(k, v, keys, beta, total, interpreted)
-        most = jnp.max(known[:, :, :, :3], axis=2)
-        sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
-        c, outside = decide(most[:, :, 0] * -_LOG2E, most[:, :, 1] * _LOG2E, sums, keys, limits)
-        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
-        x = mosaic_values.refer(x, v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
-        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
-        ends = jnp.stack([-most[:, :, 0], most[:, :, 1]], axis=2)
-        return cls(problem, q, k, v, x, c, ends, flags.astype(jnp.int32))
+        return cls(dataclasses.replace(problem, batch=(size,)), q, k, v)
 
     @property
     def width(self) -> int:
@@ -87,6 +78,34 @@ class Call(NamedTuple):
         return (at[0], at[1] * (x.shape[1] // self.problem.key_value_heads), *(0,) * (x.ndim - 2))
 
 
+class Values(NamedTuple):
+    """What the value pass makes."""
+
+    x: Array  # (B, Hkv, Lk, W)
+    c: Array  # (B, Hkv, W), float32, integers
+    ends: Array  # (B, Hkv, 2, W), float32, the least and the greatest βv that is finite
+    flags: Array  # (B, Hkv), int32
+
+    @classmethod
+    def of(cls, call: Call) -> Values:
+        """The value pass."""
+        from . import mosaic_values
+
+        problem = call.problem
+        keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
+        limits = LIMITS[problem.dtype]
+        total = needs_sum(keys, limits)
+        x, known = mosaic_values.measure(call.k, call.v, keys, beta, total, interpreted)
+        most = jnp.max(known[:, :, :, :3], axis=2)
+        sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
+        c, outside = decide(most[:, :, 0] * -_LOG2E, most[:, :, 1] * _LOG2E, sums, keys, limits)
+        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
+        x = mosaic_values.refer(x, call.v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
+        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
+        ends = jnp.stack([-most[:, :, 0], most[:, :, 1]], axis=2)
+        return cls(x, c, ends, flags.astype(jnp.int32))
+
+
 def padded(x: Array, width: int) -> Array:
     """An array ``(B, H, L, D)`` with zeros up to that width and a multiple of 8 rows."""
     missing = (-x.shape[-2] % 8, width - x.shape[-1])
@@ -95,18 +114,25 @@ def padded(x: Array, width: int) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
-    """The output, the log-sum-exp, and what rounding took from the output."""
+    """The output, the log-sum-exp, and what is kept."""
+    heads = (*problem.batch, problem.key_value_heads)
     if 0 in problem.score_shape:
-        out = jnp.zeros(problem.out_shape, problem.dtype)
-        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), jnp.zeros_like(out))
+        out, c = jnp.zeros(problem.out_shape, problem.dtype), jnp.zeros((*heads, problem.value_dim), jnp.float32)
+        kept = Kept(jnp.zeros_like(out), c, jnp.zeros(heads, jnp.int32))
+        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), kept if problem.gradient else None)
     call = Call.of(problem, inputs)
-    o, l, *rest = exact_forward(call, *fast_forward(call))
+    values = Values.of(call)
+    o, l, *rest = exact_forward(call, values.flags, *fast_forward(call, values))
     o, *rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, *rest))
     o, *rest = (jnp.reshape(x, problem.out_shape) for x in (o, *rest))
-    return Forward(o, jnp.reshape(l[..., : problem.query_length], problem.lse_shape), rest[0] if rest else None)
+    l = jnp.reshape(l[..., : problem.query_length], problem.lse_shape)
+    if not rest:
+        return Forward(o, l)
+    c = jnp.reshape(values.c[..., : problem.value_dim], (*heads, problem.value_dim))
+    return Forward(o, l, Kept(rest[0], c, jnp.reshape(values.flags, heads)))
 
 
-def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | None]:
+def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Array, Array | None]:
     """The flash kernel, for all heads: o, l and, if it is kept, the remainder of o, of the padded shapes."""
     from . import mosaic_forward
 
@@ -124,7 +150,7 @@ def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | Non
         keeps=p.gradient,
         interpreted=p.device == "cpu",
     )
-    return mosaic_forward.forward(form, call.q, call.k, call.x, jnp.concat([call.c[:, :, None], call.ends], axis=2))
+    return mosaic_forward.forward(form, call.q, call.k, values.x, jnp.concat([values.c[:, :, None], values.ends], 2))
 
 
 def _processors(problem: Problem) -> int:
@@ -142,7 +168,7 @@ def _interpreter(problem: Problem) -> Any:
     return mosaic_gpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.10 has none
 
 
-def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
+def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
     """The same with heads that have a flag, and rows that see few keys, from the definition."""
     from . import mosaic_exact
 
@@ -154,51 +180,50 @@ def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[A
     form = mosaic_exact.Form(
         p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, few, interpreted=p.device == "cpu"
     )
-    return mosaic_exact.rewrite(form, call.q, call.k, call.v, call.flags, o, l, *([] if rest is None else [rest]))
+    return mosaic_exact.rewrite(form, call.q, call.k, call.v, flags, o, l, *([] if rest is None else [rest]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""
-    from . import mosaic_backward
+    from . import mosaic_backward, mosaic_rows
 
     if 0 in problem.score_shape:
         none: Gradients = _gradient.no_gradients(jnp, inputs)
         return none
     call = Call.of(problem, inputs)
     p, beta = call.problem, problem.beta or 0.0
-    shape = (*p.batch, p.query_heads, p.query_length)
-    out, rest, do = (jnp.reshape(x, (*shape, p.value_dim)) for x in (done.out, done.residual, d_out))
-    l = jnp.reshape(done.lse, shape)
-    dl = None if d_lse is None else jnp.reshape(d_lse, shape)
-    o = out.astype(jnp.float32) + rest.astype(jnp.float32)
-    c = jnp.repeat(call.c[..., : p.value_dim], p.group, axis=1)[:, :, None]
-    rows = row_pass(o, l, c, do, dl, beta)
-    odd = jnp.any(jnp.reshape(rows.odd | _odd_queries(call, l), (*call.flags.shape, -1)), axis=-1)
-    flags = call.flags | jnp.where(odd, BROKEN, 0)
-    ends = ((0, 0), (0, 0), (0, -p.query_length % 8))
-    r, l2 = (jnp.pad(x, ends, constant_values=y) for x, y in ((rows.r, 0), (rows.l2, jnp.inf)))
+    heads, rows, group = (*p.batch, p.key_value_heads), p.query_length, p.group
+    out, rest, do = (
+        padded(jnp.reshape(x, (*p.batch, *x.shape[-3:])), call.width) for x in (done.out, done.residual.rest, d_out)
+    )
+    length = mosaic_backward.rows(rows, call.width)
+    ends = ((0, 0), (0, 0), (0, length - rows))
+    l = jnp.pad(jnp.reshape(done.lse, (*p.batch, p.query_heads, rows)), ends, constant_values=-jnp.inf)
+    dl = None if d_lse is None else jnp.pad(jnp.reshape(d_lse, (*p.batch, p.query_heads, rows)), ends)
+    c = jnp.reshape(done.residual.c, (*heads, p.value_dim))
+    c = jnp.pad(c, ((0, 0), (0, 0), (0, call.width - p.value_dim)))
+    flags, shift = jnp.reshape(done.residual.flags, heads), LIMITS[p.dtype].shift
+    interpreted = p.device == "cpu"
+    g, r, l2 = mosaic_rows.prepare(out, rest, do, l, dl, c, beta, shift, interpreted)
+    offset = causal_offset(p)
+    sees = jnp.arange(rows) + 1 + (p.key_length if offset is None else offset)
+    odd = l2[:, :, :rows] == mosaic_rows.ODD
+    reach = jnp.max(jnp.reshape(jnp.where(odd, jnp.minimum(sees, p.key_length), 0), (*heads, group * rows)), axis=-1)
+    blind = jnp.any(jnp.reshape(l[:, :, :rows] == -jnp.inf, (*heads, group * rows)), axis=-1)
+    careful = (reach > 0) | blind | (flags & BROKEN != 0)
     dq, dk, dv = mosaic_backward.backward(
-        call.q, call.k, call.x, padded(rows.g, call.width), r, l2,
-        scale=p.scale, causal_offset=causal_offset(p), inverse_beta=1 / beta, shift=LIMITS[p.dtype].shift,
-        interpret=_interpreter(p),
+        call.q, call.k, call.v, c, g, r, l2, careful.astype(jnp.int32), reach,
+        scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
-    dq, dk = dq[..., : p.query_length, : p.head_dim], dk[..., : p.key_length, : p.head_dim]
-    total: tuple[Array, ...] = (dq, dk, dv[..., : p.key_length, : p.value_dim])
+    dq = jnp.where(odd[..., None], jnp.nan, dq[:, :, :rows, : p.head_dim] * p.scale).astype(p.dtype)
+    total: tuple[Array, ...] = (dq, dk[..., : p.key_length, : p.head_dim], dv[..., : p.key_length, : p.value_dim])
 
     def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
-        o_, l_, do_ = (call.cut(x, at) for x in (out, l, do))
-        part = Forward(o_, l_, o_.astype(jnp.float32) + call.cut(rest, at).astype(jnp.float32))
-        found = xla.backward(*call.head(at), part, do_, None if dl is None else call.cut(dl, at))
+        o, rest_, do_ = (call.cut(x, at)[:, :rows, : p.value_dim] for x in (out, rest, do))
+        part = Forward(o, call.cut(l, at)[:, :rows], o.astype(jnp.float32) + rest_.astype(jnp.float32))
+        found = xla.backward(*call.head(at), part, do_, None if dl is None else call.cut(dl, at)[:, :rows])
         return tuple(call.put(x, y, at) for x, y in zip(total, found[:3], strict=True))
 
-    total = tiles.for_heads(p, flags != 0, again, total)
+    total = tiles.for_heads(p, flags & OUTSIDE != 0, again, total)
     return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip(total, inputs[:3], strict=True)))
-
-
-def _odd_queries(call: Call, l: Array) -> Array:
-    """Queries that are not finite: a query that sees something has said so in l."""
-    offset = causal_offset(call.problem)
-    blind = 0 if offset is None else max(0, -offset)
-    odd = jnp.isnan(l)
-    return odd.at[:, :, :blind].set(jnp.any(~jnp.isfinite(call.q[:, :, :blind]), axis=-1)) if blind else odd

@@ -21,6 +21,7 @@ Ref: TypeAlias = Any
 ROWS = 64  # of a tile
 TILES = 2  # of a block
 COLUMNS = 32  # worked on at a time: few, so that many blocks find registers
+FAR = 2.0**22  # exponents beyond it have no fraction
 _MAGIC = 1.5 * 2.0**23  # added to a float, it leaves the nearest integer in the low bits
 LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
 _LOG2E = math.log2(math.e)
@@ -46,7 +47,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
 
     def block(k_ref: Ref, v_ref: Ref, x_ref: Ref, known_ref: Ref) -> None:
         b, h, index = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
-        tile = plgpu.SMEM((TILES, ROWS, width), v.dtype, transforms=_LAYOUT)
+        tile = plgpu.SMEM((TILES, ROWS, width), v.dtype, transforms=LAYOUT)
         bars = plgpu.Barrier(num_barriers=TILES)
 
         def work(k_s: Ref, v_s: Ref, known_s: Ref, k_full: Ref, v_full: Ref) -> None:
@@ -102,7 +103,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
     return x, known
 
 
-_LAYOUT = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+LAYOUT = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
 
 
 def _is_finite(x: Array) -> Array:
@@ -115,6 +116,24 @@ def _rounded(x: Array, dtype: Any) -> Array:
 
 def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]), *(x + y for x, y in zip(a[2:], b[2:], strict=True))
+
+
+def exponentiated(v: Array, c: Array, beta: float, last: Array | None) -> Array:
+    """2^(βv·log2e − c) of a tile ``(keys, channels)`` in the dtype of v; 0 for what is not finite, or not before a row.
+
+    Args:
+        v: In the layout ``WGMMA``.
+        c: (channels,).
+        beta: β.
+        last: The row from which on there is padding; None: there is none.
+    """
+    natural = v.astype(jnp.float32) * beta
+    counts = _is_finite(natural)
+    if last is not None:
+        row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
+        counts = counts & (row < last)
+    y = jnp.minimum(jnp.maximum(jnp.where(counts, natural, 0.0) * _LOG2E, -FAR), FAR)
+    return _rounded(jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c, y.shape, [1])), 0.0), v.dtype)
 
 
 def scaled_exp2(y: Array, c: Array | None) -> Array:
@@ -160,19 +179,14 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
                     columns = pl.ds(column, COLUMNS)
                     v_t = plgpu.load(tile.at[:, columns], layout=plgpu.Layout.WGMMA)
                     c_t = plgpu.load(c_ref.at[b, h, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-                    row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
-                    natural = v_t.astype(jnp.float32) * beta
-                    counts = _is_finite(natural) & (row < length - index * ROWS)
-                    y = jnp.minimum(jnp.maximum(jnp.where(counts, natural, 0.0) * _LOG2E, -1000.0), 1000.0)
-                    x = jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c_t, y.shape, [1])), 0.0)
-                    tile.at[:, columns][...] = _rounded(x, v.dtype)
+                    tile.at[:, columns][...] = exponentiated(v_t, c_t, beta, length - index * ROWS)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(tile, x_ref.at[at])
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(hard_ref[b, h] != 0)
         def _() -> None:
-            pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=_LAYOUT), plgpu.Barrier())
+            pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT), plgpu.Barrier())
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
     pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
