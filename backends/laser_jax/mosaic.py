@@ -150,7 +150,8 @@ def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Ar
         keeps=p.gradient,
         interpreted=p.device == "cpu",
     )
-    return mosaic_forward.forward(form, call.q, call.k, values.x, jnp.concat([values.c[:, :, None], values.ends], 2))
+    known = jnp.concat([values.c[:, :, None], values.ends], axis=2)
+    return mosaic_forward.forward(form, call.q, call.k, values.x, known)
 
 
 def _processors(problem: Problem) -> int:
@@ -193,7 +194,7 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
         return none
     call = Call.of(problem, inputs)
     p, beta = call.problem, problem.beta or 0.0
-    heads, rows, group = (*p.batch, p.key_value_heads), p.query_length, p.group
+    heads, rows, keys = (*p.batch, p.key_value_heads), p.query_length, p.key_length
     out, rest, do = (
         padded(jnp.reshape(x, (*p.batch, *x.shape[-3:])), call.width) for x in (done.out, done.residual.rest, d_out)
     )
@@ -205,19 +206,25 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     c = jnp.pad(c, ((0, 0), (0, 0), (0, call.width - p.value_dim)))
     flags, shift = jnp.reshape(done.residual.flags, heads), LIMITS[p.dtype].shift
     interpreted = p.device == "cpu"
-    g, r, l2 = mosaic_rows.prepare(out, rest, do, l, dl, c, beta, shift, interpreted)
+    g, r, l2 = mosaic_rows.prepare(call.q, out, rest, do, l, dl, c, beta, shift, interpreted)
     offset = causal_offset(p)
-    sees = jnp.arange(rows) + 1 + (p.key_length if offset is None else offset)
-    odd = l2[:, :, :rows] == mosaic_rows.ODD
-    reach = jnp.max(jnp.reshape(jnp.where(odd, jnp.minimum(sees, p.key_length), 0), (*heads, group * rows)), axis=-1)
-    blind = jnp.any(jnp.reshape(l[:, :, :rows] == -jnp.inf, (*heads, group * rows)), axis=-1)
-    careful = (reach > 0) | blind | (flags & BROKEN != 0)
+    blind = 0 if offset is None else max(0, -offset)
+    q = call.q.at[:, :, :blind].set(0) if blind else call.q  # whatever they hold
+
+    def of_heads(x: Array) -> Array:
+        most: Array = jnp.max(jnp.reshape(x, (*heads, -1)), axis=-1)
+        return most
+
+    odd = (l2 >= mosaic_rows.ODD) & (l2 < jnp.inf)
+    sees = jnp.minimum(jnp.arange(1, length + 1, dtype=jnp.int32) + (keys if offset is None else offset), keys)
+    reach = of_heads(jnp.where(odd, sees, 0))
+    apart = (flags & OUTSIDE != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
     dq, dk, dv = mosaic_backward.backward(
-        call.q, call.k, call.v, c, g, r, l2, careful.astype(jnp.int32), reach,
+        q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
         scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
-    dq = jnp.where(odd[..., None], jnp.nan, dq[:, :, :rows, : p.head_dim] * p.scale).astype(p.dtype)
-    total: tuple[Array, ...] = (dq, dk[..., : p.key_length, : p.head_dim], dv[..., : p.key_length, : p.value_dim])
+    dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale)[:, :, :rows, : p.head_dim].astype(p.dtype)
+    total: tuple[Array, ...] = (dq, dk[..., :keys, : p.head_dim], dv[..., :keys, : p.value_dim])
 
     def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
         o, rest_, do_ = (call.cut(x, at)[:, :rows, : p.value_dim] for x in (out, rest, do))
@@ -225,5 +232,5 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
         found = xla.backward(*call.head(at), part, do_, None if dl is None else call.cut(dl, at)[:, :rows])
         return tuple(call.put(x, y, at) for x, y in zip(total, found[:3], strict=True))
 
-    total = tiles.for_heads(p, flags & OUTSIDE != 0, again, total)
+    total = tiles.for_heads(p, apart, again, total)
     return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip(total, inputs[:3], strict=True)))

@@ -2,13 +2,13 @@
 
     p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
 
-with G = do·2^(c − βo·log2e), X = 2^(βv·log2e − c) and r = dl − Σ_e do/β. A program owns a block of keys, of whose values
-it makes X, and walks over the queries that see it, from the last tile to the first, so that each tile pair costs five
-matrix products. dk and dv stay in registers; the program adds its part of dq to global memory when its turn comes, block
-after block of keys. So every sum has one order, and the same bits come out of every run.
+with G = do·2^(c − βo·log2e), X = 2^(βv·log2e − c) and r = dl − Σ_e do/β. A program owns a block of keys, of whose
+values it makes X, and walks over the queries that see it, from the last tile to the first, so that each tile pair costs
+five matrix products. dk and dv stay in registers; the program adds its part of dq to global memory when its turn comes,
+block after block of keys. So every sum has one order, and the same bits come out of every run.
 
-Of a head that may hold NaN or infinity, keys and queries are cleaned of them in shared memory: 0·NaN is NaN. What it
-should reach, dk and dv of the keys before a given one, is set to NaN at the end.
+Of a head that may hold NaN or infinity, keys are cleaned of them in shared memory: 0·NaN is NaN. What it should reach,
+dk and dv of the keys before a given one, is set to NaN at the end.
 """
 
 from __future__ import annotations
@@ -80,11 +80,6 @@ def _kernel(
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
         own = pl.ds(part * 64, 64)
 
-        def clean(tile: Any) -> None:
-            """This warpgroup's part of what both of them read."""
-            x = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            tile[...] = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0).astype(dtype)
-
         def meet(barrier: Any) -> None:
             """The warpgroups see what each has written to shared memory."""
             plgpu.commit_smem()
@@ -93,12 +88,13 @@ def _kernel(
 
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
             plgpu.barrier_wait(owned)
-            odd = careful[heads_kv] != 0
 
-            @pl.when(odd)
+            @pl.when(careful[heads_kv] != 0)
             def _clean_keys() -> None:
                 for column in range(0, head_dim, 64):
-                    clean(ks.at[own, pl.ds(column, 64)])
+                    tile = ks.at[own, pl.ds(column, 64)]
+                    k_t = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                    tile[...] = jnp.where(jnp.abs(k_t) < jnp.inf, k_t, 0.0).astype(dtype)
                 meet(cleaned)
 
             end = None if walk.key_length % _BLOCK_K == 0 else walk.key_length - n0 - part * 64
@@ -120,12 +116,6 @@ def _kernel(
                 slot, twin = lax.rem(index, jnp.int32(_STAGES)), lax.rem(index, jnp.int32(2))
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(g_full.at[slot])
-
-                @pl.when(odd)
-                def _clean_queries() -> None:
-                    share = (pl.ds(0, 64), pl.ds(part * 64, 64)) if head_dim > 64 else (pl.ds(part * 64, 64), pl.ds(0, 64))
-                    clean(qs.at[slot, *share])
-                    meet(cleaned)
 
                 def weights(half: int, s_acc: Any, dp_acc: Any) -> Array:
                     """dsᵀ of 64 queries; their part of dv is begun."""
@@ -202,15 +192,16 @@ def _kernel(
 
             plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            poisoned = places(0) < reach[heads_kv] - n0 - part * 64
 
-            def finished(x: Array) -> Array:
-                return jnp.where(lax.broadcast_in_dim(poisoned, x.shape, [0]), jnp.nan, x).astype(dtype)
+            def times(x: Array, factor: float) -> Array:
+                """NaN for keys that are to be so."""
+                factors = jnp.where(places(0) < reach[heads_kv] - n0 - part * 64, jnp.nan, factor)
+                return x * lax.broadcast_in_dim(factors, x.shape, [0])
 
-            xs[own, :] = finished(values * (x_tile * 2.0**-shift))
+            xs[own, :] = (values * times(x_tile, 2.0**-shift)).astype(dtype)
             plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
             plgpu.barrier_wait(ds_full)
-            ks[own, :] = finished(plgpu.wgmma_accumulator_load(dk_acc, wait_n=0) * scale)
+            ks[own, :] = times(plgpu.wgmma_accumulator_load(dk_acc, wait_n=0), scale).astype(dtype)
             plgpu.commit_smem()
             rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0 + part * 64, 64)
             plgpu.copy_smem_to_gmem(xs.at[own], dv.at[rows])
@@ -316,7 +307,7 @@ def backward(
         p = 2^(scale·log2e·q·kᵀ − l2)    ds = p ∘ (g·xᵀ/β + r)    dq = ds·k    dk = scale·dsᵀ·q    dv = x ∘ (pᵀ·g)
 
     Args:
-        q: ``(B, Hq, Lq, D)``, bfloat16 or float16, D 64 or 128.
+        q: ``(B, Hq, Lq, D)``, bfloat16 or float16, D 64 or 128; finite.
         k: ``(B, Hkv, Lk, D)``; query head h belongs to head h // (Hq/Hkv) of it.
         v: ``(B, Hkv, Lk, D)``; x = 2^(βv·log2e − c), and 0 where βv is not finite.
         c: ``(B, Hkv, D)``, float32, integers.
@@ -324,7 +315,7 @@ def backward(
         r: ``(B, Hq, L)``, float32: (dl − Σ_e do/β)·2^−shift, finite.
         l2: ``(B, Hq, L)``, float32: log-sum-exp of the scores in base 2, minus shift; +∞ or huge where nothing flows
             through a row.
-        careful: ``(B, Hkv)``, int32: not 0 where q or k may not be finite.
+        careful: ``(B, Hkv)``, int32: not 0 where k may not be finite.
         reach: ``(B, Hkv)``, int32: dk and dv of keys before it are NaN.
         scale: Of the scores.
         beta: β.
@@ -399,4 +390,5 @@ def backward(
         written = (jnp.arange(tiles) >= first[:, None])[:, None, :, None, None]
         dq = jnp.where(written, dq.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
     shape = (batch, heads_kv, padded_k, -1)
-    return dq.reshape(batch, heads, padded_q, head_dim), dk.reshape(shape)[:, :, :length_k], dv.reshape(shape)[:, :, :length_k]
+    dk, dv = (x.reshape(shape)[:, :, :length_k] for x in (dk, dv))
+    return dq.reshape(batch, heads, padded_q, head_dim), dk, dv

@@ -72,7 +72,7 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
                     *scratch,
                 )  # fmt: skip
 
-    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
+    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"), kernel_name="laser_exact")
     pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )(q, k, v, flags, *written)  # fmt: skip

@@ -108,6 +108,7 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         grid_names=("block",),
         num_threads=form.cut.consumers + 1,
         thread_name="wg",
+        kernel_name="laser_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )

@@ -97,6 +97,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
         ],
         grid=(blocks, heads, batch),
         grid_names=("block", "head", "batch"),
+        kernel_name="laser_values",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=6144),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
     )(k, v)
@@ -188,7 +189,7 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
         def _() -> None:
             pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT), plgpu.Barrier())
 
-    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
+    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"), kernel_name="laser_refer")
     pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
     )(v, c, hard, out)  # fmt: skip
