@@ -75,14 +75,14 @@ def prepare(
                 odd, total, size = odd + part_o(column) * 0.0, total + do_t, size + jnp.abs(do_t)
             odd, total, size = (x.sum(axis=1) for x in (odd, total, size))
             odd = odd + size * 0.0  # NaN in a row where something is not finite
-            silent = size == 0.0
+            flows = size != 0.0
             if dl_t:
-                odd, silent = odd + dl_t[0] * 0.0, silent & (dl_t[0] == 0.0)
-            silent = silent | (l_t == -jnp.inf)
-            live = (odd == 0.0) & (jnp.abs(l_t) < jnp.inf) & ~silent
+                odd, flows = odd + dl_t[0] * 0.0, flows | (dl_t[0] != 0.0)
+            flows = flows & (l_t != -jnp.inf)
+            live = (odd == 0.0) & (jnp.abs(l_t) < jnp.inf) & flows
             r = dl_t[0] - total * (1 / beta) if dl_t else total * (-1 / beta)
             r_s[...] = jnp.where(live, r * 2.0**-shift, 0.0)
-            l2_s[...] = jnp.where(live, l_t * _LOG2E - shift, jnp.where(silent, jnp.inf, ODD))
+            l2_s[...] = jnp.where(live, l_t * _LOG2E - shift, jnp.where(flows, ODD, jnp.inf))
             for column in range(0, width, COLUMNS):
                 columns = pl.ds(column, COLUMNS)
                 c_t = plgpu.load(c_ref.at[b, lax.div(h, group), columns], layout=plgpu.Layout.WGMMA.reduce(0),
