@@ -62,7 +62,9 @@ def check(name: str) -> None:
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )  # fmt: skip
     unit = float(jnp.finfo(dtype).eps) / 2
-    for label, a, b in zip(("dq", "dk", "dv"), (dq[:, :, :length_q], *rest), want, strict=True):
+    for label, a, b in zip(
+        ("dq", "dk", "dv"), (dq[:, :, :length_q], *(x[:, :, :length_k] for x in rest)), want, strict=True
+    ):
         hidden = reach if label != "dq" else 0
         assert np.isnan(np.asarray(a[:, :, :hidden], np.float64)).all(), (name, label)
         a, b = np.asarray(a[:, :, hidden:], np.float64), b[:, :, hidden:]

@@ -2,7 +2,7 @@
 
 On the device alone and without a branch on the host: the value pass writes X and measures every head, one kernel serves
 all heads, and another mends those outside the fast range, or that hold NaN or infinity; it returns at once where there
-is none. Gradients of such heads are those of ``jax-xla``, in a loop over such heads.
+is none. Backward, likewise: a pass over rows, one kernel for all heads, and others for those outside the fast range.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 
-from . import tiles, xla
 from .served import WIDTHS, causal_offset
-from .tiles import Array, Start
 from .values import LIMITS, decide, needs_sum
+
+Array: TypeAlias = jax.Array
 
 FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
 _LOG2E = math.log2(math.e)
@@ -56,26 +56,11 @@ class Call(NamedTuple):
         """Of the padded heads."""
         return int(self.q.shape[-1])
 
-    def head(self, at: Start) -> tuple[Problem, Inputs]:
-        """One key/value head and its queries as a problem of its own."""
-        p = self.problem
-        problem = dataclasses.replace(p, batch=(), query_heads=p.group, key_value_heads=1)
-        sizes = ((p.query_length, p.head_dim), (p.key_length, p.head_dim), (p.key_length, p.value_dim))
-        q, k, v = (self.cut(x, at)[:, :n, :d] for x, (n, d) in zip((self.q, self.k, self.v), sizes, strict=True))
-        return problem, Inputs(q, k, v, None, None, None, None, None)
 
-    def cut(self, x: Array, at: Start) -> Array:
-        """Of an array ``(B, H, …)`` what belongs to one key/value head, ``(H/Hkv, …)``."""
-        heads = x.shape[1] // self.problem.key_value_heads
-        part: Array = tiles.take(x, self._start(x, at), (1, heads, *x.shape[2:]))[0]
-        return part
-
-    def put(self, x: Array, part: Array, at: Start) -> Array:
-        """``x`` with that replaced."""
-        return tiles.put(x, part[None].astype(x.dtype), self._start(x, at))
-
-    def _start(self, x: Array, at: Start) -> Start:
-        return (at[0], at[1] * (x.shape[1] // self.problem.key_value_heads), *(0,) * (x.ndim - 2))
+def padded(x: Array, width: int) -> Array:
+    """An array ``(B, H, L, D)`` with zeros up to that width and a multiple of 8 rows."""
+    missing = (-x.shape[-2] % 8, width - x.shape[-1])
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))) if any(missing) else x
 
 
 class Values(NamedTuple):
@@ -104,12 +89,6 @@ class Values(NamedTuple):
         flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
         ends = jnp.stack([-most[:, :, 0], most[:, :, 1]], axis=2)
         return cls(x, c, ends, flags.astype(jnp.int32))
-
-
-def padded(x: Array, width: int) -> Array:
-    """An array ``(B, H, L, D)`` with zeros up to that width and a multiple of 8 rows."""
-    missing = (-x.shape[-2] % 8, width - x.shape[-1])
-    return jnp.pad(x, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))) if any(missing) else x
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -187,7 +166,7 @@ def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | No
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""
-    from . import mosaic_backward, mosaic_rows
+    from . import mosaic_backward, mosaic_exact_backward, mosaic_rows
 
     if 0 in problem.score_shape:
         none: Gradients = _gradient.no_gradients(jnp, inputs)
@@ -223,14 +202,16 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
         q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
         scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
-    dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale)[:, :, :rows, : p.head_dim].astype(p.dtype)
-    total: tuple[Array, ...] = (dq, dk[..., :keys, : p.head_dim], dv[..., :keys, : p.value_dim])
-
-    def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
-        o, rest_, do_ = (call.cut(x, at)[:, :rows, : p.value_dim] for x in (out, rest, do))
-        part = Forward(o, call.cut(l, at)[:, :rows], o.astype(jnp.float32) + rest_.astype(jnp.float32))
-        found = xla.backward(*call.head(at), part, do_, None if dl is None else call.cut(dl, at)[:, :rows])
-        return tuple(call.put(x, y, at) for x, y in zip(total, found[:3], strict=True))
-
-    total = tiles.for_heads(p, apart, again, total)
-    return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip(total, inputs[:3], strict=True)))
+    dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale).astype(p.dtype)
+    form = mosaic_exact_backward.Form(keys, offset, p.scale, beta, shift, interpreted)
+    of_rows = mosaic_exact_backward.Rows(q, out, rest, do, r, l2)
+    dq, dk, dv = mosaic_exact_backward.rewrite(
+        form, apart.astype(jnp.int32), reach, of_rows, call.k, call.v, dq, dk, dv
+    )
+    sizes = ((rows, p.head_dim), (keys, p.head_dim), (keys, p.value_dim))
+    return Gradients(
+        *(
+            jnp.reshape(x[:, :, :length, :width], like.shape)
+            for x, (length, width), like in zip((dq, dk, dv), sizes, inputs[:3], strict=True)
+        )
+    )

@@ -324,7 +324,7 @@ def backward(
         interpret: Parameters of the interpreter of Pallas.
 
     Returns:
-        dq ``(B, Hq, L, D)``; dk and dv like k and v, summed over the query heads of a group.
+        dq ``(B, Hq, L, D)``; dk and dv like k and v, with keys in whole tiles, summed over the query heads of a group.
     """
     batch, heads, length_q, head_dim = q.shape
     heads_kv, length_k, value_dim = v.shape[1:]
@@ -389,6 +389,5 @@ def backward(
         first = jax.vmap(walk.first)(jnp.arange(blocks) * _BLOCK_K)
         written = (jnp.arange(tiles) >= first[:, None])[:, None, :, None, None]
         dq = jnp.where(written, dq.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
-    shape = (batch, heads_kv, padded_k, -1)
-    dk, dv = (x.reshape(shape)[:, :, :length_k] for x in (dk, dv))
+    dk, dv = (x.reshape(batch, heads_kv, padded_k, -1) for x in (dk, dv))
     return dq.reshape(batch, heads, padded_q, head_dim), dk, dv

@@ -72,8 +72,8 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
                     *scratch,
                 )  # fmt: skip
 
-    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"), kernel_name="laser_exact")
-    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
+    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
+    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name="laser_exact",
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )(q, k, v, flags, *written)  # fmt: skip
     return tuple(map(jax.freeze, written))

@@ -189,8 +189,8 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
         def _() -> None:
             pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT), plgpu.Barrier())
 
-    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"), kernel_name="laser_refer")
-    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
+    mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
+    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name="laser_refer",
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
     )(v, c, hard, out)  # fmt: skip
     return jax.freeze(out)
