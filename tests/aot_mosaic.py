@@ -77,11 +77,11 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
         return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, ((*heads, 3, width), jnp.float32))
     if name == "values":
 
-        def values(k: jax.Array, v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
-            x, known = mosaic_values.measure(k, v, L, 1.0, dtype == jnp.float16, False)
+        def values(v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
+            x, known = mosaic_values.measure(v, L, 1.0, dtype == jnp.float16, False)
             return mosaic_values.refer(x, v, c, hard, L, 1.0, False), known
 
-        return compiled(values, array, array, ((*heads, width), jnp.float32), (heads, jnp.int32))
+        return compiled(values, array, ((*heads, width), jnp.float32), (heads, jnp.int32))
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)
     results = (array, ((*heads, L), jnp.float32), array)
     return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, (heads, jnp.int32), *results)

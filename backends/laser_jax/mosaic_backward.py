@@ -87,9 +87,15 @@ def _kernel(
             plgpu.barrier_wait(barrier)
 
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
+            odd = careful[heads_kv] != 0
+            parts = [pl.ds(column, 64) for column in range(0, v.shape[1], 64)]
+            cs = [
+                plgpu.load(c.at[heads_kv, part_], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                for part_ in parts
+            ]
             plgpu.barrier_wait(owned)
 
-            @pl.when(careful[heads_kv] != 0)
+            @pl.when(odd)
             def _clean_keys() -> None:
                 for column in range(0, head_dim, 64):
                     tile = ks.at[own, pl.ds(column, 64)]
@@ -98,9 +104,7 @@ def _kernel(
                 meet(cleaned)
 
             end = None if walk.key_length % _BLOCK_K == 0 else walk.key_length - n0 - part * 64
-            for column in range(0, v.shape[1], 64):
-                channels = pl.ds(column, 64)
-                c_t = plgpu.load(c.at[heads_kv, channels], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            for channels, c_t in zip(parts, cs, strict=True):
                 v_t = plgpu.load(xs.at[own, channels], layout=plgpu.Layout.WGMMA)
                 xs[own, channels] = exponentiated(v_t, c_t, beta, end)
             plgpu.commit_smem()
@@ -184,6 +188,7 @@ def _kernel(
                 def _tile(index: Array) -> None:
                     step(member * each + index, walk.tiles - 1 - index)
 
+            before = reach[heads_kv] - n0 - part * 64
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
 
             @pl.when(total > 0)
@@ -195,7 +200,7 @@ def _kernel(
 
             def times(x: Array, factor: float) -> Array:
                 """NaN for keys that are to be so."""
-                factors = jnp.where(places(0) < reach[heads_kv] - n0 - part * 64, jnp.nan, factor)
+                factors = jnp.where(places(0) < before, jnp.nan, factor)
                 return x * lax.broadcast_in_dim(factors, x.shape, [0])
 
             xs[own, :] = (values * times(x_tile, 2.0**-shift)).astype(dtype)

@@ -1,8 +1,9 @@
 """The exact path in Pallas (Mosaic GPU): log Σ_j exp(s_ij + βv_je) per query and channel about its own greatest term.
 
-It writes over what the fast kernel left: heads outside the fast range whole; of heads that hold NaN or infinity only
-what is not finite; and of all heads the rows that see few keys, since where X is rounded, a mean of so few can leave
-the range of the values. A block returns at once where there is nothing of these. Device code only, JAX 0.11 or later.
+It writes over what the fast kernel left: heads outside the fast range whole, and those whose values hardly vary, for a
+mean of rounded X can leave their range; of heads that hold NaN or infinity only what is not finite; and of all heads
+the rows that see few keys, where the same can happen. A block returns at once where there is nothing of these. Device
+code only, JAX 0.11 or later.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
 BLOCK = 64  # queries, keys and channels at a time
-OUTSIDE, BROKEN = 1, 2  # flags of a head: beyond the fast range; NaN or infinity
+OUTSIDE, BROKEN, NARROW = 1, 2, 4  # flags of a head: beyond the fast range; NaN or infinity; values that hardly vary
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 
@@ -168,7 +169,7 @@ def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tile
     """What is to be written, over what is there."""
     m, l, top, acc = state
     o_s, l_s, *rest_s = tiles
-    whole = (flag & OUTSIDE) != 0
+    whole = (flag & (OUTSIDE | NARROW)) != 0
     empty = l == 0
     l = m + lax.log2(jnp.where(empty, 1.0, l)) * _LN2
     about = jnp.where(jnp.abs(top) == jnp.inf, 0.0, top)

@@ -65,6 +65,7 @@ class _Place(NamedTuple):
     first: Array  # query row
     total: Array  # key tiles seen by some row of the block; at least one is worked on
     full: Array  # of these, the first so many need no mask
+    asks: Array  # whether it sees all keys that any query of the head sees, and looks for what is not finite
 
 
 class _State(NamedTuple):
@@ -76,8 +77,8 @@ class _State(NamedTuple):
     p: Array  # (ROWS, block_k), weights of the last tile
 
 
-def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, Array, Array | None]:
-    """o in the dtype of q, the log-sum-exp, and what rounding took from o in that dtype, if that is kept.
+def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, Array, Array, Array | None]:
+    """o in the dtype of q, the log-sum-exp, odd, and what rounding took from o in that dtype, if that is kept.
 
     Args:
         form: What is compiled in.
@@ -87,7 +88,8 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         c: (B, Hkv, 3, E), float32: the integers c, and the least and the greatest βv.
 
     Returns:
-        o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; the remainder, like o.
+        o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; odd (B, Hq, rows), float32, NaN somewhere if a score is not
+        finite that some query sees; the remainder, like o.
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
@@ -101,9 +103,10 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
     out = jax.ShapeDtypeStruct((batch, heads, rows, width), dtype)
     # a copy of one axis is not cut off where that axis ends
     lse = jax.ShapeDtypeStruct((batch, heads, work.q_tiles * form.cut.consumers * ROWS), jnp.float32)
+    odd = jax.ShapeDtypeStruct((batch, heads, form.cut.consumers * ROWS), jnp.float32)
     kernel = plgpu.kernel(
         block,
-        out_type=[out, lse, *([out] * form.keeps)],
+        out_type=[out, lse, odd, *([out] * form.keeps)],
         grid=(min(form.processors, work.number),),
         grid_names=("block",),
         num_threads=form.cut.consumers + 1,
@@ -112,8 +115,8 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, l, *rest = kernel(q, k, x, c)
-    return o, l, rest[0] if rest else None
+    o, l, found, *rest = kernel(q, k, x, c)
+    return o, l, found, rest[0] if rest else None
 
 
 def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
@@ -131,6 +134,7 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         tiles(cut.stages, cut.block_k, d),
         tiles(cut.stages, cut.block_k, e),
         tiles(cut.consumers, ROWS, e),
+        plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
         plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
         tiles(cut.consumers, ROWS, e) if form.keeps else None,
         tiles(cut.consumers, ROWS, cut.block_k) if form.interpreted else None,
@@ -188,12 +192,12 @@ class _Work(NamedTuple):
             total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(last, 0) + (block - 1), block)), 1)
             full = jnp.minimum(full, lax.div(jnp.maximum(first + form.offset + 1, 0), block))
         b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
-        return _Place(b, h, lax.div(h, self.group), first, total, full)
+        return _Place(b, h, lax.div(h, self.group), first, total, full, tile == self.q_tiles - 1)
 
 
 def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     q_ref, k_ref, x_ref, c_ref, *results = refs
-    q_s, k_s, x_s, o_s, l_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
+    q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
     consumers = form.cut.consumers
@@ -208,7 +212,7 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     def _() -> None:
         if not form.interpreted:
             plgpu.set_max_registers(REGISTERS[consumers][1], action="increase")
-        own = [s if s is None else s.at[which] for s in (q_s, o_s, l_s, rest_s, p_s)]
+        own = [s if s is None else s.at[which] for s in (q_s, o_s, l_s, odd_s, rest_s, p_s)]
         tiles = _Tiles(own[0], k_s, x_s, *own[1:])
         bars = _Bars(q_full.at[which], q_free.at[which], k_full, k_free, x_full, x_free, turn)
         plgpu.barrier_arrive(bars.q_free)
@@ -237,6 +241,7 @@ class _Tiles(NamedTuple):
     x: Ref
     o: Ref
     l: Ref
+    odd: Ref
     rest: Ref
     p: Ref
 
@@ -302,6 +307,16 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
         if bars.turn is not None:
             plgpu.barrier_arrive(bars.turn.at[lax.rem(which + 1, form.cut.consumers)])
 
+    def look(s: Array, first: bool = False) -> None:
+        @pl.when(place.asks)
+        def _() -> None:
+            odd = s.sum(axis=1) * 0.0
+            if first:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+            else:
+                odd = odd + plgpu.load(tiles.odd, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            tiles.odd[...] = odd
+
     def scores(i: Array, masked: bool, s: Array) -> Array:
         return _mask(form, s, first, (place.total - 1 - i) * block) if masked else s
 
@@ -318,6 +333,7 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
     plgpu.barrier_wait(bars.q_full)
     s = pl.run_scoped(start, plgpu.ACC((ROWS, block), jnp.float32))
     plgpu.barrier_arrive(bars.k_free.at[slot])
+    look(s, first=True)
     m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     p, m, _ = _weights(form, scores(jnp.int32(0), True, s), m, True)
     o = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
@@ -337,6 +353,7 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
             pass_turn()
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             plgpu.barrier_arrive(bars.k_free.at[slot])
+            look(s)
             p, m, alpha = _weights(form, scores(i, masked, s), state.m, masked)
             l = state.l * alpha + p.sum(axis=1)
             p, m, l, alpha = lax.optimization_barrier((p, m, l, alpha))
@@ -364,7 +381,12 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     attended = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
     plgpu.barrier_arrive(bars.x_free.at[last])
-    _store(form, place, first, state._replace(o=attended), tiles, c_ref, results)
+    o_ref, l_ref, odd_ref, *rest_ref = results
+    _store(form, place, first, state._replace(o=attended), tiles, c_ref, [o_ref, l_ref, *rest_ref])
+
+    @pl.when(place.asks)
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(tiles.odd, odd_ref.at[place.batch, place.head, pl.ds(which * ROWS, ROWS)])
 
 
 def _start_values(form: Form, o_acc: Ref, state: _State, p_s: Ref, x: Ref) -> Callable[[Array], Array]:

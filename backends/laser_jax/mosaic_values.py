@@ -27,12 +27,11 @@ LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
 _LOG2E = math.log2(math.e)
 
 
-def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpreted: bool) -> tuple[Array, Array]:
+def measure(v: Array, length: int, beta: float, total: bool, interpreted: bool) -> tuple[Array, Array]:
     """x for c = 0, and what is known of the columns of every block of keys.
 
     Args:
-        k: (B, H, Lk, W), float16 or bfloat16; W is 64 or 128 and Lk a multiple of 8.
-        v: (B, H, Lk, W).
+        v: (B, H, Lk, W), float16 or bfloat16; W is 64 or 128 and Lk a multiple of 8.
         length: Keys beyond it are padding; their x is 0.
         beta: β.
         total: Whether the sum of x is asked for.
@@ -40,31 +39,28 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
 
     Returns:
         x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: the greatest −βv and the greatest βv of what is finite, zero
-        or NaN where something of k or βv is not finite, and Σx where asked for.
+        or NaN where some βv is not finite, and Σx where asked for.
     """
     batch, heads, keys, width = v.shape
     blocks = pl.cdiv(keys, ROWS * TILES)
 
-    def block(k_ref: Ref, v_ref: Ref, x_ref: Ref, known_ref: Ref) -> None:
+    def block(v_ref: Ref, x_ref: Ref, known_ref: Ref) -> None:
         b, h, index = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
         tile = plgpu.SMEM((TILES, ROWS, width), v.dtype, transforms=LAYOUT)
-        bars = plgpu.Barrier(num_barriers=TILES)
 
-        def work(k_s: Ref, v_s: Ref, known_s: Ref, k_full: Ref, v_full: Ref) -> None:
+        def work(v_s: Ref, known_s: Ref, full: Ref) -> None:
             first = index * (ROWS * TILES)
             for t in range(TILES):
                 at = (b, h, pl.ds(first + t * ROWS, ROWS))
-                plgpu.copy_gmem_to_smem(v_ref.at[at], v_s.at[t], v_full.at[t])
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_s.at[t], k_full.at[t])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_s.at[t], full.at[t])
             for t in range(TILES):
-                plgpu.barrier_wait(v_full.at[t])
-                plgpu.barrier_wait(k_full.at[t])
+                plgpu.barrier_wait(full.at[t])
             for column in range(0, width, COLUMNS):  # a few at a time: all of them would not fit the registers
                 columns = pl.ds(column, COLUMNS)
                 known: tuple[Array, ...] | None = None
                 for t in range(TILES):
-                    v_t, k_t = (plgpu.load(s.at[t, :, columns], layout=plgpu.Layout.WGMMA) for s in (v_s, k_s))
-                    v32, k32 = (a.astype(jnp.float32) for a in (v_t, k_t))
+                    v_t = plgpu.load(v_s.at[t, :, columns], layout=plgpu.Layout.WGMMA)
+                    v32 = v_t.astype(jnp.float32)
                     natural = v32 if beta == 1 else v32 * beta
                     counts = _is_finite(natural)
                     if length % (ROWS * TILES):
@@ -73,7 +69,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
                     low, high = (jnp.where(counts, a, -jnp.inf) for a in (-natural, natural))
                     x = jnp.where(counts, scaled_exp2(natural * _LOG2E, None), 0.0)
                     v_s.at[t, :, columns][...] = _rounded(x, v.dtype)
-                    part = (low, high, natural * 0.0 + k32 * 0.0, *([x] * total))
+                    part = (low, high, natural * 0.0, *([x] * total))
                     known = part if known is None else _merge(known, part)
                 assert known is not None
                 known_s.at[LOW, columns][...] = known[0].max(axis=0)
@@ -87,7 +83,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
             plgpu.copy_smem_to_gmem(known_s, known_ref.at[b, h, index])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(work, tile, tile, plgpu.SMEM((4, width), jnp.float32), bars, bars)
+        pl.run_scoped(work, tile, plgpu.SMEM((4, width), jnp.float32), plgpu.Barrier(num_barriers=TILES))
 
     x, known = plgpu.kernel(
         block,
@@ -100,7 +96,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
         kernel_name="laser_values",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=6144),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
-    )(k, v)
+    )(v)
     return x, known
 
 
@@ -133,7 +129,7 @@ def exponentiated(v: Array, c: Array, beta: float, last: Array | None) -> Array:
     if last is not None:
         row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
         counts = counts & (row < last)
-    y = jnp.minimum(jnp.maximum(jnp.where(counts, natural, 0.0) * _LOG2E, -FAR), FAR)
+    y = jnp.minimum(jnp.maximum(natural * _LOG2E, -FAR), FAR)
     return _rounded(jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c, y.shape, [1])), 0.0), v.dtype)
 
 
