@@ -83,7 +83,7 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
 
         return compiled(values, array, ((*heads, width), jnp.float32), (heads, jnp.int32))
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)
-    results = (array, ((*heads, L), jnp.float32), array)
+    results = (array, ((*heads, L), jnp.float32), ((B, H, L, width), jnp.int8))
     return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, (heads, jnp.int32), *results)
 
 

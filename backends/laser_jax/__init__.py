@@ -77,7 +77,7 @@ def _mosaic_backward(
 def _mosaic_residual(problem: Problem) -> Kept:
     """What rounding took from the output, the references of the channels, and the flags of the heads."""
     heads = (*problem.batch, problem.key_value_heads)
-    return (problem.out_shape, problem.dtype), ((*heads, problem.value_dim), "float32"), (heads, "int32")
+    return (problem.out_shape, "int8"), ((*heads, problem.value_dim), "float32"), (heads, "int32")
 
 
 def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:

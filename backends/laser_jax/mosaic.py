@@ -31,7 +31,7 @@ NARROW = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 class Kept(NamedTuple):
     """What the backward pass needs beside inputs and results."""
 
-    rest: Array  # (..., Hq, Lq, E), what rounding took from the output
+    rest: Array  # (..., Hq, Lq, E), int8, what rounding took from the output
     c: Array  # (..., Hkv, E), float32, integers
     flags: Array  # (..., Hkv), int32
 
@@ -103,7 +103,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     heads = (*problem.batch, problem.key_value_heads)
     if 0 in problem.score_shape:
         out, c = jnp.zeros(problem.out_shape, problem.dtype), jnp.zeros((*heads, problem.value_dim), jnp.float32)
-        kept = Kept(jnp.zeros_like(out), c, jnp.zeros(heads, jnp.int32))
+        kept = Kept(jnp.zeros_like(out, jnp.int8), c, jnp.zeros(heads, jnp.int32))
         return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), kept if problem.gradient else None)
     call = Call.of(problem, inputs)
     values = Values.of(call)

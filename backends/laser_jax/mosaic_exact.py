@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .mosaic_values import rest_tile, split
+
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
@@ -47,7 +49,7 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
         k: (B, Hkv, Lk, W).
         v: (B, Hkv, Lk, W).
         flags: (B, Hkv), int32.
-        results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, like o.
+        results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, int8.
     """
     batch, heads, rows, width = q.shape
     group = heads // k.shape[1]
@@ -84,7 +86,7 @@ def _scratch(width: int, dtype: Any, rest: bool) -> list[Any]:
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     operand = plgpu.SMEM((BLOCK, width), dtype, transforms=layout)
     part = plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout)
-    results = [part, plgpu.SMEM((BLOCK,), jnp.float32), *([part] * rest)]
+    results = [part, plgpu.SMEM((BLOCK,), jnp.float32), *([rest_tile(BLOCK, BLOCK)] * rest)]
     return [operand, operand, plgpu.SMEM((BLOCK, BLOCK), dtype), plgpu.SMEM((BLOCK, BLOCK), jnp.float32),
         plgpu.Barrier(), plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=len(results)), *results]  # fmt: skip
 
@@ -183,11 +185,9 @@ def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tile
     wanted = [jnp.where(whole, all_rows, few) - first for all_rows, few in zip((0, 2**30), form.few, strict=False)]
     row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA)
     keep = (row >= wanted[0]) & (row < wanted[1])
-    rounded = o.astype(o_s.dtype)
-    rest = (o - rounded.astype(jnp.float32)).astype(o_s.dtype)
-    for tile, new in zip((o_s, *rest_s), (rounded, rest), strict=False):
-        old = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
-        tile[...] = jnp.where(keep, new, jnp.where(jnp.abs(o) < jnp.inf, old, new))
+    for tile, new in zip((o_s, *rest_s), split(o, o_s.dtype), strict=False):
+        old = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(new.dtype)
+        tile[...] = jnp.where(keep, new, jnp.where(jnp.abs(o) < jnp.inf, old, new)).astype(tile.dtype)
     row = plgpu.broadcasted_iota(jnp.int32, l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
     old = plgpu.load(l_s, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     l_s[...] = jnp.where((row >= wanted[0]) & (row < wanted[1]), l, jnp.where(l == l, old, l))

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_rows import ODD
+from .mosaic_values import joined, rest_tile
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -64,6 +65,7 @@ class _Tiles(NamedTuple):
     raw: Ref  # Σ_e do·w
     ds: Ref
     total: Ref  # dq or dk
+    u: Ref  # βo in base 2
 
 
 def rewrite(
@@ -116,10 +118,10 @@ def rewrite(
 def _scratch(width: int, dtype: Any) -> list[Any]:
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     operand = plgpu.SMEM((BLOCK, width), dtype, transforms=layout)
-    plain = plgpu.SMEM((BLOCK, width), dtype)
+    plain, wide = plgpu.SMEM((BLOCK, width), dtype), plgpu.SMEM((BLOCK, width), jnp.float32)
     square = plgpu.SMEM((BLOCK, BLOCK), jnp.float32)
-    return [operand, plain, plain, plain, operand, operand, square, square,
-        plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout), plgpu.SMEM((BLOCK, width), jnp.float32),
+    return [operand, operand, rest_tile(BLOCK, width), plain, operand, operand, square, square,
+        plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout), wide, wide,
         plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=2)]  # fmt: skip
 
 
@@ -138,13 +140,16 @@ def _clean(tile: Ref) -> None:
         part[...] = _finite(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def _fetch_rows(refs: Rows, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -> tuple[Array, Array]:
-    """r and l2; the rest is in shared memory."""
+def _fetch_rows(form: Form, refs: Rows, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -> tuple[Array, Array]:
+    """r and l2; all else is in shared memory."""
     for ref, tile in zip(refs[:4], tiles[:4], strict=True):
         plgpu.copy_gmem_to_smem(ref.at[at], tile, full)
     r, l2 = (plgpu.load(ref.at[at], layout=_ROWS, optimized=False) for ref in (refs.r, refs.l2))
     plgpu.barrier_wait(full)
     _clean(tiles.q)
+    for o, rest, u in zip(_parts(tiles.o), _parts(tiles.rest), _parts(tiles.u), strict=True):
+        o32 = joined(*(plgpu.load(tile, layout=plgpu.Layout.WGMMA) for tile in (o, rest)))
+        u[...] = _finite(o32 * (form.beta * _LOG2E))
     return r, l2
 
 
@@ -185,13 +190,12 @@ def _cotangents(
         shares = []
         for n, y_n in enumerate(y):
             channels = pl.ds(n * BLOCK, BLOCK)
-            o, rest, do = (
+            u, do = (
                 plgpu.load(tile.at[i, channels], layout=_COLUMNS, optimized=False).astype(jnp.float32)
-                for tile in (tiles.o, tiles.rest, tiles.do)
+                for tile in (tiles.u, tiles.do)
             )
-            u, do = _finite((o + rest) * (form.beta * _LOG2E)), _finite(do)
             w = jnp.exp2(y_n - lax.broadcast_in_dim(u, shape, [1]) + s_i)
-            shares.append(w * lax.broadcast_in_dim(do, shape, [1]))
+            shares.append(w * lax.broadcast_in_dim(_finite(do), shape, [1]))
         raw = shares[0] if len(shares) == 1 else shares[0] + shares[1]
         tiles.raw.at[i][...] = raw.sum(axis=1)
         return tuple(a + b for a, b in zip(dv, shares, strict=False))
@@ -249,7 +253,7 @@ def _queries(form: Form, place: tuple[Array, ...], arrays: list[Ref], scoped: tu
     *tiles_, q_full, kv_full = scoped
     tiles, rows = _Tiles(*tiles_), Rows(*arrays[:6])
     k, v, dq, _, _ = arrays[6:]
-    r, l2 = _fetch_rows(rows, tiles, (b, h, pl.ds(first, BLOCK)), q_full)
+    r, l2 = _fetch_rows(form, rows, tiles, (b, h, pl.ds(first, BLOCK)), q_full)
     _start(tiles.total)
     end = jnp.int32(form.key_length)
     if form.offset is not None:
@@ -284,7 +288,7 @@ def _keys(
     def one(index: Array, total: tuple[Array, ...]) -> tuple[Array, ...]:
         member = lax.div(index, each)
         first = (since + index - member * each) * BLOCK
-        r, l2 = _fetch_rows(rows, tiles, (b, h_kv * group + member, pl.ds(first, BLOCK)), q_full)
+        r, l2 = _fetch_rows(form, rows, tiles, (b, h_kv * group + member, pl.ds(first, BLOCK)), q_full)
         total = _cotangents(form, tiles, y, r, l2, first, start, total)
         _add(tiles.total, tiles.ds.transpose((1, 0)), tiles.q)
         return total

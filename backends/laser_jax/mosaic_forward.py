@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .mosaic_values import split
+
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
@@ -89,7 +91,7 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
 
     Returns:
         o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; odd (B, Hq, rows), float32, NaN somewhere if a score is not
-        finite that some query sees; the remainder, like o.
+        finite that some query sees; the remainder, int8 like o: ``mosaic_values.split``.
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
@@ -106,7 +108,7 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
     odd = jax.ShapeDtypeStruct((batch, heads, form.cut.consumers * ROWS), jnp.float32)
     kernel = plgpu.kernel(
         block,
-        out_type=[out, lse, odd, *([out] * form.keeps)],
+        out_type=[out, lse, odd, *([jax.ShapeDtypeStruct(out.shape, jnp.int8)] * form.keeps)],
         grid=(min(form.processors, work.number),),
         grid_names=("block",),
         num_threads=form.cut.consumers + 1,
@@ -127,6 +129,9 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM((number, rows, columns), dtype, transforms=layout)
 
+    rest = plgpu.SMEM(
+        (cut.consumers, ROWS, e), jnp.int8, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32))
+    )
     full = plgpu.Barrier(num_barriers=cut.stages)
     free = plgpu.Barrier(num_arrivals=cut.consumers, num_barriers=cut.stages)
     return [
@@ -136,7 +141,7 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         tiles(cut.consumers, ROWS, e),
         plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
         plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
-        tiles(cut.consumers, ROWS, e) if form.keeps else None,
+        rest if form.keeps else None,
         tiles(cut.consumers, ROWS, cut.block_k) if form.interpreted else None,
         plgpu.Barrier(num_barriers=cut.consumers),
         plgpu.Barrier(num_barriers=cut.consumers),
@@ -455,12 +460,12 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
         lax.broadcast_in_dim(sees, shape, [0]), o, lax.broadcast_in_dim(jnp.where(blind, 0.0, jnp.nan), shape, [0])
     )
     l = jnp.where(sees, l, jnp.where(blind, -jnp.inf, jnp.nan))
-    rounded = o.astype(tiles.o.dtype)
+    rounded, rest = split(o, tiles.o.dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
     tiles.l[...] = l
     tiles.o[...] = rounded
     if form.keeps:
-        tiles.rest[...] = (o - rounded.astype(jnp.float32)).astype(tiles.o.dtype)
+        tiles.rest[...] = rest.astype(jnp.int8)
     plgpu.commit_smem()
     at = (place.batch, place.head, pl.ds(first, ROWS))
     for tile, ref in zip((tiles.o, tiles.l, tiles.rest), results, strict=False):

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic_values import COLUMNS, FAR, LAYOUT, ROWS, scaled_exp2
+from .mosaic_values import COLUMNS, FAR, LAYOUT, ROWS, joined, rest_tile, scaled_exp2
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -36,7 +36,7 @@ def prepare(
     Args:
         q: (B, Hq, Lq, W), float16 or bfloat16; W is 64 or 128 and Lq a multiple of 8.
         o: (B, Hq, Lq, W).
-        rest: (B, Hq, Lq, W), what rounding took from o.
+        rest: (B, Hq, Lq, W), int8, what rounding took from o.
         do: (B, Hq, Lq, W).
         l: (B, Hq, L), float32; L is Lq in whole tiles of 64 rows, with −∞ behind Lq.
         dl: Like l, or None for zeros.
@@ -62,17 +62,17 @@ def prepare(
             l_t, *dl_t = (plgpu.load(ref.at[b, h, rows], layout=row, optimized=False) for ref in numbers)
             plgpu.barrier_wait(full)
 
-            def part(tile: Ref, column: int) -> Array:
+            def load(tile: Ref, column: int) -> Array:
                 loaded: Array = plgpu.load(tile.at[:, pl.ds(column, COLUMNS)], layout=both)
-                return loaded.astype(jnp.float32)
+                return loaded
 
-            def part_o(column: int) -> Array:
-                return part(o_s, column) + part(rest_s, column)
+            def part(tile: Ref, column: int) -> Array:
+                return load(tile, column).astype(jnp.float32)
 
-            odd, total, size = part_o(0) * 0.0, part(do_s, 0), jnp.abs(part(do_s, 0))
+            odd, total, size = part(o_s, 0) * 0.0, part(do_s, 0), jnp.abs(part(do_s, 0))
             for column in range(COLUMNS, width, COLUMNS):
                 do_t = part(do_s, column)
-                odd, total, size = odd + part_o(column) * 0.0, total + do_t, size + jnp.abs(do_t)
+                odd, total, size = odd + part(o_s, column) * 0.0, total + do_t, size + jnp.abs(do_t)
             odd, total, size = (x.sum(axis=1) for x in (odd, total, size))
             odd = odd + size * 0.0  # NaN in a row where something is not finite
             flows = size != 0.0
@@ -87,7 +87,8 @@ def prepare(
                 columns = pl.ds(column, COLUMNS)
                 c_t = plgpu.load(c_ref.at[b, lax.div(h, group), columns], layout=plgpu.Layout.WGMMA.reduce(0),
                     optimized=False)  # fmt: skip
-                y = jnp.minimum(jnp.maximum(part_o(column) * (-beta * _LOG2E), -FAR), FAR)
+                o_t = joined(load(o_s, column), load(rest_s, column))
+                y = jnp.minimum(jnp.maximum(o_t * (-beta * _LOG2E), -FAR), FAR)
                 g = part(do_s, column) * scaled_exp2(y, -lax.broadcast_in_dim(c_t, y.shape, [1]))
                 g = jnp.where(lax.broadcast_in_dim(live, y.shape, [0]), g, 0.0)
                 do_s.at[:, columns][...] = g.astype(do.dtype)
@@ -109,7 +110,7 @@ def prepare(
             plgpu.wait_smem_to_gmem(0)
 
         tile, numbers_s = plgpu.SMEM((ROWS, width), do.dtype, transforms=LAYOUT), plgpu.SMEM((ROWS,), jnp.float32)
-        pl.run_scoped(work, tile, tile, tile, numbers_s, numbers_s, plgpu.Barrier(num_arrivals=3),
+        pl.run_scoped(work, tile, rest_tile(ROWS, width), tile, numbers_s, numbers_s, plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier())  # fmt: skip
 
     g, r, l2 = plgpu.kernel(

@@ -146,6 +146,34 @@ def scaled_exp2(y: Array, c: Array | None) -> Array:
     return lax.bitcast_convert_type(fraction + exponent, jnp.float32)
 
 
+def rest_tile(rows: int, width: int) -> Any:
+    """Shared memory for what rounding took."""
+    return plgpu.SMEM((rows, width), jnp.int8, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32)))
+
+
+def split(o: Array, dtype: Any) -> tuple[Array, Array]:
+    """A float32 tile rounded to a dtype, and what that took from it: integers of 8 bits, 1/256 of the last place."""
+    rounded = o.astype(dtype)
+    rest = _bits(o) - _bits(rounded.astype(jnp.float32))
+    places = _LOST[jnp.dtype(dtype).name] - 8
+    rest = lax.shift_right_arithmetic(rest + (1 << (places - 1)), places)
+    return rounded, jnp.minimum(jnp.maximum(rest, -128), 127)
+
+
+def joined(rounded: Array, rest: Array) -> Array:
+    """The float32 tile that was split, with the 8 bits that were kept."""
+    places = _LOST[jnp.dtype(rounded.dtype).name] - 8
+    bits = _bits(rounded.astype(jnp.float32)) + lax.shift_left(rest.astype(jnp.int32), places)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_LOST = {"bfloat16": 16, "float16": 13}  # bits of float32
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
 def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, interpreted: bool) -> Array:
     """``x`` with 2^(βv·log2e − c) in the heads that are ``hard``; the others are not touched.
 
