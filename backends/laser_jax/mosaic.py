@@ -18,14 +18,12 @@ import jax.numpy as jnp
 from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 
 from .served import WIDTHS, causal_offset
-from .values import LIMITS, decide, needs_sum
+from .values import BROKEN, LIMITS, NARROW, OUTSIDE, decide, needs_sum
 
 Array: TypeAlias = jax.Array
 
 FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
 _LOG2E = math.log2(math.e)
-# a channel of values below 1 in magnitude with no more between them hardly varies: four roundings of X
-NARROW = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 
 
 class Kept(NamedTuple):
@@ -75,7 +73,7 @@ class Values(NamedTuple):
     @classmethod
     def of(cls, call: Call) -> Values:
         """The value pass."""
-        from . import mosaic_exact, mosaic_values
+        from . import mosaic_values
 
         problem = call.problem
         keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
@@ -88,18 +86,16 @@ class Values(NamedTuple):
         c, outside = decide(low * _LOG2E, high * _LOG2E, sums, keys, limits)
         broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
         x = mosaic_values.refer(x, call.v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
-        flags = jnp.where(outside, mosaic_exact.OUTSIDE, 0) | jnp.where(broken, mosaic_exact.BROKEN, 0)
+        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
         if causal_offset(problem) is not None:  # elsewhere the fast kernel puts o between the two
-            narrow = (high - low <= NARROW[problem.dtype]) & (jnp.maximum(high, -low) < 1)
-            flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), mosaic_exact.NARROW, 0)
+            narrow = (high - low <= limits.narrow) & (jnp.maximum(high, -low) < 1)
+            flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), NARROW, 0)
         return cls(x, c, jnp.stack([low, high], axis=2), flags.astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, the log-sum-exp, and what is kept."""
-    from . import mosaic_exact
-
     heads = (*problem.batch, problem.key_value_heads)
     if 0 in problem.score_shape:
         out, c = jnp.zeros(problem.out_shape, problem.dtype), jnp.zeros((*heads, problem.value_dim), jnp.float32)
@@ -109,7 +105,7 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     values = Values.of(call)
     o, l, odd, rest_ = fast_forward(call, values)
     heads_ = (*values.flags.shape, -1)
-    flags = values.flags | jnp.where(jnp.any(jnp.reshape(odd != 0, heads_), axis=-1), mosaic_exact.BROKEN, 0)
+    flags = values.flags | jnp.where(jnp.any(jnp.reshape(odd != 0, heads_), axis=-1), BROKEN, 0)
     o, l, *rest = exact_forward(call, flags, o, l, rest_)
     o, *rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, *rest))
     o, *rest = (jnp.reshape(x, problem.out_shape) for x in (o, *rest))
@@ -175,7 +171,7 @@ def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | No
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""
-    from . import mosaic_backward, mosaic_exact, mosaic_exact_backward, mosaic_rows
+    from . import mosaic_backward, mosaic_exact_backward, mosaic_rows
 
     if 0 in problem.score_shape:
         none: Gradients = _gradient.no_gradients(jnp, inputs)
@@ -206,9 +202,9 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     odd = (l2 >= mosaic_rows.ODD) & (l2 < jnp.inf)
     sees = jnp.minimum(jnp.arange(1, length + 1, dtype=jnp.int32) + (keys if offset is None else offset), keys)
     reach = of_heads(jnp.where(odd, sees, 0))
-    apart = (flags & mosaic_exact.OUTSIDE != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
+    apart = (flags & OUTSIDE != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
     dq, dk, dv = mosaic_backward.backward(
-        q, call.k, call.v, c, g, r, l2, flags & mosaic_exact.BROKEN, reach,
+        q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
         scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
     dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale).astype(p.dtype)

@@ -18,12 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_values import rest_tile, split
+from .values import NARROW, OUTSIDE
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
 BLOCK = 64  # queries, keys and channels at a time
-OUTSIDE, BROKEN, NARROW = 1, 2, 4  # flags of a head: beyond the fast range; NaN or infinity; values that hardly vary
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 

@@ -1,4 +1,4 @@
-"""Around a kernel that attends over exponentiated values: what it is told of values and queries, in XLA.
+"""Around a kernel that attends over exponentiated values: what it is told of them, in XLA.
 
 X = 2^(βv·log2e − c) with an integer c per head and channel; ``laser_core._values`` explains it. In base 2 throughout.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 
+OUTSIDE, BROKEN, NARROW = 1, 2, 4  # flags of a head: beyond the fast range; NaN or infinity; values that hardly vary
 _LOG2E = math.log2(math.e)
 
 
@@ -26,6 +27,7 @@ class Limits(NamedTuple):
         easy: c is 0 for channels between these.
         top: Where c brings the greatest exponent; 0: the middle of the range is brought to 0 instead.
         shift: p is scaled up by so many bits.
+        narrow: Not in bits: small values hardly vary in a channel that spans no more. Four roundings of X.
     """
 
     range: float
@@ -33,11 +35,12 @@ class Limits(NamedTuple):
     easy: tuple[float, float]
     top: int
     shift: int
+    narrow: float
 
 
 LIMITS = {
-    "float16": Limits(28, 29, (-14, 15), 15, 15),
-    "bfloat16": Limits(99.5, 117, (-49, 49), 0, 0),
+    "float16": Limits(28, 29, (-14, 15), 15, 15, 2.0**-9),
+    "bfloat16": Limits(99.5, 117, (-49, 49), 0, 0, 2.0**-6),
 }
 
 
