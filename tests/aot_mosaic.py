@@ -69,19 +69,20 @@ def compiled(run: Callable[..., Any], *arrays: tuple[tuple[int, ...], Any]) -> l
 def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str, Any]]:
     """One of the kernels, in a form."""
     dtype = jnp.dtype(dtype_name)
+    channels = ((B, H, width), jnp.float32)
     array, heads, few = ((B, H, L, width), dtype), (B, H), (0, 15, 15)
     offset = 0 if causal else None
     if name == "forward":
         cut = mosaic_forward.tiles(causal, width)
         form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, 15 if dtype == jnp.float16 else 0, 132, True, False)
-        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, ((*heads, 3, width), jnp.float32))
+        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, *(channels,) * 3)
     if name == "values":
 
         def values(v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
             x, known = mosaic_values.measure(v, L, 1.0, dtype == jnp.float16, False)
             return mosaic_values.refer(x, v, c, hard, L, 1.0, False), known
 
-        return compiled(values, array, ((*heads, width), jnp.float32), (heads, jnp.int32))
+        return compiled(values, array, channels, (heads, jnp.int32))
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)
     results = (array, ((*heads, L), jnp.float32), ((B, H, L, width), jnp.int8))
     return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, (heads, jnp.int32), *results)

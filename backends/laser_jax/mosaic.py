@@ -67,7 +67,8 @@ class Values(NamedTuple):
 
     x: Array  # (B, Hkv, Lk, W)
     c: Array  # (B, Hkv, W), float32, integers
-    ends: Array  # (B, Hkv, 2, W), float32, the least and the greatest βv that is finite
+    low: Array  # (B, Hkv, W), float32, the least βv that is finite
+    high: Array  # the greatest
     flags: Array  # (B, Hkv), int32
 
     @classmethod
@@ -90,7 +91,7 @@ class Values(NamedTuple):
         if causal_offset(problem) is not None:  # elsewhere the fast kernel puts o between the two
             narrow = (high - low <= limits.narrow) & (jnp.maximum(high, -low) < 1)
             flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), NARROW, 0)
-        return cls(x, c, jnp.stack([low, high], axis=2), flags.astype(jnp.int32))
+        return cls(x, c, low, high, flags.astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -134,8 +135,7 @@ def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Ar
         keeps=p.gradient,
         interpreted=p.device == "cpu",
     )
-    known = jnp.concat([values.c[:, :, None], values.ends], axis=2)
-    return mosaic_forward.forward(form, call.q, call.k, values.x, known)
+    return mosaic_forward.forward(form, call.q, call.k, *values[:4])
 
 
 def _processors(problem: Problem) -> int:

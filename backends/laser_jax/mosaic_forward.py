@@ -79,7 +79,9 @@ class _State(NamedTuple):
     p: Array  # (ROWS, block_k), weights of the last tile
 
 
-def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, Array, Array, Array | None]:
+def forward(
+    form: Form, q: Array, k: Array, x: Array, c: Array, low: Array, high: Array
+) -> tuple[Array, Array, Array, Array | None]:
     """o in the dtype of q, the log-sum-exp, odd, and what rounding took from o in that dtype, if that is kept.
 
     Args:
@@ -87,7 +89,9 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         q: (B, Hq, Lq, D), float16 or bfloat16. D and E: 64 or 128; Lq and Lk: multiples of 8.
         k: (B, Hkv, Lk, D).
         x: (B, Hkv, Lk, E), 2^(βv·log2e − c), finite: 0·NaN would leak.
-        c: (B, Hkv, 3, E), float32: the integers c, and the least and the greatest βv.
+        c: (B, Hkv, E), float32, integers.
+        low: Like c, the least βv.
+        high: The greatest.
 
     Returns:
         o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; odd (B, Hq, rows), float32, NaN somewhere if a score is not
@@ -117,7 +121,7 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, l, found, *rest = kernel(q, k, x, c)
+    o, l, found, *rest = kernel(q, k, x, c, low, high)
     return o, l, found, rest[0] if rest else None
 
 
@@ -201,7 +205,8 @@ class _Work(NamedTuple):
 
 
 def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
-    q_ref, k_ref, x_ref, c_ref, *results = refs
+    q_ref, k_ref, x_ref, *known = refs[:6]
+    results = refs[6:]
     q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
@@ -229,7 +234,7 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
 
         def one(index: Array, used: Array) -> Array:
             place = work.place(index)
-            _consume(form, place, which, used, tiles, bars, c_ref, results)
+            _consume(form, place, which, used, tiles, bars, known, results)
             return used + place.total
 
         lax.fori_loop(0, work.turns(), one, jnp.int32(0))
@@ -297,7 +302,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         plgpu.barrier_wait(x_free.at[lax.rem(i, stages)])
 
 
-def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, c_ref: Ref,
+def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, known: list[Ref],
     results: list[Ref]) -> None:  # fmt: skip
     """The rows of one consumer, from the first key tile to the stored output."""
     block, stages = form.cut.block_k, form.cut.stages
@@ -387,7 +392,7 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
     attended = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
     plgpu.barrier_arrive(bars.x_free.at[last])
     o_ref, l_ref, odd_ref, *rest_ref = results
-    _store(form, place, first, state._replace(o=attended), tiles, c_ref, [o_ref, l_ref, *rest_ref])
+    _store(form, place, first, state._replace(o=attended), tiles, known, [o_ref, l_ref, *rest_ref])
 
     @pl.when(place.asks)
     def _() -> None:
@@ -432,7 +437,7 @@ def _log_parts(a: Array) -> tuple[Array, Array]:
     return (lax.shift_right_logical(bits, 23) - 127).astype(jnp.float32), lax.log2(mantissa)
 
 
-def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles, c_ref: Ref,
+def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles, known: list[Ref],
     results: list[Ref]) -> None:  # fmt: skip
     """The end of a tile of queries: the logarithms, and out."""
     shape = state.o.shape
@@ -440,17 +445,19 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
     l = jnp.where(sees, state.l, 1.0)
     l_whole, l_rest = _log_parts(l)
 
-    def of_channels(index: int) -> Array:
-        at = c_ref.at[place.batch, place.kv_head, index]
+    c_ref, low_ref, high_ref = known
+
+    def of_channels(ref: Ref) -> Array:
+        at = ref.at[place.batch, place.kv_head]
         loaded = plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         return lax.broadcast_in_dim(loaded, shape, [1])
 
     whole, rest = _log_parts(state.o)
-    whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + of_channels(0)
+    whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + of_channels(c_ref)
     rest = rest - lax.broadcast_in_dim(l_rest, shape, [0])
     o = (whole + rest) * _LN2
     if form.offset is None:  # rounded X can lead out of the range of the values; no hidden value has a say in it here
-        o = jnp.minimum(jnp.maximum(o, of_channels(1)), of_channels(2))
+        o = jnp.minimum(jnp.maximum(o, of_channels(low_ref)), of_channels(high_ref))
     o = o * (1 / form.beta)
     l = (state.m * (form.scale * _LOG2E) + (l_whole - form.shift + l_rest)) * _LN2
     # a row without a weight sees nothing, or nothing that is finite
