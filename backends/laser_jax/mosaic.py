@@ -89,7 +89,8 @@ class Values(NamedTuple):
         x = mosaic_values.refer(x, call.v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
         flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
         if causal_offset(problem) is not None:  # elsewhere the fast kernel puts o between the two
-            narrow = (high - low <= limits.narrow) & (jnp.maximum(high, -low) < 1)
+            size = jnp.maximum(high, -low)
+            narrow = (high - low <= limits.narrow) & (size > 0) & (size < 1)  # X of zeros is not rounded
             flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), NARROW, 0)
         return cls(x, c, low, high, flags.astype(jnp.int32))
 
@@ -202,7 +203,7 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     odd = (l2 >= mosaic_rows.ODD) & (l2 < jnp.inf)
     sees = jnp.minimum(jnp.arange(1, length + 1, dtype=jnp.int32) + (keys if offset is None else offset), keys)
     reach = of_heads(jnp.where(odd, sees, 0))
-    apart = (flags & OUTSIDE != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
+    apart = (flags & (OUTSIDE | NARROW) != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
     dq, dk, dv = mosaic_backward.backward(
         q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
         scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),

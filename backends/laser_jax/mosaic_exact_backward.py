@@ -91,7 +91,7 @@ def rewrite(
     scratch = _scratch(width, k.dtype)
 
     def run(name: str, tiles: int, heads: int, block: Any) -> None:
-        share = min(tiles, max(1, pl.cdiv(1024, batch * heads)))
+        share = min(tiles, max(1, pl.cdiv(512, batch * heads)))
 
         def every(*refs: Ref) -> None:
             chosen_ref, reach_ref, *arrays = refs
