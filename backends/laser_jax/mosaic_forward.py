@@ -77,6 +77,7 @@ class _State(NamedTuple):
     m: Array  # (ROWS,), greatest score so far, without the scale
     l: Array  # (ROWS,)
     p: Array  # (ROWS, block_k), weights of the last tile
+    odd: Array  # (ROWS,), NaN where a score was not finite, of the tiles where that is looked at
 
 
 def forward(
@@ -317,16 +318,6 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
         if bars.turn is not None:
             plgpu.barrier_arrive(bars.turn.at[lax.rem(which + 1, form.cut.consumers)])
 
-    def look(s: Array, first: bool = False) -> None:
-        @pl.when(place.asks)
-        def _() -> None:
-            odd = s.sum(axis=1) * 0.0
-            if first:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-            else:
-                odd = odd + plgpu.load(tiles.odd, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            tiles.odd[...] = odd
-
     def scores(i: Array, masked: bool, s: Array) -> Array:
         return _mask(form, s, first, (place.total - 1 - i) * block) if masked else s
 
@@ -343,13 +334,13 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
     plgpu.barrier_wait(bars.q_full)
     s = pl.run_scoped(start, plgpu.ACC((ROWS, block), jnp.float32))
     plgpu.barrier_arrive(bars.k_free.at[slot])
-    look(s, first=True)
+    odd = s.sum(axis=1) * 0.0
     m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     p, m, _ = _weights(form, scores(jnp.int32(0), True, s), m, True)
     o = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-    state = _State(o, m, p.sum(axis=1), p.astype(dtype))
+    state = _State(o, m, p.sum(axis=1), p.astype(dtype), odd)
 
-    def step(i: Array, state: _State, masked: bool) -> _State:
+    def step(i: Array, state: _State, masked: bool, looks: bool = True) -> _State:
         slot, before = lax.rem(used + i, stages), lax.rem(used + i - 1, stages)
 
         def products(s_acc: Ref, o_acc: Ref) -> _State:
@@ -363,14 +354,14 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
             pass_turn()
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             plgpu.barrier_arrive(bars.k_free.at[slot])
-            look(s)
+            odd = state.odd + s.sum(axis=1) * 0.0 if looks else state.odd
             p, m, alpha = _weights(form, scores(i, masked, s), state.m, masked)
             l = state.l * alpha + p.sum(axis=1)
             p, m, l, alpha = lax.optimization_barrier((p, m, l, alpha))
             o = add(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
             plgpu.barrier_arrive(bars.x_free.at[before])
             o, p = lax.optimization_barrier((o, p))  # no rounding before: it would write to what the product reads
-            return _State(o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(dtype))
+            return _State(o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(dtype), odd)
 
         accumulators = (plgpu.ACC((ROWS, block), jnp.float32), plgpu.ACC((ROWS, width), jnp.float32))
         stepped: _State = pl.run_scoped(products, *accumulators)
@@ -378,7 +369,9 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     masked = jnp.maximum(place.total - place.full, 1)
     state = lax.fori_loop(1, masked, lambda i, state: step(i, state, True), state)
-    state = lax.fori_loop(masked, place.total, lambda i, state: step(i, state, False), state)
+    plain = jnp.where(place.asks, masked, place.total)  # a loop that looks, and one that does not and is faster
+    state = lax.fori_loop(masked, plain, lambda i, state: step(i, state, False, False), state)
+    state = lax.fori_loop(plain, place.total, lambda i, state: step(i, state, False), state)
     plgpu.barrier_arrive(bars.q_free)
 
     last = lax.rem(used + place.total - 1, stages)
@@ -470,6 +463,7 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
     rounded, rest = split(o, tiles.o.dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
     tiles.l[...] = l
+    tiles.odd[...] = state.odd
     tiles.o[...] = rounded
     if form.keeps:
         tiles.rest[...] = rest.astype(jnp.int8)
