@@ -75,8 +75,8 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
     offset, shift = 0 if causal else None, 15 if dtype == jnp.float16 else 0
     if name == "forward":
         cut = mosaic_forward.tiles(causal, width)
-        form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, shift, 132, True, False)
-        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, *(channels,) * 3)
+        form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, shift, 132, True, 16, False)
+        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 4, *(channels,) * 3)
     if name == "values":
 
         def values(v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:

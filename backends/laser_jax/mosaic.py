@@ -22,7 +22,7 @@ from .values import BROKEN, LIMITS, NARROW, OUTSIDE, decide, needs_sum
 
 Array: TypeAlias = jax.Array
 
-FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
+FEW = 16  # a mean of fewer rounded X may well leave the range of the values
 _LOG2E = math.log2(math.e)
 
 
@@ -134,9 +134,10 @@ def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Ar
         shift=LIMITS[p.dtype].shift,
         processors=_processors(p),
         keeps=p.gradient,
+        few=FEW,
         interpreted=p.device == "cpu",
     )
-    return mosaic_forward.forward(form, call.q, call.k, *values[:4])
+    return mosaic_forward.forward(form, call.q, call.k, call.v, *values[:4])
 
 
 def _processors(problem: Problem) -> int:
@@ -155,16 +156,14 @@ def _interpreter(problem: Problem) -> Any:
 
 
 def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
-    """The same with heads that have a flag, and rows that see few keys, from the definition."""
+    """The same with heads that have a flag from the definition."""
     from . import mosaic_exact
 
     p = call.problem
     offset = causal_offset(p)
-    few = (0, p.query_length if p.key_length < FEW else 0, p.key_length)
-    if offset is not None and p.key_length >= FEW:
-        few = (max(0, -offset), min(p.query_length, FEW - 1 - offset), FEW - 1)
+    no_rows, interpreted = (0, 0, 0), p.device == "cpu"  # that see few keys: the fast kernel has done them
     form = mosaic_exact.Form(
-        p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, few, interpreted=p.device == "cpu"
+        p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, no_rows, interpreted=interpreted
     )
     return mosaic_exact.rewrite(form, call.q, call.k, call.v, flags, o, l, *([] if rest is None else [rest]))
 

@@ -55,6 +55,7 @@ class Form(NamedTuple):
     shift: int  # weights are scaled up by so many bits
     processors: int
     keeps: bool  # what rounding takes from o
+    few: int  # o of rows that see fewer keys is put between the least and the greatest value that they see
     interpreted: bool
 
 
@@ -81,7 +82,7 @@ class _State(NamedTuple):
 
 
 def forward(
-    form: Form, q: Array, k: Array, x: Array, c: Array, low: Array, high: Array
+    form: Form, q: Array, k: Array, v: Array, x: Array, c: Array, low: Array, high: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     """o in the dtype of q, the log-sum-exp, odd, and what rounding took from o in that dtype, if that is kept.
 
@@ -89,6 +90,7 @@ def forward(
         form: What is compiled in.
         q: (B, Hq, Lq, D), float16 or bfloat16. D and E: 64 or 128; Lq and Lk: multiples of 8.
         k: (B, Hkv, Lk, D).
+        v: (B, Hkv, Lk, E).
         x: (B, Hkv, Lk, E), 2^(βv·log2e − c), finite: 0·NaN would leak.
         c: (B, Hkv, E), float32, integers.
         low: Like c, the least βv.
@@ -122,7 +124,7 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, l, found, *rest = kernel(q, k, x, c, low, high)
+    o, l, found, *rest = kernel(q, k, x, v, c, low, high)
     return o, l, found, rest[0] if rest else None
 
 
@@ -206,8 +208,8 @@ class _Work(NamedTuple):
 
 
 def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
-    q_ref, k_ref, x_ref, *known = refs[:6]
-    results = refs[6:]
+    q_ref, k_ref, x_ref, *known = refs[:7]
+    results = refs[7:]
     q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
@@ -438,19 +440,44 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
     l = jnp.where(sees, state.l, 1.0)
     l_whole, l_rest = _log_parts(l)
 
-    c_ref, low_ref, high_ref = known
+    v_ref, c_ref, low_ref, high_ref = known
 
-    def of_channels(ref: Ref) -> Array:
-        at = ref.at[place.batch, place.kv_head]
-        loaded = plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(loaded, shape, [1])
+    def of_channels(ref: Ref, *at: Array) -> Array:
+        place_of = ref.at[place.batch, place.kv_head, *at]
+        loaded = plgpu.load(place_of, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return lax.broadcast_in_dim(loaded.astype(jnp.float32), shape, [1])
+
+    def within_seen(o: Array) -> Array:
+        last = plgpu.broadcasted_iota(jnp.int32, l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        last = last + (first + (form.offset or 0))
+        for better, bound, start in ((jnp.minimum, jnp.maximum, jnp.inf), (jnp.maximum, jnp.minimum, -jnp.inf)):
+            number = min(form.few - 1, form.key_length)
+
+            def three(i: Array, end: Array, better: Callable[..., Array] = better, number: int = number) -> Array:
+                for t in range(3):  # more at a time would not fit the registers
+                    j = jnp.minimum(i * 3 + t, number - 1)
+                    seen = better(end, of_channels(v_ref, j) * form.beta)
+                    end = jnp.where(lax.broadcast_in_dim(last >= j, shape, [0]), seen, end)
+                return end
+
+            end = plgpu.layout_cast(jnp.full(shape, start, jnp.float32), plgpu.Layout.WGMMA)
+            end = lax.fori_loop(0, pl.cdiv(number, 3), three, end)
+            if form.key_length >= form.few:
+                end = jnp.where(lax.broadcast_in_dim(last < form.few - 1, shape, [0]), end, o)
+            o = bound(o, end)
+        return o
 
     whole, rest = _log_parts(state.o)
     whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + of_channels(c_ref)
     rest = rest - lax.broadcast_in_dim(l_rest, shape, [0])
     o = (whole + rest) * _LN2
-    if form.offset is None:  # rounded X can lead out of the range of the values; no hidden value has a say in it here
+    # rounded X can lead out of the range of the values, of a mean of many seldom; no hidden value has a say in it
+    if form.offset is None:
         o = jnp.minimum(jnp.maximum(o, of_channels(low_ref)), of_channels(high_ref))
+    elif form.key_length < form.few:
+        o = within_seen(o)
+    else:
+        o = lax.cond(first + form.offset < form.few - 1, within_seen, lambda o: o, o)
     o = o * (1 / form.beta)
     l = (state.m * (form.scale * _LOG2E) + (l_whole - form.shift + l_rest)) * _LN2
     # a row without a weight sees nothing, or nothing that is finite
