@@ -54,7 +54,7 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
     batch, heads, rows, width = q.shape
     group = heads // k.shape[1]
     tiles, parts = pl.cdiv(rows, BLOCK), width // BLOCK
-    share = min(tiles * parts, max(1, pl.cdiv(1024, batch * heads)))
+    share = min(tiles * parts, max(1, pl.cdiv(512, batch * heads)))
     written = tuple(map(jax.new_ref, results))
     scratch = _scratch(width, q.dtype, len(results) > 2)
 
