@@ -20,7 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-from laser_jax import mosaic_exact, mosaic_forward, mosaic_values  # noqa: E402
+from laser_jax import mosaic_exact, mosaic_exact_backward, mosaic_forward, mosaic_rows, mosaic_values  # noqa: E402
 
 H200 = """
 gpu_device_info {
@@ -69,21 +69,35 @@ def compiled(run: Callable[..., Any], *arrays: tuple[tuple[int, ...], Any]) -> l
 def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str, Any]]:
     """One of the kernels, in a form."""
     dtype = jnp.dtype(dtype_name)
+    channels = ((B, H, width), jnp.float32)
     array, heads, few = ((B, H, L, width), dtype), (B, H), (0, 15, 15)
-    offset = 0 if causal else None
+    numbers, rest = ((*heads, L), jnp.float32), ((B, H, L, width), jnp.int8)
+    offset, shift = 0 if causal else None, 15 if dtype == jnp.float16 else 0
     if name == "forward":
         cut = mosaic_forward.tiles(causal, width)
-        form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, 15 if dtype == jnp.float16 else 0, 132, True, False)
-        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 3, ((*heads, 3, width), jnp.float32))
+        form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, shift, 132, True, 16, False)
+        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 4, *(channels,) * 3)
     if name == "values":
 
-        def values(k: jax.Array, v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
-            x, known = mosaic_values.measure(k, v, L, 1.0, dtype == jnp.float16, False)
+        def values(v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
+            x, known = mosaic_values.measure(v, L, 1.0, dtype == jnp.float16, False)
             return mosaic_values.refer(x, v, c, hard, L, 1.0, False), known
 
-        return compiled(values, array, array, ((*heads, width), jnp.float32), (heads, jnp.int32))
+        return compiled(values, array, channels, (heads, jnp.int32))
+    if name == "rows":
+        return compiled(
+            lambda *a: mosaic_rows.prepare(*a[:5], None, a[5], 1.0, shift, False),
+            array, array, rest, array, numbers, channels,
+        )  # fmt: skip
+    if name == "exact_backward":
+        backward = mosaic_exact_backward.Form(L, offset, 0.1, 1.0, shift, False)
+        rows = mosaic_exact_backward.Rows(array, array, rest, array, numbers, numbers)
+        return compiled(
+            lambda a, b, *c: mosaic_exact_backward.rewrite(backward, a, b, mosaic_exact_backward.Rows(*c[:6]), *c[6:]),
+            *((heads, jnp.int32),) * 2, *rows, *(array,) * 5,
+        )  # fmt: skip
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)
-    results = (array, ((*heads, L), jnp.float32), array)
+    results = (array, numbers, rest)
     return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, (heads, jnp.int32), *results)
 
 

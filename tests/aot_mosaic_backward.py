@@ -42,11 +42,13 @@ def compiled(width: int, dtype: str, causal: bool) -> dict[str, Any]:
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     array = jax.ShapeDtypeStruct((1, 2, 1024, width), dtype, sharding=here)
     rows = jax.ShapeDtypeStruct((1, 2, 1024), jnp.float32, sharding=here)
+    channels = jax.ShapeDtypeStruct((1, 2, width), jnp.float32, sharding=here)
+    flags = [jax.ShapeDtypeStruct((1, 2), jnp.int32, sharding=here)] * 2
 
     def call(*operands: jax.Array) -> Any:
         return mosaic_backward.backward(*operands, scale=0.125, causal_offset=0 if causal else None)
 
-    jax.jit(call).trace(*[array] * 4, rows, rows).lower(lowering_platforms=("cuda",)).compile()
+    jax.jit(call).trace(*[array] * 3, channels, array, rows, rows, *flags).lower(lowering_platforms=("cuda",)).compile()
     dumped = {path.suffix: path.read_text() for path in Path(os.environ["MOSAIC_GPU_DUMP_TO"]).glob("*.ptx*")}
     report, ptx = dumped[".ptxas"], dumped[".ptx"]
     numbers = {

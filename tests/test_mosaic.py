@@ -23,6 +23,8 @@ FORMS = (
     ("forward", "bfloat16", 128, "causal"),
     ("values", "float16", 128, "full"),
     ("exact", "bfloat16", 128, "causal"),
+    ("rows", "bfloat16", 128, "causal"),
+    ("exact_backward", "float16", 128, "causal"),
 )
 FINE = Problem(
     framework="jax", device="cuda", dtype="bfloat16", batch=(2,), query_heads=4, key_value_heads=2,
@@ -37,6 +39,7 @@ def run(script: str, *arguments: str, **environment: str) -> str:
         [sys.executable, str(path), *arguments], capture_output=True, text=True, env=os.environ | environment
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "RACE DETECTED" not in done.stdout, done.stdout[-4000:]
     return done.stdout
 
 
@@ -90,8 +93,8 @@ needs_jax = pytest.mark.skipif(served.missing() is not None, reason=f"laser_jax:
 @needs_jax
 def test_interpreted() -> None:
     # XLA runs the interpreter's warpgroups, which wait for one another, in a pool of NPROC threads
-    told = run("interpret_mosaic.py", "causal", "odd", LASER_MOSAIC_INTERPRET="1", NPROC="16")
-    assert told.count("right") == 2
+    told = run("interpret_mosaic.py", "causal", "odd", "hidden", LASER_MOSAIC_INTERPRET="1", NPROC="16")
+    assert told.count("right") == 3
 
 
 @needs_jax
@@ -103,8 +106,8 @@ def test_fits_the_hardware(form: tuple[Any, ...]) -> None:
     for kernel in kernels:
         assert kernel["shared"] <= SHARED
         assert kernel["threads"] * kernel["registers"] <= REGISTERS
-        assert kernel["spilled"] <= 64
+        assert kernel["spilled"] <= (256 if form[0] == "exact_backward" else 64)  # that is slow in any case
         assert not kernel["serialized"]
         assert kernel["load"] > 0
         assert kernel["store"] > 0
-        assert kernel["wgmma"] > 0 or form[0] == "values"
+        assert kernel["wgmma"] > 0 or form[0] in ("values", "rows")

@@ -42,6 +42,7 @@ def _run(script: str, *arguments: str, **env: str) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "RACE DETECTED" not in done.stdout, done.stdout[-4000:]
     return done.stdout
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
 from laser_core._array import Array
+from laser_core._registry import Kept
 
 from . import engines, served
 
@@ -71,6 +72,12 @@ def _mosaic_backward(
 
     gradients: Gradients = mosaic.backward(problem, inputs, forward, d_out, d_lse)
     return gradients
+
+
+def _mosaic_residual(problem: Problem) -> Kept:
+    """What rounding took from the output, the references of the channels, and the flags of the heads."""
+    heads = (*problem.batch, problem.key_value_heads)
+    return (problem.out_shape, "int8"), ((*heads, problem.value_dim), "float32"), (heads, "int32")
 
 
 def _cudnn_forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -147,7 +154,7 @@ MOSAIC = Backend(
     why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
     priority=engines.priority("jax-mosaic", elsewhere=-10),  # JAX's interpreter is for tests
     how=engines.how("jax-mosaic"),
-    residual=lambda problem: ((problem.out_shape, problem.dtype),),
+    residual=_mosaic_residual,
 )
 
 CUDNN = Backend(

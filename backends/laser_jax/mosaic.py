@@ -2,7 +2,7 @@
 
 On the device alone and without a branch on the host: the value pass writes X and measures every head, one kernel serves
 all heads, and another mends those outside the fast range, or that hold NaN or infinity; it returns at once where there
-is none. Gradients of such heads are those of ``jax-xla``, in a loop over such heads.
+is none. Backward, likewise: a pass over rows, one kernel for all heads, and others for those outside the fast range.
 """
 
 from __future__ import annotations
@@ -10,81 +10,50 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 
-from . import tiles, xla
 from .served import WIDTHS, causal_offset
-from .tiles import Array, Start
-from .values import LIMITS, decide, needs_sum, row_pass
+from .values import BROKEN, LIMITS, NARROW, OUTSIDE, decide, needs_sum
 
-FEW = 16  # rows that see fewer keys are computed exactly: a mean of so few rounded X can leave the range of the values
+Array: TypeAlias = jax.Array
+
+FEW = 16  # a mean of fewer rounded X may well leave the range of the values
 _LOG2E = math.log2(math.e)
-OUTSIDE, BROKEN = 1, 2  # flags of a head: beyond the fast range; NaN or infinity
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs beside inputs and results."""
+
+    rest: Array  # (..., Hq, Lq, E), int8, what rounding took from the output
+    c: Array  # (..., Hkv, E), float32, integers
+    flags: Array  # (..., Hkv), int32
 
 
 class Call(NamedTuple):
-    """The arrays of a call with one batch axis, padded to what the kernels take, and what the value pass makes."""
+    """The arrays of a call with one batch axis, padded to what the kernels take."""
 
     problem: Problem  # with that batch axis
     q: Array  # (B, Hq, Lq, W)
     k: Array  # (B, Hkv, Lk, W)
     v: Array
-    x: Array
-    c: Array  # (B, Hkv, W), float32, integers
-    ends: Array  # (B, Hkv, 2, W), float32, the least and the greatest βv that is finite
-    flags: Array  # (B, Hkv), int32
 
     @classmethod
     def of(cls, problem: Problem, inputs: Inputs) -> Call:
-        """The value pass."""
-        from . import mosaic_values
-
-        size, limits = math.prod(problem.batch), LIMITS[problem.dtype]
-        problem = dataclasses.replace(problem, batch=(size,))
+        """Without a copy where lengths and widths are those of tiles."""
+        size = math.prod(problem.batch)
         width = next(w for w in WIDTHS if w >= max(problem.head_dim, problem.value_dim))
         q, k, v = (padded(jnp.reshape(x, (size, *x.shape[-3:])), width) for x in inputs[:3])
-        keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
-        total = needs_sum(keys, limits)
-        x, known = mosaic_values.measure(k, v, keys, beta, total, interpreted)
-        most = jnp.max(known[:, :, :, :3], axis=2)
-        sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
-        c, outside = decide(most[:, :, 0] * -_LOG2E, most[:, :, 1] * _LOG2E, sums, keys, limits)
-        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
-        x = mosaic_values.refer(x, v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
-        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
-        ends = jnp.stack([-most[:, :, 0], most[:, :, 1]], axis=2)
-        return cls(problem, q, k, v, x, c, ends, flags.astype(jnp.int32))
+        return cls(dataclasses.replace(problem, batch=(size,)), q, k, v)
 
     @property
     def width(self) -> int:
         """Of the padded heads."""
         return int(self.q.shape[-1])
-
-    def head(self, at: Start) -> tuple[Problem, Inputs]:
-        """One key/value head and its queries as a problem of its own."""
-        p = self.problem
-        problem = dataclasses.replace(p, batch=(), query_heads=p.group, key_value_heads=1)
-        sizes = ((p.query_length, p.head_dim), (p.key_length, p.head_dim), (p.key_length, p.value_dim))
-        q, k, v = (self.cut(x, at)[:, :n, :d] for x, (n, d) in zip((self.q, self.k, self.v), sizes, strict=True))
-        return problem, Inputs(q, k, v, None, None, None, None, None)
-
-    def cut(self, x: Array, at: Start) -> Array:
-        """Of an array ``(B, H, …)`` what belongs to one key/value head, ``(H/Hkv, …)``."""
-        heads = x.shape[1] // self.problem.key_value_heads
-        part: Array = tiles.take(x, self._start(x, at), (1, heads, *x.shape[2:]))[0]
-        return part
-
-    def put(self, x: Array, part: Array, at: Start) -> Array:
-        """``x`` with that replaced."""
-        return tiles.put(x, part[None].astype(x.dtype), self._start(x, at))
-
-    def _start(self, x: Array, at: Start) -> Start:
-        return (at[0], at[1] * (x.shape[1] // self.problem.key_value_heads), *(0,) * (x.ndim - 2))
 
 
 def padded(x: Array, width: int) -> Array:
@@ -93,21 +62,64 @@ def padded(x: Array, width: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))) if any(missing) else x
 
 
+class Values(NamedTuple):
+    """What the value pass makes."""
+
+    x: Array  # (B, Hkv, Lk, W)
+    c: Array  # (B, Hkv, W), float32, integers
+    low: Array  # (B, Hkv, W), float32, the least βv that is finite
+    high: Array  # the greatest
+    flags: Array  # (B, Hkv), int32
+
+    @classmethod
+    def of(cls, call: Call) -> Values:
+        """The value pass."""
+        from . import mosaic_values
+
+        problem = call.problem
+        keys, beta, interpreted = problem.key_length, problem.beta or 0.0, problem.device == "cpu"
+        limits = LIMITS[problem.dtype]
+        total = needs_sum(keys, limits)
+        x, known = mosaic_values.measure(call.v, keys, beta, total, interpreted)
+        most = jnp.max(known[:, :, :, :3], axis=2)
+        low, high = -most[:, :, 0], most[:, :, 1]
+        sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
+        c, outside = decide(low * _LOG2E, high * _LOG2E, sums, keys, limits)
+        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
+        x = mosaic_values.refer(x, call.v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
+        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
+        if causal_offset(problem) is not None:  # elsewhere the fast kernel puts o between the two
+            size = jnp.maximum(high, -low)
+            narrow = (high - low <= limits.narrow) & (size > 0) & (size < 1)  # X of zeros is not rounded
+            flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), NARROW, 0)
+        return cls(x, c, low, high, flags.astype(jnp.int32))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
-    """The output, the log-sum-exp, and what rounding took from the output."""
+    """The output, the log-sum-exp, and what is kept."""
+    heads = (*problem.batch, problem.key_value_heads)
     if 0 in problem.score_shape:
-        out = jnp.zeros(problem.out_shape, problem.dtype)
-        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), jnp.zeros_like(out))
+        out, c = jnp.zeros(problem.out_shape, problem.dtype), jnp.zeros((*heads, problem.value_dim), jnp.float32)
+        kept = Kept(jnp.zeros_like(out, jnp.int8), c, jnp.zeros(heads, jnp.int32))
+        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), kept if problem.gradient else None)
     call = Call.of(problem, inputs)
-    o, l, *rest = exact_forward(call, *fast_forward(call))
+    values = Values.of(call)
+    o, l, odd, rest_ = fast_forward(call, values)
+    heads_ = (*values.flags.shape, -1)
+    flags = values.flags | jnp.where(jnp.any(jnp.reshape(odd != 0, heads_), axis=-1), BROKEN, 0)
+    o, l, *rest = exact_forward(call, flags, o, l, rest_)
     o, *rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, *rest))
     o, *rest = (jnp.reshape(x, problem.out_shape) for x in (o, *rest))
-    return Forward(o, jnp.reshape(l[..., : problem.query_length], problem.lse_shape), rest[0] if rest else None)
+    l = jnp.reshape(l[..., : problem.query_length], problem.lse_shape)
+    if not rest:
+        return Forward(o, l)
+    c = jnp.reshape(values.c[..., : problem.value_dim], (*heads, problem.value_dim))
+    return Forward(o, l, Kept(rest[0], c, jnp.reshape(flags, heads)))
 
 
-def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | None]:
-    """The flash kernel, for all heads: o, l and, if it is kept, the remainder of o, of the padded shapes."""
+def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Array, Array, Array | None]:
+    """The flash kernel, for all heads: o, l, odd and, if it is kept, the remainder of o, of the padded shapes."""
     from . import mosaic_forward
 
     p = call.problem
@@ -122,9 +134,10 @@ def fast_forward(call: Call, cut: Any = None) -> tuple[Array, Array, Array | Non
         shift=LIMITS[p.dtype].shift,
         processors=_processors(p),
         keeps=p.gradient,
+        few=FEW,
         interpreted=p.device == "cpu",
     )
-    return mosaic_forward.forward(form, call.q, call.k, call.x, jnp.concat([call.c[:, :, None], call.ends], axis=2))
+    return mosaic_forward.forward(form, call.q, call.k, call.v, *values[:4])
 
 
 def _processors(problem: Problem) -> int:
@@ -142,63 +155,68 @@ def _interpreter(problem: Problem) -> Any:
     return mosaic_gpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.10 has none
 
 
-def exact_forward(call: Call, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
-    """The same with heads that have a flag, and rows that see few keys, from the definition."""
+def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
+    """The same with heads that have a flag from the definition."""
     from . import mosaic_exact
 
     p = call.problem
     offset = causal_offset(p)
-    few = (0, p.query_length if p.key_length < FEW else 0, p.key_length)
-    if offset is not None and p.key_length >= FEW:
-        few = (max(0, -offset), min(p.query_length, FEW - 1 - offset), FEW - 1)
+    no_rows, interpreted = (0, 0, 0), p.device == "cpu"  # that see few keys: the fast kernel has done them
     form = mosaic_exact.Form(
-        p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, few, interpreted=p.device == "cpu"
+        p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, no_rows, interpreted=interpreted
     )
-    return mosaic_exact.rewrite(form, call.q, call.k, call.v, call.flags, o, l, *([] if rest is None else [rest]))
+    return mosaic_exact.rewrite(form, call.q, call.k, call.v, flags, o, l, *([] if rest is None else [rest]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""
-    from . import mosaic_backward
+    from . import mosaic_backward, mosaic_exact_backward, mosaic_rows
 
     if 0 in problem.score_shape:
         none: Gradients = _gradient.no_gradients(jnp, inputs)
         return none
     call = Call.of(problem, inputs)
     p, beta = call.problem, problem.beta or 0.0
-    shape = (*p.batch, p.query_heads, p.query_length)
-    out, rest, do = (jnp.reshape(x, (*shape, p.value_dim)) for x in (done.out, done.residual, d_out))
-    l = jnp.reshape(done.lse, shape)
-    dl = None if d_lse is None else jnp.reshape(d_lse, shape)
-    o = out.astype(jnp.float32) + rest.astype(jnp.float32)
-    c = jnp.repeat(call.c[..., : p.value_dim], p.group, axis=1)[:, :, None]
-    rows = row_pass(o, l, c, do, dl, beta)
-    odd = jnp.any(jnp.reshape(rows.odd | _odd_queries(call, l), (*call.flags.shape, -1)), axis=-1)
-    flags = call.flags | jnp.where(odd, BROKEN, 0)
-    ends = ((0, 0), (0, 0), (0, -p.query_length % 8))
-    r, l2 = (jnp.pad(x, ends, constant_values=y) for x, y in ((rows.r, 0), (rows.l2, jnp.inf)))
-    dq, dk, dv = mosaic_backward.backward(
-        call.q, call.k, call.x, padded(rows.g, call.width), r, l2,
-        scale=p.scale, causal_offset=causal_offset(p), inverse_beta=1 / beta, shift=LIMITS[p.dtype].shift,
-        interpret=_interpreter(p),
-    )  # fmt: skip
-    dq, dk = dq[..., : p.query_length, : p.head_dim], dk[..., : p.key_length, : p.head_dim]
-    total: tuple[Array, ...] = (dq, dk, dv[..., : p.key_length, : p.value_dim])
-
-    def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
-        o_, l_, do_ = (call.cut(x, at) for x in (out, l, do))
-        part = Forward(o_, l_, o_.astype(jnp.float32) + call.cut(rest, at).astype(jnp.float32))
-        found = xla.backward(*call.head(at), part, do_, None if dl is None else call.cut(dl, at))
-        return tuple(call.put(x, y, at) for x, y in zip(total, found[:3], strict=True))
-
-    total = tiles.for_heads(p, flags != 0, again, total)
-    return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip(total, inputs[:3], strict=True)))
-
-
-def _odd_queries(call: Call, l: Array) -> Array:
-    """Queries that are not finite: a query that sees something has said so in l."""
-    offset = causal_offset(call.problem)
+    heads, rows, keys = (*p.batch, p.key_value_heads), p.query_length, p.key_length
+    out, rest, do = (
+        padded(jnp.reshape(x, (*p.batch, *x.shape[-3:])), call.width) for x in (done.out, done.residual.rest, d_out)
+    )
+    length = mosaic_backward.rows(rows, call.width)
+    ends = ((0, 0), (0, 0), (0, length - rows))
+    l = jnp.pad(jnp.reshape(done.lse, (*p.batch, p.query_heads, rows)), ends, constant_values=-jnp.inf)
+    dl = None if d_lse is None else jnp.pad(jnp.reshape(d_lse, (*p.batch, p.query_heads, rows)), ends)
+    c = jnp.reshape(done.residual.c, (*heads, p.value_dim))
+    c = jnp.pad(c, ((0, 0), (0, 0), (0, call.width - p.value_dim)))
+    flags, shift = jnp.reshape(done.residual.flags, heads), LIMITS[p.dtype].shift
+    interpreted = p.device == "cpu"
+    g, r, l2 = mosaic_rows.prepare(call.q, out, rest, do, l, dl, c, beta, shift, interpreted)
+    offset = causal_offset(p)
     blind = 0 if offset is None else max(0, -offset)
-    odd = jnp.isnan(l)
-    return odd.at[:, :, :blind].set(jnp.any(~jnp.isfinite(call.q[:, :, :blind]), axis=-1)) if blind else odd
+    q = call.q.at[:, :, :blind].set(0) if blind else call.q  # whatever they hold
+
+    def of_heads(x: Array) -> Array:
+        most: Array = jnp.max(jnp.reshape(x, (*heads, -1)), axis=-1)
+        return most
+
+    odd = (l2 >= mosaic_rows.ODD) & (l2 < jnp.inf)
+    sees = jnp.minimum(jnp.arange(1, length + 1, dtype=jnp.int32) + (keys if offset is None else offset), keys)
+    reach = of_heads(jnp.where(odd, sees, 0))
+    apart = (flags & (OUTSIDE | NARROW) != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
+    dq, dk, dv = mosaic_backward.backward(
+        q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
+        scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),
+    )  # fmt: skip
+    dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale).astype(p.dtype)
+    form = mosaic_exact_backward.Form(keys, offset, p.scale, beta, shift, interpreted)
+    of_rows = mosaic_exact_backward.Rows(q, out, rest, do, r, l2)
+    dq, dk, dv = mosaic_exact_backward.rewrite(
+        form, apart.astype(jnp.int32), reach, of_rows, call.k, call.v, dq, dk, dv
+    )
+    sizes = ((rows, p.head_dim), (keys, p.head_dim), (keys, p.value_dim))
+    return Gradients(
+        *(
+            jnp.reshape(x[:, :, :length, :width], like.shape)
+            for x, (length, width), like in zip((dq, dk, dv), sizes, inputs[:3], strict=True)
+        )
+    )

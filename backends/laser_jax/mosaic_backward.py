@@ -2,10 +2,13 @@
 
     p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
 
-with G = do·2^(c − βo·log2e), X = 2^(βv·log2e − c) and r = dl − Σ_e do/β. A program owns a block of keys and walks over
-the queries that see it, from the last tile to the first, so that each tile pair costs five matrix products. dk and dv
-stay in registers; the program adds its part of dq to global memory when its turn comes, block after block of keys. So
-every sum has one order, and the same bits come out of every run.
+with G = do·2^(c − βo·log2e), X = 2^(βv·log2e − c) and r = dl − Σ_e do/β. A program owns a block of keys, of whose
+values it makes X, and walks over the queries that see it, from the last tile to the first, so that each tile pair costs
+five matrix products. dk and dv stay in registers; the program adds its part of dq to global memory when its turn comes,
+block after block of keys. So every sum has one order, and the same bits come out of every run.
+
+Of a head that may hold NaN or infinity, keys are cleaned of them in shared memory: 0·NaN is NaN. What it should reach,
+dk and dv of the keys before a given one, is set to NaN at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .mosaic_values import exponentiated
 
 Array: TypeAlias = jax.Array
 
@@ -49,10 +54,11 @@ class _Walk(NamedTuple):
 
 
 def _kernel(
-    q: Any, k: Any, x: Any, g: Any, r: Any, l2: Any, dq: Any, dk: Any, dv: Any, *scratch: Any,
-    walk: _Walk, scale: float, inverse_beta: float, shift: int, interpreted: bool,
+    q: Any, k: Any, v: Any, c: Any, g: Any, r: Any, l2: Any, careful: Any, reach: Any, dq: Any, dk: Any, dv: Any,
+    *scratch: Any, walk: _Walk, scale: float, beta: float, shift: int, interpreted: bool,
 ) -> None:  # fmt: skip
-    (ks, xs, qs, gs, rs, ls, dss, dqs), ps, owned, q_full, g_full, empty, ds_full, dq_full, dq_empty = scratch
+    (ks, xs, qs, gs, rs, ls, dss, dqs), ps, owned, q_full, g_full, empty, ds_full, dq_full, dq_empty, cleaned = scratch
+    inverse_beta = 2.0**-shift / beta
     heads_kv = lax.axis_index("section") * walk.span + lax.axis_index("head")
     block = lax.axis_index("block")
     warpgroup = lax.axis_index("warpgroup")
@@ -74,8 +80,34 @@ def _kernel(
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
         own = pl.ds(part * 64, 64)
 
+        def meet(barrier: Any) -> None:
+            """The warpgroups see what each has written to shared memory."""
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+
         def accumulate(dk_acc: Any, dv_acc: Any) -> None:
+            odd = careful[heads_kv] != 0
+            parts = [pl.ds(column, 64) for column in range(0, v.shape[1], 64)]
+            cs = [
+                plgpu.load(c.at[heads_kv, part_], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                for part_ in parts
+            ]
             plgpu.barrier_wait(owned)
+
+            @pl.when(odd)
+            def _clean_keys() -> None:
+                for column in range(0, head_dim, 64):
+                    tile = ks.at[own, pl.ds(column, 64)]
+                    k_t = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                    tile[...] = jnp.where(jnp.abs(k_t) < jnp.inf, k_t, 0.0).astype(dtype)
+                meet(cleaned)
+
+            end = None if walk.key_length % _BLOCK_K == 0 else walk.key_length - n0 - part * 64
+            for channels, c_t in zip(parts, cs, strict=True):
+                v_t = plgpu.load(xs.at[own, channels], layout=plgpu.Layout.WGMMA)
+                xs[own, channels] = exponentiated(v_t, c_t, beta, end)
+            plgpu.commit_smem()
 
             def places(axis: int) -> Array:
                 """Along an axis of a tile of scores."""
@@ -133,9 +165,7 @@ def _kernel(
                         if interpreted:
                             plgpu.commit_smem()
                         keys(half, ds)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ds_full)
-                plgpu.barrier_wait(ds_full)
+                meet(ds_full)
 
                 def queries(dq_acc: Any) -> Array:
                     """This warpgroup's part of dq, while dk is still being computed."""
@@ -158,6 +188,7 @@ def _kernel(
                 def _tile(index: Array) -> None:
                     step(member * each + index, walk.tiles - 1 - index)
 
+            before = reach[heads_kv] - n0 - part * 64
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
 
             @pl.when(total > 0)
@@ -166,21 +197,27 @@ def _kernel(
 
             plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            xs[own, :] = (values * (x_tile * 2.0**-shift)).astype(dtype)
+
+            def times(x: Array, factor: float) -> Array:
+                """NaN for keys that are to be so."""
+                factors = jnp.where(places(0) < before, jnp.nan, factor)
+                return x * lax.broadcast_in_dim(factors, x.shape, [0])
+
+            xs[own, :] = (values * times(x_tile, 2.0**-shift)).astype(dtype)
             plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
             plgpu.barrier_wait(ds_full)
-            ks[own, :] = (plgpu.wgmma_accumulator_load(dk_acc, wait_n=0) * scale).astype(dtype)
+            ks[own, :] = times(plgpu.wgmma_accumulator_load(dk_acc, wait_n=0), scale).astype(dtype)
             plgpu.commit_smem()
             rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0 + part * 64, 64)
             plgpu.copy_smem_to_gmem(xs.at[own], dv.at[rows])
             plgpu.copy_smem_to_gmem(ks.at[own], dk.at[rows])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, x.shape[1]), jnp.float32))
+        pl.run_scoped(accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, v.shape[1]), jnp.float32))
 
     def load() -> None:
         plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
-        plgpu.copy_gmem_to_smem(x.at[key_rows], xs, owned)
+        plgpu.copy_gmem_to_smem(v.at[key_rows], xs, owned)
 
         @pl.loop(0, total)
         def _tile(step: Array) -> None:
@@ -251,48 +288,58 @@ def _kernel(
                 pl.when(warp == 1)(store)
 
 
-def _pad(a: Array, length: int, fill: float = 0.0) -> Array:
+def rows(length: int, width: int) -> int:
+    """A number of queries in whole tiles."""
+    block = 64 if width > 64 else 128
+    return pl.cdiv(length, block) * block
+
+
+def _pad(a: Array, length: int) -> Array:
     """With ``length`` rows, and all rows of all heads in one axis."""
-    rows = a.shape[2]
-    if rows != length:
-        a = jnp.pad(a, [(0, 0), (0, 0), (0, length - rows)] + [(0, 0)] * (a.ndim - 3), constant_values=fill)
+    missing = length - a.shape[2]
+    if missing:
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (a.ndim - 3))
     return a.reshape(-1, *a.shape[3:])
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal_offset", "inverse_beta", "shift", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "beta", "causal_offset", "shift", "interpret"))
 def backward(
-    q: Array, k: Array, x: Array, g: Array, r: Array, l2: Array, *,
-    scale: float, causal_offset: int | None = None, inverse_beta: float = 1.0, shift: int = 0,
-    interpret: Any = None,
+    q: Array, k: Array, v: Array, c: Array, g: Array, r: Array, l2: Array, careful: Array, reach: Array, *,
+    scale: float, beta: float = 1.0, causal_offset: int | None = None, shift: int = 0, interpret: Any = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Gradients of query, key and value.
+    """Gradients of query, key and value; that of query in float32, still without the scale.
 
-        p = 2^(scale·log2e·q·kᵀ − l2)    ds = p ∘ (g·xᵀ/β + r)    dq = scale·ds·k    dk = scale·dsᵀ·q    dv = x ∘ (pᵀ·g)
+        p = 2^(scale·log2e·q·kᵀ − l2)    ds = p ∘ (g·xᵀ/β + r)    dq = ds·k    dk = scale·dsᵀ·q    dv = x ∘ (pᵀ·g)
 
     Args:
-        q: ``(B, Hq, Lq, D)``, bfloat16 or float16, D 64 or 128; finite, as all operands but l2.
+        q: ``(B, Hq, Lq, D)``, bfloat16 or float16, D 64 or 128; finite.
         k: ``(B, Hkv, Lk, D)``; query head h belongs to head h // (Hq/Hkv) of it.
-        x: ``(B, Hkv, Lk, E)``, 2^(βv·log2e − c); E = D.
-        g: ``(B, Hq, Lq, E)``, do·2^(c − βo·log2e).
-        r: ``(B, Hq, Lq)``, float32: dl − Σ_e do/β.
-        l2: ``(B, Hq, Lq)``, float32: log-sum-exp of the scores in base 2; +∞ where nothing flows through a row.
+        v: ``(B, Hkv, Lk, D)``; x = 2^(βv·log2e − c), and 0 where βv is not finite.
+        c: ``(B, Hkv, D)``, float32, integers.
+        g: ``(B, Hq, L, D)``, do·2^(c − βo·log2e), finite. L: Lq in whole tiles, see ``rows``.
+        r: ``(B, Hq, L)``, float32: (dl − Σ_e do/β)·2^−shift, finite.
+        l2: ``(B, Hq, L)``, float32: log-sum-exp of the scores in base 2, minus shift; +∞ or huge where nothing flows
+            through a row.
+        careful: ``(B, Hkv)``, int32: not 0 where k may not be finite.
+        reach: ``(B, Hkv)``, int32: dk and dv of keys before it are NaN.
         scale: Of the scores.
+        beta: β.
         causal_offset: Query i sees the keys up to i + causal_offset; None: all keys.
-        inverse_beta: 1/β.
-        shift: p is held as p·2^shift in float16.
+        shift: p is held as p·2^shift.
         interpret: Parameters of the interpreter of Pallas.
 
     Returns:
-        dq, dk, dv like q, k, x; dk and dv summed over the query heads of a group.
+        dq ``(B, Hq, L, D)``; dk and dv like k and v, with keys in whole tiles, summed over the query heads of a group.
     """
     batch, heads, length_q, head_dim = q.shape
-    heads_kv, length_k, value_dim = x.shape[1:]
-    block_q = 64 if head_dim > 64 else 128
-    tiles, blocks = pl.cdiv(length_q, block_q), pl.cdiv(length_k, _BLOCK_K)
+    heads_kv, length_k, value_dim = v.shape[1:]
+    padded_q = rows(length_q, head_dim)
+    block_q = rows(1, head_dim)
+    tiles, blocks = padded_q // block_q, pl.cdiv(length_k, _BLOCK_K)
     together = max(1, _TOGETHER // (tiles * block_q * (6 * head_dim + 2 * value_dim)))
     span = math.gcd(batch * heads_kv, 1 << (together.bit_length() - 1))
     walk = _Walk(heads // heads_kv, tiles, blocks, block_q, span, length_k, causal_offset)
-    padded_q, padded_k = tiles * block_q, blocks * _BLOCK_K
+    padded_k = blocks * _BLOCK_K
 
     wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=wide)
@@ -318,12 +365,12 @@ def backward(
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
         plgpu.Barrier(num_arrivals=_WARPGROUPS),
         plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
     ]  # fmt: skip
     parts = 1 if interpret is None else blocks  # the interpreter knows neither turns nor sums in global memory
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, walk=walk, scale=scale, inverse_beta=inverse_beta * 2.0**-shift, shift=shift,
-            interpreted=interpret is not None,
+            _kernel, walk=walk, scale=scale, beta=beta, shift=shift, interpreted=interpret is not None
         ),
         out_type=(
             jax.ShapeDtypeStruct((parts * batch * heads * padded_q, head_dim), jnp.float32),
@@ -340,13 +387,12 @@ def backward(
         **({} if interpret is None else {"interpret": interpret}),
     )  # fmt: skip
     dq, dk, dv = kernel(
-        _pad(q, padded_q), _pad(k, padded_k), _pad(x, padded_k), _pad(g, padded_q),
-        _pad(r * 2.0**-shift, padded_q), _pad(l2 - shift, padded_q, math.inf),
+        _pad(q, padded_q), _pad(k, padded_k), _pad(v, padded_k), c.reshape(-1, value_dim),
+        _pad(g, padded_q), _pad(r, padded_q), _pad(l2, padded_q), careful.reshape(-1), reach.reshape(-1),
     )  # fmt: skip
     if interpret is not None:
         first = jax.vmap(walk.first)(jnp.arange(blocks) * _BLOCK_K)
         written = (jnp.arange(tiles) >= first[:, None])[:, None, :, None, None]
         dq = jnp.where(written, dq.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
-    dq = (dq.reshape(batch, heads, padded_q, head_dim)[:, :, :length_q] * scale).astype(q.dtype)
-    shape = (batch, heads_kv, padded_k, -1)
-    return dq, dk.reshape(shape)[:, :, :length_k], dv.reshape(shape)[:, :, :length_k]
+    dk, dv = (x.reshape(batch, heads_kv, padded_k, -1) for x in (dk, dv))
+    return dq.reshape(batch, heads, padded_q, head_dim), dk, dv

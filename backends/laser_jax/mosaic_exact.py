@@ -1,8 +1,9 @@
 """The exact path in Pallas (Mosaic GPU): log Σ_j exp(s_ij + βv_je) per query and channel about its own greatest term.
 
-It writes over what the fast kernel left: heads outside the fast range whole; of heads that hold NaN or infinity only
-what is not finite; and of all heads the rows that see few keys, since where X is rounded, a mean of so few can leave
-the range of the values. A block returns at once where there is nothing of these. Device code only, JAX 0.11 or later.
+It writes over what the fast kernel left: heads outside the fast range whole, and those whose values hardly vary, for a
+mean of rounded X can leave their range; of heads that hold NaN or infinity only what is not finite; and of all heads
+the rows that see few keys, where the same can happen. A block returns at once where there is nothing of these. Device
+code only, JAX 0.11 or later.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .mosaic_values import rest_tile, split
+from .values import NARROW, OUTSIDE
+
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
 BLOCK = 64  # queries, keys and channels at a time
-OUTSIDE, BROKEN = 1, 2  # flags of a head: beyond the fast range; NaN or infinity
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 
@@ -46,12 +49,12 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
         k: (B, Hkv, Lk, W).
         v: (B, Hkv, Lk, W).
         flags: (B, Hkv), int32.
-        results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, like o.
+        results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, int8.
     """
     batch, heads, rows, width = q.shape
     group = heads // k.shape[1]
     tiles, parts = pl.cdiv(rows, BLOCK), width // BLOCK
-    share = min(tiles * parts, max(1, pl.cdiv(1024, batch * heads)))
+    share = min(tiles * parts, max(1, pl.cdiv(512, batch * heads)))
     written = tuple(map(jax.new_ref, results))
     scratch = _scratch(width, q.dtype, len(results) > 2)
 
@@ -73,7 +76,7 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
                 )  # fmt: skip
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
-    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
+    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name="laser_exact",
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )(q, k, v, flags, *written)  # fmt: skip
     return tuple(map(jax.freeze, written))
@@ -83,7 +86,7 @@ def _scratch(width: int, dtype: Any, rest: bool) -> list[Any]:
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     operand = plgpu.SMEM((BLOCK, width), dtype, transforms=layout)
     part = plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout)
-    results = [part, plgpu.SMEM((BLOCK,), jnp.float32), *([part] * rest)]
+    results = [part, plgpu.SMEM((BLOCK,), jnp.float32), *([rest_tile(BLOCK, BLOCK)] * rest)]
     return [operand, operand, plgpu.SMEM((BLOCK, BLOCK), dtype), plgpu.SMEM((BLOCK, BLOCK), jnp.float32),
         plgpu.Barrier(), plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=len(results)), *results]  # fmt: skip
 
@@ -168,7 +171,7 @@ def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tile
     """What is to be written, over what is there."""
     m, l, top, acc = state
     o_s, l_s, *rest_s = tiles
-    whole = (flag & OUTSIDE) != 0
+    whole = (flag & (OUTSIDE | NARROW)) != 0
     empty = l == 0
     l = m + lax.log2(jnp.where(empty, 1.0, l)) * _LN2
     about = jnp.where(jnp.abs(top) == jnp.inf, 0.0, top)
@@ -182,11 +185,9 @@ def _store(form: Form, flag: Array, first: Array, state: tuple[Array, ...], tile
     wanted = [jnp.where(whole, all_rows, few) - first for all_rows, few in zip((0, 2**30), form.few, strict=False)]
     row = plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA)
     keep = (row >= wanted[0]) & (row < wanted[1])
-    rounded = o.astype(o_s.dtype)
-    rest = (o - rounded.astype(jnp.float32)).astype(o_s.dtype)
-    for tile, new in zip((o_s, *rest_s), (rounded, rest), strict=False):
-        old = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
-        tile[...] = jnp.where(keep, new, jnp.where(jnp.abs(o) < jnp.inf, old, new))
+    for tile, new in zip((o_s, *rest_s), split(o, o_s.dtype), strict=False):
+        old = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(new.dtype)
+        tile[...] = jnp.where(keep, new, jnp.where(jnp.abs(o) < jnp.inf, old, new)).astype(tile.dtype)
     row = plgpu.broadcasted_iota(jnp.int32, l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
     old = plgpu.load(l_s, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     l_s[...] = jnp.where((row >= wanted[0]) & (row < wanted[1]), l, jnp.where(l == l, old, l))

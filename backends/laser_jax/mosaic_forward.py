@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .mosaic_values import split
+
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
@@ -53,6 +55,7 @@ class Form(NamedTuple):
     shift: int  # weights are scaled up by so many bits
     processors: int
     keeps: bool  # what rounding takes from o
+    few: int  # o of rows that see fewer keys is put between the least and the greatest value that they see
     interpreted: bool
 
 
@@ -65,6 +68,7 @@ class _Place(NamedTuple):
     first: Array  # query row
     total: Array  # key tiles seen by some row of the block; at least one is worked on
     full: Array  # of these, the first so many need no mask
+    asks: Array  # whether it sees all keys that any query of the head sees, and looks for what is not finite
 
 
 class _State(NamedTuple):
@@ -74,20 +78,27 @@ class _State(NamedTuple):
     m: Array  # (ROWS,), greatest score so far, without the scale
     l: Array  # (ROWS,)
     p: Array  # (ROWS, block_k), weights of the last tile
+    odd: Array  # (ROWS,), NaN where a score was not finite, of the tiles where that is looked at
 
 
-def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, Array, Array | None]:
-    """o in the dtype of q, the log-sum-exp, and what rounding took from o in that dtype, if that is kept.
+def forward(
+    form: Form, q: Array, k: Array, v: Array, x: Array, c: Array, low: Array, high: Array
+) -> tuple[Array, Array, Array, Array | None]:
+    """o in the dtype of q, the log-sum-exp, odd, and what rounding took from o in that dtype, if that is kept.
 
     Args:
         form: What is compiled in.
         q: (B, Hq, Lq, D), float16 or bfloat16. D and E: 64 or 128; Lq and Lk: multiples of 8.
         k: (B, Hkv, Lk, D).
+        v: (B, Hkv, Lk, E).
         x: (B, Hkv, Lk, E), 2^(βv·log2e − c), finite: 0·NaN would leak.
-        c: (B, Hkv, 3, E), float32: the integers c, and the least and the greatest βv.
+        c: (B, Hkv, E), float32, integers.
+        low: Like c, the least βv.
+        high: The greatest.
 
     Returns:
-        o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; the remainder, like o.
+        o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; odd (B, Hq, rows), float32, NaN somewhere if a score is not
+        finite that some query sees; the remainder, int8 like o: ``mosaic_values.split``.
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
@@ -101,18 +112,20 @@ def forward(form: Form, q: Array, k: Array, x: Array, c: Array) -> tuple[Array, 
     out = jax.ShapeDtypeStruct((batch, heads, rows, width), dtype)
     # a copy of one axis is not cut off where that axis ends
     lse = jax.ShapeDtypeStruct((batch, heads, work.q_tiles * form.cut.consumers * ROWS), jnp.float32)
+    odd = jax.ShapeDtypeStruct((batch, heads, form.cut.consumers * ROWS), jnp.float32)
     kernel = plgpu.kernel(
         block,
-        out_type=[out, lse, *([out] * form.keeps)],
+        out_type=[out, lse, odd, *([jax.ShapeDtypeStruct(out.shape, jnp.int8)] * form.keeps)],
         grid=(min(form.processors, work.number),),
         grid_names=("block",),
         num_threads=form.cut.consumers + 1,
         thread_name="wg",
+        kernel_name="laser_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, l, *rest = kernel(q, k, x, c)
-    return o, l, rest[0] if rest else None
+    o, l, found, *rest = kernel(q, k, x, v, c, low, high)
+    return o, l, found, rest[0] if rest else None
 
 
 def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
@@ -123,6 +136,9 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM((number, rows, columns), dtype, transforms=layout)
 
+    rest = plgpu.SMEM(
+        (cut.consumers, ROWS, e), jnp.int8, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32))
+    )
     full = plgpu.Barrier(num_barriers=cut.stages)
     free = plgpu.Barrier(num_arrivals=cut.consumers, num_barriers=cut.stages)
     return [
@@ -131,7 +147,8 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
         tiles(cut.stages, cut.block_k, e),
         tiles(cut.consumers, ROWS, e),
         plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
-        tiles(cut.consumers, ROWS, e) if form.keeps else None,
+        plgpu.SMEM((cut.consumers, ROWS), jnp.float32),
+        rest if form.keeps else None,
         tiles(cut.consumers, ROWS, cut.block_k) if form.interpreted else None,
         plgpu.Barrier(num_barriers=cut.consumers),
         plgpu.Barrier(num_barriers=cut.consumers),
@@ -187,12 +204,13 @@ class _Work(NamedTuple):
             total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(last, 0) + (block - 1), block)), 1)
             full = jnp.minimum(full, lax.div(jnp.maximum(first + form.offset + 1, 0), block))
         b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
-        return _Place(b, h, lax.div(h, self.group), first, total, full)
+        return _Place(b, h, lax.div(h, self.group), first, total, full, tile == self.q_tiles - 1)
 
 
 def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
-    q_ref, k_ref, x_ref, c_ref, *results = refs
-    q_s, k_s, x_s, o_s, l_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
+    q_ref, k_ref, x_ref, *known = refs[:7]
+    results = refs[7:]
+    q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
     consumers = form.cut.consumers
@@ -207,7 +225,7 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     def _() -> None:
         if not form.interpreted:
             plgpu.set_max_registers(REGISTERS[consumers][1], action="increase")
-        own = [s if s is None else s.at[which] for s in (q_s, o_s, l_s, rest_s, p_s)]
+        own = [s if s is None else s.at[which] for s in (q_s, o_s, l_s, odd_s, rest_s, p_s)]
         tiles = _Tiles(own[0], k_s, x_s, *own[1:])
         bars = _Bars(q_full.at[which], q_free.at[which], k_full, k_free, x_full, x_free, turn)
         plgpu.barrier_arrive(bars.q_free)
@@ -219,7 +237,7 @@ def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
 
         def one(index: Array, used: Array) -> Array:
             place = work.place(index)
-            _consume(form, place, which, used, tiles, bars, c_ref, results)
+            _consume(form, place, which, used, tiles, bars, known, results)
             return used + place.total
 
         lax.fori_loop(0, work.turns(), one, jnp.int32(0))
@@ -236,6 +254,7 @@ class _Tiles(NamedTuple):
     x: Ref
     o: Ref
     l: Ref
+    odd: Ref
     rest: Ref
     p: Ref
 
@@ -286,7 +305,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         plgpu.barrier_wait(x_free.at[lax.rem(i, stages)])
 
 
-def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, c_ref: Ref,
+def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, known: list[Ref],
     results: list[Ref]) -> None:  # fmt: skip
     """The rows of one consumer, from the first key tile to the stored output."""
     block, stages = form.cut.block_k, form.cut.stages
@@ -317,12 +336,13 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
     plgpu.barrier_wait(bars.q_full)
     s = pl.run_scoped(start, plgpu.ACC((ROWS, block), jnp.float32))
     plgpu.barrier_arrive(bars.k_free.at[slot])
+    odd = s.sum(axis=1) * 0.0
     m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     p, m, _ = _weights(form, scores(jnp.int32(0), True, s), m, True)
     o = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-    state = _State(o, m, p.sum(axis=1), p.astype(dtype))
+    state = _State(o, m, p.sum(axis=1), p.astype(dtype), odd)
 
-    def step(i: Array, state: _State, masked: bool) -> _State:
+    def step(i: Array, state: _State, masked: bool, looks: bool = True) -> _State:
         slot, before = lax.rem(used + i, stages), lax.rem(used + i - 1, stages)
 
         def products(s_acc: Ref, o_acc: Ref) -> _State:
@@ -336,13 +356,14 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
             pass_turn()
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             plgpu.barrier_arrive(bars.k_free.at[slot])
+            odd = state.odd + s.sum(axis=1) * 0.0 if looks else state.odd
             p, m, alpha = _weights(form, scores(i, masked, s), state.m, masked)
             l = state.l * alpha + p.sum(axis=1)
             p, m, l, alpha = lax.optimization_barrier((p, m, l, alpha))
             o = add(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
             plgpu.barrier_arrive(bars.x_free.at[before])
             o, p = lax.optimization_barrier((o, p))  # no rounding before: it would write to what the product reads
-            return _State(o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(dtype))
+            return _State(o * lax.broadcast_in_dim(alpha, o.shape, [0]), m, l, p.astype(dtype), odd)
 
         accumulators = (plgpu.ACC((ROWS, block), jnp.float32), plgpu.ACC((ROWS, width), jnp.float32))
         stepped: _State = pl.run_scoped(products, *accumulators)
@@ -350,7 +371,9 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     masked = jnp.maximum(place.total - place.full, 1)
     state = lax.fori_loop(1, masked, lambda i, state: step(i, state, True), state)
-    state = lax.fori_loop(masked, place.total, lambda i, state: step(i, state, False), state)
+    plain = jnp.where(place.asks, masked, place.total)  # a loop that looks, and one that does not and is faster
+    state = lax.fori_loop(masked, plain, lambda i, state: step(i, state, False, False), state)
+    state = lax.fori_loop(plain, place.total, lambda i, state: step(i, state, False), state)
     plgpu.barrier_arrive(bars.q_free)
 
     last = lax.rem(used + place.total - 1, stages)
@@ -363,7 +386,12 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     attended = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
     plgpu.barrier_arrive(bars.x_free.at[last])
-    _store(form, place, first, state._replace(o=attended), tiles, c_ref, results)
+    o_ref, l_ref, odd_ref, *rest_ref = results
+    _store(form, place, first, state._replace(o=attended), tiles, known, [o_ref, l_ref, *rest_ref])
+
+    @pl.when(place.asks)
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(tiles.odd, odd_ref.at[place.batch, place.head, pl.ds(which * ROWS, ROWS)])
 
 
 def _start_values(form: Form, o_acc: Ref, state: _State, p_s: Ref, x: Ref) -> Callable[[Array], Array]:
@@ -404,7 +432,7 @@ def _log_parts(a: Array) -> tuple[Array, Array]:
     return (lax.shift_right_logical(bits, 23) - 127).astype(jnp.float32), lax.log2(mantissa)
 
 
-def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles, c_ref: Ref,
+def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles, known: list[Ref],
     results: list[Ref]) -> None:  # fmt: skip
     """The end of a tile of queries: the logarithms, and out."""
     shape = state.o.shape
@@ -412,17 +440,44 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
     l = jnp.where(sees, state.l, 1.0)
     l_whole, l_rest = _log_parts(l)
 
-    def of_channels(index: int) -> Array:
-        at = c_ref.at[place.batch, place.kv_head, index]
-        loaded = plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(loaded, shape, [1])
+    v_ref, c_ref, low_ref, high_ref = known
+
+    def of_channels(ref: Ref, *at: Array) -> Array:
+        place_of = ref.at[place.batch, place.kv_head, *at]
+        loaded = plgpu.load(place_of, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return lax.broadcast_in_dim(loaded.astype(jnp.float32), shape, [1])
+
+    def within_seen(o: Array) -> Array:
+        last = plgpu.broadcasted_iota(jnp.int32, l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        last = last + (first + (form.offset or 0))
+        for better, bound, start in ((jnp.minimum, jnp.maximum, jnp.inf), (jnp.maximum, jnp.minimum, -jnp.inf)):
+            number = min(form.few - 1, form.key_length)
+
+            def three(i: Array, end: Array, better: Callable[..., Array] = better, number: int = number) -> Array:
+                for t in range(3):  # more at a time would not fit the registers
+                    j = jnp.minimum(i * 3 + t, number - 1)
+                    seen = better(end, of_channels(v_ref, j) * form.beta)
+                    end = jnp.where(lax.broadcast_in_dim(last >= j, shape, [0]), seen, end)
+                return end
+
+            end = plgpu.layout_cast(jnp.full(shape, start, jnp.float32), plgpu.Layout.WGMMA)
+            end = lax.fori_loop(0, pl.cdiv(number, 3), three, end)
+            if form.key_length >= form.few:
+                end = jnp.where(lax.broadcast_in_dim(last < form.few - 1, shape, [0]), end, o)
+            o = bound(o, end)
+        return o
 
     whole, rest = _log_parts(state.o)
-    whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + of_channels(0)
+    whole = whole - lax.broadcast_in_dim(l_whole, shape, [0]) + of_channels(c_ref)
     rest = rest - lax.broadcast_in_dim(l_rest, shape, [0])
     o = (whole + rest) * _LN2
-    if form.offset is None:  # rounded X can lead out of the range of the values; no hidden value has a say in it here
-        o = jnp.minimum(jnp.maximum(o, of_channels(1)), of_channels(2))
+    # rounded X can lead out of the range of the values, of a mean of many seldom; no hidden value has a say in it
+    if form.offset is None:
+        o = jnp.minimum(jnp.maximum(o, of_channels(low_ref)), of_channels(high_ref))
+    elif form.key_length < form.few:
+        o = within_seen(o)
+    else:
+        o = lax.cond(first + form.offset < form.few - 1, within_seen, lambda o: o, o)
     o = o * (1 / form.beta)
     l = (state.m * (form.scale * _LOG2E) + (l_whole - form.shift + l_rest)) * _LN2
     # a row without a weight sees nothing, or nothing that is finite
@@ -432,12 +487,13 @@ def _store(form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles
         lax.broadcast_in_dim(sees, shape, [0]), o, lax.broadcast_in_dim(jnp.where(blind, 0.0, jnp.nan), shape, [0])
     )
     l = jnp.where(sees, l, jnp.where(blind, -jnp.inf, jnp.nan))
-    rounded = o.astype(tiles.o.dtype)
+    rounded, rest = split(o, tiles.o.dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
     tiles.l[...] = l
+    tiles.odd[...] = state.odd
     tiles.o[...] = rounded
     if form.keeps:
-        tiles.rest[...] = (o - rounded.astype(jnp.float32)).astype(tiles.o.dtype)
+        tiles.rest[...] = rest.astype(jnp.int8)
     plgpu.commit_smem()
     at = (place.batch, place.head, pl.ds(first, ROWS))
     for tile, ref in zip((tiles.o, tiles.l, tiles.rest), results, strict=False):

@@ -21,17 +21,17 @@ Ref: TypeAlias = Any
 ROWS = 64  # of a tile
 TILES = 2  # of a block
 COLUMNS = 32  # worked on at a time: few, so that many blocks find registers
+FAR = 2.0**22  # exponents beyond it have no fraction
 _MAGIC = 1.5 * 2.0**23  # added to a float, it leaves the nearest integer in the low bits
 LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
 _LOG2E = math.log2(math.e)
 
 
-def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpreted: bool) -> tuple[Array, Array]:
+def measure(v: Array, length: int, beta: float, total: bool, interpreted: bool) -> tuple[Array, Array]:
     """x for c = 0, and what is known of the columns of every block of keys.
 
     Args:
-        k: (B, H, Lk, W), float16 or bfloat16; W is 64 or 128 and Lk a multiple of 8.
-        v: (B, H, Lk, W).
+        v: (B, H, Lk, W), float16 or bfloat16; W is 64 or 128 and Lk a multiple of 8.
         length: Keys beyond it are padding; their x is 0.
         beta: β.
         total: Whether the sum of x is asked for.
@@ -39,31 +39,28 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
 
     Returns:
         x (B, H, Lk, W), and (B, H, blocks, 4, W), float32: the greatest −βv and the greatest βv of what is finite, zero
-        or NaN where something of k or βv is not finite, and Σx where asked for.
+        or NaN where some βv is not finite, and Σx where asked for.
     """
     batch, heads, keys, width = v.shape
     blocks = pl.cdiv(keys, ROWS * TILES)
 
-    def block(k_ref: Ref, v_ref: Ref, x_ref: Ref, known_ref: Ref) -> None:
+    def block(v_ref: Ref, x_ref: Ref, known_ref: Ref) -> None:
         b, h, index = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
-        tile = plgpu.SMEM((TILES, ROWS, width), v.dtype, transforms=_LAYOUT)
-        bars = plgpu.Barrier(num_barriers=TILES)
+        tile = plgpu.SMEM((TILES, ROWS, width), v.dtype, transforms=LAYOUT)
 
-        def work(k_s: Ref, v_s: Ref, known_s: Ref, k_full: Ref, v_full: Ref) -> None:
+        def work(v_s: Ref, known_s: Ref, full: Ref) -> None:
             first = index * (ROWS * TILES)
             for t in range(TILES):
                 at = (b, h, pl.ds(first + t * ROWS, ROWS))
-                plgpu.copy_gmem_to_smem(v_ref.at[at], v_s.at[t], v_full.at[t])
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_s.at[t], k_full.at[t])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_s.at[t], full.at[t])
             for t in range(TILES):
-                plgpu.barrier_wait(v_full.at[t])
-                plgpu.barrier_wait(k_full.at[t])
+                plgpu.barrier_wait(full.at[t])
             for column in range(0, width, COLUMNS):  # a few at a time: all of them would not fit the registers
                 columns = pl.ds(column, COLUMNS)
                 known: tuple[Array, ...] | None = None
                 for t in range(TILES):
-                    v_t, k_t = (plgpu.load(s.at[t, :, columns], layout=plgpu.Layout.WGMMA) for s in (v_s, k_s))
-                    v32, k32 = (a.astype(jnp.float32) for a in (v_t, k_t))
+                    v_t = plgpu.load(v_s.at[t, :, columns], layout=plgpu.Layout.WGMMA)
+                    v32 = v_t.astype(jnp.float32)
                     natural = v32 if beta == 1 else v32 * beta
                     counts = _is_finite(natural)
                     if length % (ROWS * TILES):
@@ -72,7 +69,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
                     low, high = (jnp.where(counts, a, -jnp.inf) for a in (-natural, natural))
                     x = jnp.where(counts, scaled_exp2(natural * _LOG2E, None), 0.0)
                     v_s.at[t, :, columns][...] = _rounded(x, v.dtype)
-                    part = (low, high, natural * 0.0 + k32 * 0.0, *([x] * total))
+                    part = (low, high, natural * 0.0, *([x] * total))
                     known = part if known is None else _merge(known, part)
                 assert known is not None
                 known_s.at[LOW, columns][...] = known[0].max(axis=0)
@@ -86,7 +83,7 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
             plgpu.copy_smem_to_gmem(known_s, known_ref.at[b, h, index])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(work, tile, tile, plgpu.SMEM((4, width), jnp.float32), bars, bars)
+        pl.run_scoped(work, tile, plgpu.SMEM((4, width), jnp.float32), plgpu.Barrier(num_barriers=TILES))
 
     x, known = plgpu.kernel(
         block,
@@ -96,13 +93,14 @@ def measure(k: Array, v: Array, length: int, beta: float, total: bool, interpret
         ],
         grid=(blocks, heads, batch),
         grid_names=("block", "head", "batch"),
+        kernel_name="laser_values",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=6144),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
-    )(k, v)
+    )(v)
     return x, known
 
 
-_LAYOUT = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+LAYOUT = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
 
 
 def _is_finite(x: Array) -> Array:
@@ -117,6 +115,24 @@ def _merge(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]), *(x + y for x, y in zip(a[2:], b[2:], strict=True))
 
 
+def exponentiated(v: Array, c: Array, beta: float, last: Array | None) -> Array:
+    """2^(βv·log2e − c) of a tile ``(keys, channels)`` in the dtype of v; 0 for what is not finite, or not before a row.
+
+    Args:
+        v: In the layout ``WGMMA``.
+        c: (channels,).
+        beta: β.
+        last: The row from which on there is padding; None: there is none.
+    """
+    natural = v.astype(jnp.float32) * beta
+    counts = _is_finite(natural)
+    if last is not None:
+        row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
+        counts = counts & (row < last)
+    y = jnp.minimum(jnp.maximum(natural * _LOG2E, -FAR), FAR)
+    return _rounded(jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c, y.shape, [1])), 0.0), v.dtype)
+
+
 def scaled_exp2(y: Array, c: Array | None) -> Array:
     """2^(y − c), the same bits times a power of two for every integer c; clipped where they are far."""
     if c is None:
@@ -128,6 +144,34 @@ def scaled_exp2(y: Array, c: Array | None) -> Array:
         shifted = jnp.minimum(jnp.maximum(whole - c, -125.0), 126.0) + _MAGIC
     exponent = lax.shift_left(lax.bitcast_convert_type(shifted, jnp.int32), 23)
     return lax.bitcast_convert_type(fraction + exponent, jnp.float32)
+
+
+def rest_tile(rows: int, width: int) -> Any:
+    """Shared memory for what rounding took."""
+    return plgpu.SMEM((rows, width), jnp.int8, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32)))
+
+
+def split(o: Array, dtype: Any) -> tuple[Array, Array]:
+    """A float32 tile rounded to a dtype, and what that took from it: integers of 8 bits, 1/256 of the last place."""
+    rounded = o.astype(dtype)
+    rest = _bits(o) - _bits(rounded.astype(jnp.float32))
+    places = _LOST[jnp.dtype(dtype).name] - 8
+    rest = lax.shift_right_arithmetic(rest + (1 << (places - 1)), places)
+    return rounded, jnp.minimum(jnp.maximum(rest, -128), 127)
+
+
+def joined(rounded: Array, rest: Array) -> Array:
+    """The float32 tile that was split, with the 8 bits that were kept."""
+    places = _LOST[jnp.dtype(rounded.dtype).name] - 8
+    bits = _bits(rounded.astype(jnp.float32)) + lax.shift_left(rest.astype(jnp.int32), places)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_LOST = {"bfloat16": 16, "float16": 13}  # bits of float32
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, interpreted: bool) -> Array:
@@ -160,22 +204,17 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
                     columns = pl.ds(column, COLUMNS)
                     v_t = plgpu.load(tile.at[:, columns], layout=plgpu.Layout.WGMMA)
                     c_t = plgpu.load(c_ref.at[b, h, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-                    row = plgpu.broadcasted_iota(jnp.int32, v_t.shape, 0, layout=plgpu.Layout.WGMMA)
-                    natural = v_t.astype(jnp.float32) * beta
-                    counts = _is_finite(natural) & (row < length - index * ROWS)
-                    y = jnp.minimum(jnp.maximum(jnp.where(counts, natural, 0.0) * _LOG2E, -1000.0), 1000.0)
-                    x = jnp.where(counts, scaled_exp2(y, lax.broadcast_in_dim(c_t, y.shape, [1])), 0.0)
-                    tile.at[:, columns][...] = _rounded(x, v.dtype)
+                    tile.at[:, columns][...] = exponentiated(v_t, c_t, beta, length - index * ROWS)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(tile, x_ref.at[at])
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(hard_ref[b, h] != 0)
         def _() -> None:
-            pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=_LAYOUT), plgpu.Barrier())
+            pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT), plgpu.Barrier())
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
-    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True),
+    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name="laser_refer",
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
     )(v, c, hard, out)  # fmt: skip
     return jax.freeze(out)

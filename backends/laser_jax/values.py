@@ -1,4 +1,4 @@
-"""Around a kernel that attends over exponentiated values: what it is told of values and queries, in XLA.
+"""Around a kernel that attends over exponentiated values: what it is told of them, in XLA.
 
 X = 2^(βv·log2e − c) with an integer c per head and channel; ``laser_core._values`` explains it. In base 2 throughout.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 
+OUTSIDE, BROKEN, NARROW = 1, 2, 4  # flags of a head: beyond the fast range; NaN or infinity; values that hardly vary
 _LOG2E = math.log2(math.e)
 
 
@@ -26,6 +27,7 @@ class Limits(NamedTuple):
         easy: c is 0 for channels between these.
         top: Where c brings the greatest exponent; 0: the middle of the range is brought to 0 instead.
         shift: p is scaled up by so many bits.
+        narrow: Not in bits: small values hardly vary in a channel that spans no more. Four roundings of X.
     """
 
     range: float
@@ -33,11 +35,12 @@ class Limits(NamedTuple):
     easy: tuple[float, float]
     top: int
     shift: int
+    narrow: float
 
 
 LIMITS = {
-    "float16": Limits(28, 29, (-14, 15), 15, 15),
-    "bfloat16": Limits(99.5, 117, (-49, 49), 0, 0),
+    "float16": Limits(28, 29, (-14, 15), 15, 15, 2.0**-9),
+    "bfloat16": Limits(99.5, 117, (-49, 49), 0, 0, 2.0**-6),
 }
 
 
@@ -65,43 +68,3 @@ def decide(low: Array, high: Array, total: Array | None, keys: int, limits: Limi
     hard = some & ~((low >= limits.easy[0]) & (high <= limits.easy[1]))
     middle = jnp.ceil(high) - limits.top if limits.top else jnp.floor(low + (high - low) * 0.5 + 0.5)
     return jnp.where(hard, middle, 0), outside
-
-
-def _scaled_exp2(y: Array, c: Array) -> Array:
-    """2^(y − c), the same bits times a power of two for every integer c."""
-    n = jnp.floor(y + 0.5)
-    exponent = jnp.clip(n - c, -126, 127).astype(jnp.int32) + 127
-    return jnp.exp2(y - n) * jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
-
-
-class Rows(NamedTuple):
-    """What the backward pass needs of a query: all of them finite."""
-
-    g: Array  # (..., Lq, E), do·2^(c − βo·log2e) in the dtype of do
-    r: Array  # (..., Lq), float32, dl − Σ_e do/β
-    l2: Array  # (..., Lq), float32, l in base 2; +∞ for a query that nothing flows through here
-    odd: Array  # (..., Lq), boolean: its results or cotangents are not finite
-
-
-def row_pass(o: Array, l: Array, c: Array, do: Array, dl: Array | None, beta: float) -> Rows:
-    """The query side of the backward pass.
-
-    Args:
-        o: (..., Lq, E), float32, unrounded.
-        l: (..., Lq).
-        c: (..., 1, E), of the values that the query sees.
-        do: (..., Lq, E).
-        dl: (..., Lq), or None for zeros.
-        beta: β, not 0.
-    """
-    dtype = do.dtype
-    do = do.astype(jnp.float32)
-    dl = jnp.zeros_like(l) if dl is None else dl.astype(jnp.float32)
-    fine = jnp.all(jnp.isfinite(o) & jnp.isfinite(do), axis=-1) & jnp.isfinite(dl) & jnp.isfinite(l)
-    nothing = (l == -jnp.inf) | (jnp.all(do == 0, axis=-1) & (dl == 0))
-    live = fine & ~nothing
-    z = jnp.where(live[..., None], o * (beta * _LOG2E), c)
-    do = jnp.where(live[..., None], do, 0)
-    r = jnp.where(live, dl, 0) - jnp.sum(do, axis=-1) * (1 / beta)
-    l2 = jnp.where(live, l * _LOG2E, jnp.inf)
-    return Rows((do * _scaled_exp2(-z, -c)).astype(dtype), r, l2, ~fine & ~nothing)

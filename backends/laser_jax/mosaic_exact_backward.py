@@ -1,0 +1,299 @@
+"""The gradients of single heads from the definition, in Pallas (Mosaic GPU): what the fast kernel has left is replaced.
+
+    w_ije = exp(s_ij − l_i + β(v_je − o_ie))    ds = Σ_e do_ie w_ije/β + p_ij r_i    dv_je = Σ_i do_ie w_ije
+
+One kernel owns its queries and makes dq, another its keys and makes dk and dv; w is worked out a query at a time, for
+some keys and all channels. A block of a head that is not asked for returns at once. Device code only, in JAX 0.11 or
+later.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .mosaic_rows import ODD
+from .mosaic_values import joined, rest_tile
+
+Array: TypeAlias = jax.Array
+Ref: TypeAlias = Any
+
+BLOCK = 64  # queries, keys and channels at a time
+_LOG2E = math.log2(math.e)
+_ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+class Form(NamedTuple):
+    """What is compiled in."""
+
+    key_length: int
+    offset: int | None  # query i sees the keys ≤ i + offset; None: all
+    scale: float
+    beta: float
+    shift: int
+    interpreted: bool
+
+
+class Rows(NamedTuple):
+    """All that there is of queries, (B, Hq, L, W) or (B, Hq, L)."""
+
+    q: Any
+    o: Any
+    rest: Any
+    do: Any
+    r: Any  # as mosaic_rows.prepare makes them
+    l2: Any
+
+
+class _Tiles(NamedTuple):
+    """Shared memory."""
+
+    q: Ref
+    o: Ref
+    rest: Ref
+    do: Ref
+    k: Ref
+    v: Ref
+    s: Ref  # of queries and keys, in base 2, without l
+    raw: Ref  # Σ_e do·w
+    ds: Ref
+    total: Ref  # dq or dk
+    u: Ref  # βo in base 2
+
+
+def rewrite(
+    form: Form, chosen: Array, reach: Array, rows: Rows, k: Array, v: Array, dq: Array, dk: Array, dv: Array
+) -> tuple[Array, ...]:
+    """dq, dk and dv, those of the chosen heads from the definition.
+
+    Args:
+        form: What is compiled in.
+        chosen: (B, Hkv), int32.
+        reach: (B, Hkv), int32: dk and dv of keys before it are NaN.
+        rows: What there is of queries.
+        k: (B, Hkv, Lk, W), float16 or bfloat16; W is 64 or 128, and lengths of all are multiples of 8.
+        v: (B, Hkv, Lk, W).
+        dq: (B, Hq, L, W); L, as that of r and l2, a multiple of 64.
+        dk: (B, Hkv, L', W), L' too.
+        dv: (B, Hkv, L', W).
+    """
+    batch, kv_heads, keys, width = dk.shape
+    heads, queries = dq.shape[1:3]
+    group = heads // kv_heads
+    written = tuple(map(jax.new_ref, (dq, dk, dv)))
+    scratch = _scratch(width, k.dtype)
+
+    def run(name: str, tiles: int, heads: int, block: Any) -> None:
+        share = min(tiles, max(1, pl.cdiv(512, batch * heads)))
+
+        def every(*refs: Ref) -> None:
+            chosen_ref, reach_ref, *arrays = refs
+            b, h = lax.axis_index("batch"), lax.axis_index("head")
+            h_kv = h if heads == kv_heads else lax.div(h, group)
+
+            @pl.when(chosen_ref[b, h_kv] != 0)
+            def _() -> None:
+                @pl.loop(lax.axis_index("share"), tiles, step=share)
+                def _(tile: Array) -> None:
+                    place = (b, h, h_kv, tile * BLOCK, reach_ref[b, h_kv])
+                    pl.run_scoped(lambda *scoped: block(form, place, arrays, scoped), *scratch)
+
+        mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
+        pl.kernel(every, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name=name,
+            **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
+        )(chosen, reach, *rows, k, v, *written)  # fmt: skip
+
+    run("laser_exact_queries", queries // BLOCK, heads, _queries)
+    run("laser_exact_keys", keys // BLOCK, kv_heads, functools.partial(_keys, group, queries // BLOCK))
+    return tuple(map(jax.freeze, written))
+
+
+def _scratch(width: int, dtype: Any) -> list[Any]:
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    operand = plgpu.SMEM((BLOCK, width), dtype, transforms=layout)
+    plain, wide = plgpu.SMEM((BLOCK, width), dtype), plgpu.SMEM((BLOCK, width), jnp.float32)
+    square = plgpu.SMEM((BLOCK, BLOCK), jnp.float32)
+    return [operand, operand, rest_tile(BLOCK, width), plain, operand, operand, square, square,
+        plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout), wide, wide,
+        plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=2)]  # fmt: skip
+
+
+def _parts(tile: Ref) -> list[Ref]:
+    """Of 64 channels each."""
+    return [tile.at[:, pl.ds(column, BLOCK)] for column in range(0, tile.shape[1], BLOCK)]
+
+
+def _finite(x: Array, other: float = 0.0) -> Array:
+    return jnp.where(jnp.abs(x) < jnp.inf, x, other)
+
+
+def _clean(tile: Ref) -> None:
+    for part in _parts(tile):
+        x = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+        part[...] = _finite(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _fetch_rows(form: Form, refs: Rows, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -> tuple[Array, Array]:
+    """r and l2; all else is in shared memory."""
+    for ref, tile in zip(refs[:4], tiles[:4], strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[at], tile, full)
+    r, l2 = (plgpu.load(ref.at[at], layout=_ROWS, optimized=False) for ref in (refs.r, refs.l2))
+    plgpu.barrier_wait(full)
+    _clean(tiles.q)
+    for o, rest, u in zip(_parts(tiles.o), _parts(tiles.rest), _parts(tiles.u), strict=True):
+        o32 = joined(*(plgpu.load(tile, layout=plgpu.Layout.WGMMA) for tile in (o, rest)))
+        u[...] = _finite(o32 * (form.beta * _LOG2E))
+    return r, l2
+
+
+def _fetch_keys(k: Ref, v: Ref, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -> None:
+    plgpu.copy_gmem_to_smem(k.at[at], tiles.k, full)
+    plgpu.copy_gmem_to_smem(v.at[at], tiles.v, full)
+    plgpu.barrier_wait(full)
+    _clean(tiles.k)
+
+
+def _exponents(form: Form, v: Ref) -> list[Array]:
+    """βv in base 2, −∞ where it is not finite: what sees that is not asked for here."""
+    parts = (plgpu.load(part, layout=plgpu.Layout.WGMMA) for part in _parts(v))
+    return [_finite(part.astype(jnp.float32) * (form.beta * _LOG2E), -jnp.inf) for part in parts]
+
+
+def _zeros(number: int) -> tuple[Array, ...]:
+    return tuple(plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.float32), plgpu.Layout.WGMMA) for _ in range(number))
+
+
+def _cotangents(
+    form: Form, tiles: _Tiles, y: list[Array], r: Array, l2: Array, first: Array, start: Array, dv: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Puts ds of the queries from ``first`` and the keys from ``start`` into its tile; returns dv with their share."""
+    shape = (BLOCK, BLOCK)
+    plgpu.commit_smem()
+    s = _product(tiles.q, tiles.k.transpose((1, 0))) * (form.scale * _LOG2E)
+    s = s - lax.broadcast_in_dim(l2 + form.shift, shape, [0])
+    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+    seen = column < form.key_length - start
+    if form.offset is not None:
+        seen = seen & (column - row <= first + form.offset - start)
+    tiles.s[...] = jnp.where(seen, s, -jnp.inf)
+    plgpu.commit_smem()
+
+    def one(i: Array, dv: tuple[Array, ...]) -> tuple[Array, ...]:
+        s_i = lax.broadcast_in_dim(plgpu.load(tiles.s.at[i], layout=_ROWS, optimized=False), shape, [0])
+        shares = []
+        for n, y_n in enumerate(y):
+            channels = pl.ds(n * BLOCK, BLOCK)
+            u, do = (
+                plgpu.load(tile.at[i, channels], layout=_COLUMNS, optimized=False).astype(jnp.float32)
+                for tile in (tiles.u, tiles.do)
+            )
+            w = jnp.exp2(y_n - lax.broadcast_in_dim(u, shape, [1]) + s_i)
+            shares.append(w * lax.broadcast_in_dim(_finite(do), shape, [1]))
+        raw = shares[0] if len(shares) == 1 else shares[0] + shares[1]
+        tiles.raw.at[i][...] = raw.sum(axis=1)
+        return tuple(a + b for a, b in zip(dv, shares, strict=False))
+
+    dv = lax.fori_loop(0, BLOCK, one, dv)
+    plgpu.commit_smem()
+    p = jnp.exp2(plgpu.load(tiles.s, layout=plgpu.Layout.WGMMA, optimized=False))
+    raw = plgpu.load(tiles.raw, layout=plgpu.Layout.WGMMA, optimized=False)
+    ds = raw * (1 / form.beta) + p * lax.broadcast_in_dim(r * 2.0**form.shift, shape, [0])
+    tiles.ds[...] = ds.astype(tiles.ds.dtype)
+    plgpu.commit_smem()
+    return dv
+
+
+def _product(a: Ref, b: Ref) -> Array:
+    def multiply(acc: Ref) -> Array:
+        plgpu.wgmma(acc, a, b)
+        found: Array = acc[...]
+        return found
+
+    found: Array = pl.run_scoped(multiply, plgpu.ACC((BLOCK, BLOCK), jnp.float32))
+    return found
+
+
+def _start(total: Ref) -> None:
+    for part in _parts(total):
+        part[...] = _zeros(1)[0]
+
+
+def _add(total: Ref, ds: Ref, other: Ref) -> None:
+    """total + ds·other; then shared memory may be written to."""
+    for part, of in zip(_parts(total), _parts(other), strict=True):
+        old = plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)
+        part[...] = old + _product(ds, of)
+    plgpu.commit_smem()
+
+
+def _finish(total: list[Array], odd: Array, tile: Ref, place: Ref) -> None:
+    """Out, NaN in rows that are odd."""
+    for part, x in zip(_parts(tile), total, strict=True):
+        x = jnp.where(lax.broadcast_in_dim(odd, x.shape, [0]), jnp.nan, x)
+        part[...] = x.astype(tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, place)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _scaled(form: Form, total: Ref) -> list[Array]:
+    return [plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False) * form.scale for part in _parts(total)]
+
+
+def _queries(form: Form, place: tuple[Array, ...], arrays: list[Ref], scoped: tuple[Ref, ...]) -> None:
+    """dq of a tile."""
+    b, h, h_kv, first, _ = place
+    *tiles_, q_full, kv_full = scoped
+    tiles, rows = _Tiles(*tiles_), Rows(*arrays[:6])
+    k, v, dq, _, _ = arrays[6:]
+    r, l2 = _fetch_rows(form, rows, tiles, (b, h, pl.ds(first, BLOCK)), q_full)
+    _start(tiles.total)
+    end = jnp.int32(form.key_length)
+    if form.offset is not None:
+        end = jnp.clip(first + (BLOCK + form.offset), 0, end)
+
+    @pl.loop(0, lax.div(end + (BLOCK - 1), BLOCK))
+    def _(index: Array) -> None:
+        start = index * BLOCK
+        _fetch_keys(k, v, tiles, (b, h_kv, pl.ds(start, BLOCK)), kv_full)
+        _cotangents(form, tiles, _exponents(form, tiles.v), r, l2, first, start, ())
+        _add(tiles.total, tiles.ds, tiles.k)
+
+    odd = (l2 >= ODD) & (l2 < jnp.inf)
+    _finish(_scaled(form, tiles.total), odd, tiles.q, dq.at[b, h, pl.ds(first, BLOCK)])
+
+
+def _keys(
+    group: int, number: int, form: Form, place: tuple[Array, ...], arrays: list[Ref], scoped: tuple[Ref, ...]
+) -> None:
+    """dk and dv of a tile."""
+    b, _, h_kv, start, reach = place
+    *tiles_, q_full, kv_full = scoped
+    tiles, rows = _Tiles(*tiles_), Rows(*arrays[:6])
+    k, v, _, dk, dv = arrays[6:]
+    keys = (b, h_kv, pl.ds(start, BLOCK))
+    _fetch_keys(k, v, tiles, keys, kv_full)
+    y = _exponents(form, tiles.v)
+    _start(tiles.total)
+    since = jnp.int32(0) if form.offset is None else lax.div(jnp.clip(start - form.offset, 0, number * BLOCK), BLOCK)
+    each = number - since
+
+    def one(index: Array, total: tuple[Array, ...]) -> tuple[Array, ...]:
+        member = lax.div(index, each)
+        first = (since + index - member * each) * BLOCK
+        r, l2 = _fetch_rows(form, rows, tiles, (b, h_kv * group + member, pl.ds(first, BLOCK)), q_full)
+        total = _cotangents(form, tiles, y, r, l2, first, start, total)
+        _add(tiles.total, tiles.ds.transpose((1, 0)), tiles.q)
+        return total
+
+    values = lax.fori_loop(0, each * group, one, _zeros(len(y)))
+    odd = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=_ROWS) < reach - start
+    _finish(_scaled(form, tiles.total), odd, tiles.k, dk.at[keys])
+    _finish(list(values), odd, tiles.v, dv.at[keys])
