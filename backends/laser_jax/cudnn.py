@@ -253,9 +253,10 @@ def _fast_backward(
     g = (do.astype(jnp.float32) / (beta * a.astype(jnp.float32))).astype(a.dtype)
     dq, dk, pg = pull(problem, q, k, x, a, l, g)
     if dl is not None:  # ds = p∘dl: its products with k and q are attention over k, and the gradient of that
-        attended, _ = attend(problem, q, k, k)
-        of_keys = pull(problem, q, k, k, attended, l, (dl[..., None] * q).astype(a.dtype))[2]
-        dq = dq + problem.scale * dl[..., None] * attended
+        twice = k + k  # XLA fails on a call that takes one array twice
+        attended, _ = attend(problem, q, k, twice)
+        of_keys = pull(problem, q, k, twice, attended, l, (dl[..., None] * q).astype(a.dtype))[2]
+        dq = dq + 0.5 * problem.scale * dl[..., None] * attended
         dk = dk + problem.scale * of_keys.astype(jnp.float32)
     dv = beta * x.astype(jnp.float32) * pg.astype(jnp.float32)
     return tuple(y.astype(problem.dtype) for y in (dq, dk, dv))
