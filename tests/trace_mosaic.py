@@ -7,12 +7,12 @@ import os
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import AxisType, PartitionSpec  # noqa: E402
-from laser_jax import binding  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+from laser_jax import binding
 
-from laser_core import _problem  # noqa: E402
+from laser_core import _problem
 
 
 def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
