@@ -111,3 +111,8 @@ def test_fits_the_hardware(form: tuple[Any, ...]) -> None:
         assert kernel["load"] > 0
         assert kernel["store"] > 0
         assert kernel["wgmma"] > 0 or form[0] in ("values", "rows")
+
+
+@needs_jax
+def test_traced_under_shard_map() -> None:
+    assert "(2, 2, 128, 64)" in run("trace_mosaic.py")

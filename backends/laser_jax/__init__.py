@@ -59,18 +59,18 @@ def _dpa_why_not(problem: Problem) -> str | None:
 
 
 def _mosaic_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import mosaic
+    from . import mosaic, tiles
 
-    done: Forward = mosaic.forward(problem, inputs)
+    done: Forward = tiles.unchecked(mosaic.forward, problem, inputs)
     return done
 
 
 def _mosaic_backward(
     problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
 ) -> Gradients:
-    from . import mosaic
+    from . import mosaic, tiles
 
-    gradients: Gradients = mosaic.backward(problem, inputs, forward, d_out, d_lse)
+    gradients: Gradients = tiles.unchecked(mosaic.backward, problem, inputs, forward, d_out, d_lse)
     return gradients
 
 
@@ -81,16 +81,16 @@ def _mosaic_residual(problem: Problem) -> Kept:
 
 
 def _cudnn_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import cudnn
+    from . import cudnn, tiles
 
-    done: Forward = cudnn.forward(problem, inputs)
+    done: Forward = tiles.unchecked(cudnn.forward, problem, inputs)
     return done
 
 
 def _cudnn_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import cudnn
+    from . import cudnn, tiles
 
-    gradients: Gradients = cudnn.backward(problem, inputs, forward, d_out, d_lse)
+    gradients: Gradients = tiles.unchecked(cudnn.backward, problem, inputs, forward, d_out, d_lse)
     return gradients
 
 

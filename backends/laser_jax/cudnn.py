@@ -25,10 +25,10 @@ from jax._src.cudnn import fused_attention_stablehlo as fused  # the public func
 from laser_core import Forward, Gradients, Inputs, Problem, _gradient, _reference
 
 from . import served, tiles, xla
-from .mosaic import BROKEN, FEW, OUTSIDE, padded
+from .mosaic import FEW, padded
 from .served import causal_offset
 from .tiles import Array, Start
-from .values import LIMITS, decide, needs_sum
+from .values import BROKEN, LIMITS, OUTSIDE, decide, needs_sum
 
 _LOG2E = math.log2(math.e)
 
@@ -253,9 +253,10 @@ def _fast_backward(
     g = (do.astype(jnp.float32) / (beta * a.astype(jnp.float32))).astype(a.dtype)
     dq, dk, pg = pull(problem, q, k, x, a, l, g)
     if dl is not None:  # ds = p∘dl: its products with k and q are attention over k, and the gradient of that
-        attended, _ = attend(problem, q, k, k)
-        of_keys = pull(problem, q, k, k, attended, l, (dl[..., None] * q).astype(a.dtype))[2]
-        dq = dq + problem.scale * dl[..., None] * attended
+        twice = k + k  # XLA fails on a call that takes one array twice
+        attended, _ = attend(problem, q, k, twice)
+        of_keys = pull(problem, q, k, twice, attended, l, (dl[..., None] * q).astype(a.dtype))[2]
+        dq = dq + 0.5 * problem.scale * dl[..., None] * attended
         dk = dk + problem.scale * of_keys.astype(jnp.float32)
     dv = beta * x.astype(jnp.float32) * pg.astype(jnp.float32)
     return tuple(y.astype(problem.dtype) for y in (dq, dk, dv))
