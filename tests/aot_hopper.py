@@ -25,10 +25,11 @@ def _descriptor(dtype: str, rows: int, width: int) -> str:
     return f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])!r}>"
 
 
-def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
     types = types | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
@@ -46,17 +47,25 @@ def backward(form: dict[str, Any]) -> Any:
 
 
 def forward(form: dict[str, Any]) -> Any:
-    """The compiled forward kernel of a form: dtype, width, causal, keeps."""
+    """The compiled forward kernel of a form: dtype, width, causal, keeps, values."""
     dtype, width, causal = form["dtype"], form["width"], form["causal"]
     cut = hopper.tiles(width, causal)
-    keeps = form["keeps"]
-    constants = hopper.constants(cut, causal, dtype == "fp16", keeps)
-    types = {"lse_ptr": "*fp32", "c_ptr": "*i32", "counter_ptr": "*i32", "scale2": "fp32", "o_scale": "fp32"}
+    keeps, half = form["keeps"], dtype == "fp16"
+    values = None
+    if form["values"]:
+        limits = (28.0, 29.0, -14.0, 15.0, 15, 2.0**-9) if half else (99.5, 117.0, -49.0, 49.0, 0, 2.0**-6)
+        values = hopper.Values((0, 0, 0), 1.0, half, limits)
+        cut = cut._replace(schedule="dynamic")
+    constants = hopper.constants(cut, causal, half, keeps, values) | form.get("constants", {})
+    types = {"lse_ptr": "*fp32", "scale2": "fp32", "o_scale": "fp32", "y_scale": "fp32"}
+    types |= dict.fromkeys(("c_ptr", "counter_ptr", "flags_ptr", "partial_ptr"), "*i32")
+    types |= dict.fromkeys(("v_ptr", "x_ptr"), f"*{dtype}")
     types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc", "rest_desc")}
     if keeps:
         types["rest_desc"] = _descriptor("i16", hopper.ROWS, width)
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
-    return _compile(hopper_forward.forward_kernel, types, constants)
+    pointers = ("lse_ptr", "c_ptr", "counter_ptr", "v_ptr", "x_ptr", "flags_ptr", "partial_ptr")
+    return _compile(hopper_forward.forward_kernel, types, constants, pointers)
 
 
 def report(kernel: Any) -> dict[str, Any]:

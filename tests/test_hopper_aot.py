@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 FORMS = [
-    {"dtype": "bf16", "width": 128, "causal": True, "keeps": True},
-    {"dtype": "bf16", "width": 64, "causal": False, "keeps": True},
-    {"dtype": "fp16", "width": 64, "causal": True, "keeps": False},
+    {"dtype": "bf16", "width": 128, "causal": True, "keeps": True, "values": True},
+    {"dtype": "bf16", "width": 64, "causal": False, "keeps": True, "values": False},
+    {"dtype": "fp16", "width": 64, "causal": True, "keeps": False, "values": True},
     {"backward": True, "dtype": "bf16", "width": 128, "causal": True},
     {"backward": True, "dtype": "fp16", "width": 64, "causal": False},
 ]
