@@ -20,8 +20,8 @@ ROWS = 64  # of a consumer warpgroup
 L2_BYTES = 24 << 20  # keys and values of the heads that run together should fit in this much
 CHUNK = 16384  # values of a head that are worked on at a time
 SEVERAL = 4  # chunks in one, where few programs work on them
-MAKERS = 2
-SPAN = 2
+MAKERS = 2  # times as many programs make X as would just keep up
+SPAN = 2  # heads of a section that are worked on together, in those that keep the processors busy once
 
 
 class Tiles(NamedTuple):
@@ -137,9 +137,9 @@ def _tiles(rows: int, width: int, dtype: torch.dtype) -> launch.Tiles:
     return launch.Tiles(lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies))
 
 
-def worthwhile(count: int, work: int, processors: int) -> bool:
-    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head."""
-    return count >= 2 * processors and work >= 4
+def worthwhile(count: int, work: int, causal: bool, processors: int) -> bool:
+    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head, were they full."""
+    return count >= 2 * processors and work >= (16 if causal else 8)
 
 
 class Prepared(NamedTuple):
@@ -187,7 +187,7 @@ def prepare(
     group = heads // k[1]
     group_x = heads // heads_x
     work = q_tiles * group_x
-    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, processors):
+    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, causal, processors):
         values = None  # three consumers have no registers to spare
     if values is not None:  # programs come to the products at different times
         cut = cut._replace(schedule="dynamic")
