@@ -35,8 +35,8 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> A
 def backward(form: dict[str, Any]) -> Any:
     """The compiled backward kernel of a form: dtype, width, causal."""
     dtype, width = form["dtype"], form["width"]
-    types = dict.fromkeys(("x_ptr", "dk_ptr"), f"*{dtype}") | dict.fromkeys(("flags_ptr", "turns_ptr"), "*i32")
-    types |= dict.fromkeys(("scale", "scale2", "unit"), "fp32")
+    types = dict.fromkeys(("c_ptr", "flags_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("scale", "scale2", "unit", "y_scale"), "fp32")
     for name, (block, swizzled) in hopper_gradient.blocks(width).items():
         wide = name in ("rows_desc", "dq_desc")
         layout = hopper_gradient.lies(block, swizzled, 4 if wide else 2)

@@ -62,6 +62,29 @@ def _clean(tile):
 
 
 @gluon.jit
+def _exponentiate(tile, c_ptr, y_scale, there):
+    """x in the place of v: the bits of ``triton_values.near_exp2``, times 2^−c; zero where v is not finite or no row.
+
+    The values of a head inside the fast range leave no exponent beyond that of float32.
+    """
+    D: gl.constexpr = tile.shape[3]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    matrix = _flat(tile)
+    v = matrix.load(layout).to(gl.float32)
+    c = gl.load(c_ptr + gl.arange(0, D, layout=gl.SliceLayout(0, layout)))
+    magic = gl.full(v.shape, 12582912.0, gl.float32, layout)  # 1.5·2^23: the lowest bits of a sum show its integer
+    scale = gl.full(v.shape, y_scale, gl.float32, layout)
+    t = gl.fma(v, scale, magic)
+    power = gl.exp2(gl.fma(v, scale, magic - t)).to(gl.int32, bitcast=True)
+    x = (power + ((t.to(gl.int32, bitcast=True) - gl.expand_dims(c, 0)) << 23)).to(gl.float32, bitcast=True)
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    x = gl.where((gl.abs(v) < float("inf")) & (row < there), x, 0.0)
+    matrix.store(x.to(tile.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
 def _zero():
     """0, of which the compiler does not know: what rests on it is worked out where it stands, not ahead of a loop."""
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
@@ -105,11 +128,11 @@ def _queries(k_s, ds_s, it, WHICH: gl.constexpr, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
+def _hand_over(dq, dq_s, bars, it, turn, WHICH: gl.constexpr):
     """Give what the it-th tile adds to dq to the adder."""
     _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
     part = it % ADDERS
-    mbarrier.wait(dq_free.index(part), ((it // ADDERS) & 1) ^ 1)
+    mbarrier.wait(dq_free.index(part), ((it // ADDERS + turn) & 1) ^ 1)
     # the elements of a thread lie together, in which no two meet in a bank; so they lie in global memory too
     layout: gl.constexpr = gl.SharedLinearLayout(
         [[0, 1], [8, 0], [0, 2], [0, 4], [1, 0], [2, 0], [4, 0], [16, 0], [32, 0], [0, 8], [0, 16], [0, 32]]
@@ -120,9 +143,21 @@ def _hand_over(dq, dq_s, bars, it, WHICH: gl.constexpr):
 
 
 @gluon.jit
+def _hand_result(tile, dq_s, bars, it, turn, WHICH: gl.constexpr):
+    """Give dv or dk to the adder, rounded: the next after what the tiles of queries add to dq."""
+    _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, _drawn, _taken = bars
+    part = it % ADDERS
+    mbarrier.wait(dq_free.index(part), ((it // ADDERS + turn) & 1) ^ 1)
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    dq_s.index(part * 2 + WHICH)._reinterpret(dq_s.dtype, tile.shape, layout).store(tile.to(dq_s.dtype))
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(part))
+
+
+@gluon.jit
 def _step(
-    s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, first_query, len_k, offset, scale2,
-    unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, turn, last, first_key, first_query, len_k, offset,
+    scale2, unit, careful, WHICH: gl.constexpr, CAUSAL: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
     SHIFT: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The ``it``-th tile of queries, whose scores are there; the scores of the next, and dq of the one before.
@@ -174,7 +209,7 @@ def _step(
         dk = warpgroup_mma_wait(2, deps=(dk,))
         s = _scores(k_s, q_s, q_full, it + 1, it + 1 < last, WHICH, STAGES, s_layout)
         dq = warpgroup_mma_wait(1, deps=(dq,))
-        _hand_over(dq, dq_s, bars, it - 1, WHICH)
+        _hand_over(dq, dq_s, bars, it - 1, turn, WHICH)
     if FIRST:  # otherwise that of what is handed over serves for ds too
         fence_async_shared()
     mbarrier.arrive(done.index(stage))
@@ -183,18 +218,9 @@ def _step(
 
 
 @gluon.jit
-def _at(first, len_k, head, D: gl.constexpr, layout: gl.constexpr):
-    """Where the rows from ``first`` of a head lie in an array (B·Hk, Lk, D), and which there are."""
-    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
-    column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
-    at = (head.to(gl.int64) * len_k + first) * D + (row * D + column)
-    return at, (row < len_k - first) & (column < D)
-
-
-@gluon.jit
 def _consumer(
-    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
-    len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+    q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, c_ptr, flags_ptr,
+    len_k, offset, scale, scale2, unit, y_scale, heads, group, q_tiles, k_tiles, tiles, head_span,
     WHICH: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -226,18 +252,18 @@ def _consumer(
             if CAUSAL:
                 careful = careful | (first * QUERIES + offset < 0)
             mbarrier.wait(k_full, served & 1)
-            if (flags & 2) != 0:  # a key or value is not finite
-                _clean(k_s.index(WHICH))
+            _clean(k_s.index(WHICH))
             if careful:
                 mbarrier.wait(q_full.index(it % STAGES), (it // STAGES) & 1)
                 _clean(q_s.index(it % STAGES))
             s = _scores(k_s, q_s, q_full, it, True, WHICH, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.wait(x_full, served & 1)
+            _exponentiate(x_s.index(WHICH), c_ptr + kv * D, y_scale, len_k - first_key)
             last = it + group * (q_tiles - first)
             s, dk, dv = _step(
-                s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, (q_tiles - 1) * QUERIES,
-                len_k, offset, scale2, unit, careful,
+                s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, turn, last, first_key,
+                (q_tiles - 1) * QUERIES, len_k, offset, scale2, unit, careful,
                 WHICH, CAUSAL, True, True, SHIFT, STAGES, EARLY,
             )  # fmt: skip
             it += 1
@@ -245,30 +271,28 @@ def _consumer(
                 begin = gl.where(member == 0, 1, 0)
                 for _ in range(begin, q_tiles - full):
                     s, dk, dv = _step(
-                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key, 0,
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, turn, last, first_key, 0,
                         len_k, offset, scale2, unit, careful,
                         WHICH, CAUSAL, False, False, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
                 for t in range(gl.maximum(begin, q_tiles - full), q_tiles - first):
                     s, dk, dv = _step(
-                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, last, first_key,
+                        s, dk, dv, q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, bars, it, turn, last, first_key,
                         (q_tiles - 1 - t) * QUERIES, len_k, offset, scale2, unit, careful,
                         WHICH, CAUSAL, False, True, SHIFT, STAGES, EARLY,
                     )  # fmt: skip
                     it += 1
-            mbarrier.arrive(x_free)
             mbarrier.wait(done.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
             dq = warpgroup_mma_wait(0, deps=(_queries(k_s, ds_s, it - 1, WHICH, QUERIES),))
             mbarrier.arrive(k_free)
-            _hand_over(dq, dq_s, bars, it - 1, WHICH)
+            _hand_over(dq, dq_s, bars, it - 1, turn, WHICH)
+            dv *= _flat(x_s.index(WHICH)).load(layout).to(gl.float32) * UNSHIFT
+        _hand_result(dv, dq_s, bars, it, turn, WHICH)
+        if first < q_tiles:  # all of x has been read: what came of it has been handed over
+            mbarrier.arrive(x_free)
             served += 1
-        # x is read anew from global memory: a read of shared memory may come after the barrier that frees it; dv
-        # takes its place
-        at, there = _at(first_key, len_k, kv, D, layout)
-        dv *= gl.load(x_ptr + at, mask=there, other=0.0).to(gl.float32) * UNSHIFT
-        gl.store(x_ptr + at, dv.to(x_ptr.dtype.element_ty), mask=there)
-        gl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=there)
+        _hand_result(dk * scale, dq_s, bars, it + 1, turn, WHICH)
         turn += 1
         index = _follow(turn, place_s, drawn, taken, True)
 
@@ -280,8 +304,8 @@ def _consumer(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, g_desc, rows_desc, k_desc, x_desc, dq_desc, x_ptr, dk_ptr, flags_ptr, turns_ptr,
-    len_k, offset, scale, scale2, unit, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    q_desc, g_desc, rows_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, c_ptr, flags_ptr, turns_ptr,
+    len_k, offset, scale, scale2, unit, y_scale, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -293,9 +317,9 @@ def backward_kernel(
     g_s = gl.allocate_shared_memory(dtype, [STAGES] + g_desc.block_type.shape, g_desc.layout)
     rows_s = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
-    x_s = gl.allocate_shared_memory(dtype, [2] + x_desc.block_type.shape, x_desc.layout)
+    x_s = gl.allocate_shared_memory(dtype, [2] + v_desc.block_type.shape, v_desc.layout)
     ds_s = gl.allocate_shared_memory(dtype, [4, ROWS, QUERIES], gl.NVMMASharedLayout(128, 16, 2))
-    dq_s = gl.allocate_shared_memory(gl.float32, [2 * ADDERS] + dq_desc.block_type.shape, dq_desc.layout)
+    dq_s = gl.allocate_shared_memory(dtype, [2 * ADDERS, ROWS, 2 * ROWS], gl.NVMMASharedLayout(128, 16, 2))
     place_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -328,29 +352,29 @@ def backward_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
-                len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, c_ptr, flags_ptr,
+                len_k, offset, scale, scale2, unit, y_scale, heads, group, q_tiles, k_tiles, tiles, head_span,
                 0, CAUSAL, STAGES, SHIFT, EARLY,
             )),
             (_consumer, (
-                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, x_ptr, dk_ptr, flags_ptr,
-                len_k, offset, scale, scale2, unit, heads, group, q_tiles, k_tiles, tiles, head_span,
+                q_s, g_s, rows_s, k_s, x_s, ds_s, dq_s, place_s, bars, c_ptr, flags_ptr,
+                len_k, offset, scale, scale2, unit, y_scale, heads, group, q_tiles, k_tiles, tiles, head_span,
                 1, CAUSAL, STAGES, SHIFT, EARLY,
             )),
             (producer, (
-                q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
+                q_desc, g_desc, rows_desc, k_desc, v_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars,
                 turns_ptr, flags_ptr,
                 offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
                 CAUSAL, STAGES,
             )),
             (adder, (
-                dq_desc, dq_s, place_s, bars, turns_ptr,
-                offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+                dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
+                offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
                 0, QUERIES, CAUSAL,
             )),
             (adder, (
-                dq_desc, dq_s, place_s, bars, turns_ptr,
-                offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+                dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
+                offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
                 1, QUERIES, CAUSAL,
             )),
         ],

@@ -76,7 +76,7 @@ def _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k
 
 @gluon.jit
 def producer(
-    q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, turns_ptr, flags_ptr,
+    q_desc, g_desc, rows_desc, k_desc, v_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, turns_ptr, flags_ptr,
     offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -115,10 +115,10 @@ def producer(
                     )  # fmt: skip
                     if (member == 0) & (t == 0):
                         mbarrier.wait(x_free, (served & 1) ^ 1)
-                        mbarrier.expect(x_full, 2 * x_desc.block_type.nbytes)
+                        mbarrier.expect(x_full, 2 * v_desc.block_type.nbytes)
                         for w in gl.static_range(2):
                             tma.async_copy_global_to_shared(
-                                x_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], x_full, x_s.index(w)
+                                v_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], x_full, x_s.index(w)
                             )
                     mbarrier.expect(g_full.index(stage), g_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(
@@ -132,8 +132,8 @@ def producer(
 
 @gluon.jit
 def adder(
-    dq_desc, dq_s, place_s, bars, turns_ptr,
-    offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+    dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
+    offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
     WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
@@ -154,22 +154,37 @@ def adder(
                     i = q_tiles - 1 - t
                     counter = turns_ptr + 1 + head * q_tiles + i
                     row = (head * q_tiles + i) * (2 * ROWS)
-                    mbarrier.wait(dq_full.index(WHICH), (it // ADDERS) & 1)
-                    if k_tile == 0:  # nothing is there yet
-                        for w in gl.static_range(2):
-                            tma.async_copy_shared_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
-                    else:
+                    seen = k_tile
+                    if k_tile > 0:
                         seen = _acquire(counter)
-                        while seen != k_tile:
-                            seen = _acquire(counter)
-                        for w in gl.static_range(2):
-                            _add_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
+                    while seen != k_tile:
+                        seen = _acquire(counter)
+                    mbarrier.wait(dq_full.index(WHICH), (it // ADDERS + turn) & 1)
+                    for w in gl.static_range(2):
+                        part = dq_s.index(WHICH * 2 + w)._reinterpret(gl.float32, [ROWS, ROWS], dq_desc.layout)
+                        if k_tile == 0:  # nothing is there yet
+                            tma.async_copy_shared_to_global(dq_desc, [row + w * ROWS, 0], part)
+                        else:
+                            _add_to_global(dq_desc, [row + w * ROWS, 0], part)
                     tma.store_wait(0)
                     mbarrier.arrive(dq_free.index(WHICH))
                     _written()
                     gl.thread_barrier()
                     gl.atomic_add(counter, 1, sem="release", scope="gpu")
                 it += 1
+        batch = kv // heads_k
+        head = kv % heads_k
+        for which in gl.static_range(2):  # dv, dk
+            if (it + which) % ADDERS == WHICH:
+                mbarrier.wait(dq_full.index(WHICH), ((it + which) // ADDERS + turn) & 1)
+                for w in gl.static_range(2):
+                    tile = dq_s.index(WHICH * 2 + w)._reinterpret(dq_s.dtype, dk_desc.block_type.shape, dk_desc.layout)
+                    if which == 0:
+                        tma.async_copy_shared_to_global(dv_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], tile)
+                    else:
+                        tma.async_copy_shared_to_global(dk_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], tile)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_free.index(WHICH))
         turn += 1
         index = _follow(turn, place_s, drawn, taken, True)
 
