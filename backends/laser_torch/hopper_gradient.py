@@ -50,7 +50,8 @@ def blocks(width: int) -> dict[str, tuple[list[int], int]]:
         "rows_desc": ([2, 1, queries(width)], 0),
         "k_desc": of_keys,
         "v_desc": of_keys,
-        "dq_desc": ([ROWS, ROWS], 0),  # of a warpgroup, in an order of its own
+        "sums_desc": ([ROWS, ROWS], 0),  # of a warpgroup, in an order of its own
+        "dq_desc": ([1, 1, ROWS, ROWS], 128),
         "dk_desc": of_keys,
         "dv_desc": of_keys,
     }
@@ -75,8 +76,7 @@ class Prepared(NamedTuple):
     """The launches, and how their arrays are cut into tiles."""
 
     launch: launch.Launch
-    rounding: launch.Launch
-    tiles: list[launch.Tiles]  # of q, g, rows, k, v, the sums, dk and dv
+    tiles: list[launch.Tiles]  # of q, g, rows, k, v, the sums, dq, dk and dv
     q_tiles: int
     turns: int  # how many counters
 
@@ -100,26 +100,23 @@ def prepare(
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
         cut: The tiles.
     """
-    from . import hopper_backward, hopper_movers
+    from . import hopper_backward
 
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
     count = batch * heads_k * k_tiles
     span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
         hopper_backward.backward_kernel, min(count, processors),
         (len_k, offset, scale, scale2, unit, beta * math.log2(math.e), heads_k, batch * heads_k, group,
-         q_tiles, k_tiles, count, min(span, batch * heads_k)),
+         q_tiles, k_tiles, min(span, batch * heads_k)),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
-    rounding = launch.Launch(
-        hopper_movers.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
-        QUERIES=queries(width), D=width, CAUSAL=causal, num_warps=4,
-    )  # fmt: skip
-    return Prepared(main, rounding, [_tiles(*b) for b in blocks(width).values()], q_tiles, 1 + batch * heads * q_tiles)
+    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], q_tiles, 1 + batch * heads * q_tiles)
 
 
 def backward(
@@ -145,7 +142,6 @@ def backward(
     heads = q.shape[0] * q.shape[1]
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     sums = torch.empty((heads * made.q_tiles * 2 * ROWS, ROWS), dtype=torch.float32, device=q.device)
-    arrays = (q, g, rows, k, v, sums, dk, dv)
+    arrays = (q, g, rows, k, v, sums, g, dk, dv)
     made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), c, flags, turns)
-    made.rounding(sums, g, flags)
     return g, dk, dv

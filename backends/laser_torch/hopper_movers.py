@@ -11,10 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper_forward import _follow
-
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
+ODD = gl.constexpr(1 << 30)  # is added to the number of a key tile, which is less
 ADDERS = gl.constexpr(2)  # one for each tile of dq that is on its way
 
 
@@ -34,6 +33,12 @@ def _written():
 
 
 @gluon.jit
+def _visible():
+    """What was acquired is there for the copy engine too."""
+    gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
 def _acquire(pointer):
     return gl.inline_asm_elementwise(
         "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [pointer.to(gl.int64)], gl.int32, False, 1
@@ -41,7 +46,7 @@ def _acquire(pointer):
 
 
 @gluon.jit
-def place(index, heads, head_span, k_tiles):
+def _place(index, heads, head_span, k_tiles):
     """(tile of keys, batch·head) of a piece of work: in turn of the heads that share the L2 cache."""
     section = index // (head_span * k_tiles)
     within = index - section * head_span * k_tiles
@@ -60,24 +65,59 @@ def first_queries(first_key, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr
 
 
 @gluon.jit
-def _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
-    """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over."""
+def stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
+    """How many of the tiles of queries, from the last on, later key tiles have a part in too."""
+    later = first_queries((k_tile + 1) * KEYS, offset, CAUSAL, QUERIES)
+    return gl.where(k_tile + 1 < k_tiles, gl.maximum(q_tiles - later, 0), 0)
+
+
+@gluon.jit
+def place_of_dv(it, first, q_tiles):
+    """Where dv comes among what is handed over: before the last part of dq, if there is one."""
+    return it - gl.where(first < q_tiles, 1, 0)
+
+
+@gluon.jit
+def _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles):
+    """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over.
+
+    (tile of keys, batch·head): the latter is −1 where nothing is left.
+    """
+    tiles = heads * k_tiles
     index = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-    _, kv = place(index, heads, head_span, k_tiles)
-    while gl.load(flags_ptr + kv, mask=index < tiles, other=0) % 2 == 1:
+    k_tile, kv = _place(index, heads, head_span, k_tiles)
+    flags = gl.load(flags_ptr + kv, mask=index < tiles, other=0)
+    while flags % 2 == 1:
         index = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-        _, kv = place(index, heads, head_span, k_tiles)
+        k_tile, kv = _place(index, heads, head_span, k_tiles)
+        flags = gl.load(flags_ptr + kv, mask=index < tiles, other=0)
+    kv = gl.where(index < tiles, kv, -1)
     slot = turn % 2
     mbarrier.wait(taken.index(slot), ((turn // 2) & 1) ^ 1)
-    place_s.index(slot).store(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    place_s.index(2 * slot).store(gl.full([1], k_tile + gl.where(flags >= 4, ODD, 0), gl.int32, layout))
+    place_s.index(2 * slot + 1).store(gl.full([1], kv, gl.int32, layout))
     mbarrier.arrive(drawn.index(slot))
-    return index
+    return k_tile, kv
+
+
+@gluon.jit
+def follow(turn, place_s, drawn, taken):
+    """What the producer has drawn, and whether a row of the queries of that head may not be finite."""
+    slot = turn % 2
+    mbarrier.wait(drawn.index(slot), (turn // 2) & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    k_tile = gl.max(place_s.index(2 * slot).load(layout), 0)
+    kv = gl.max(place_s.index(2 * slot + 1).load(layout), 0)
+    gl.thread_barrier()  # all warps have read
+    mbarrier.arrive(taken.index(slot))
+    return k_tile % ODD, kv, k_tile >= ODD
 
 
 @gluon.jit
 def producer(
     q_desc, g_desc, rows_desc, k_desc, v_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, turns_ptr, flags_ptr,
-    offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    offset, heads_k, heads, group, q_tiles, k_tiles, head_span,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings keys, x, queries and their cotangents, of one piece of work after the other."""
@@ -86,9 +126,8 @@ def producer(
     loads = 0
     served = 0
     turn = 0
-    index = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
-    while index < tiles:
-        k_tile, kv = place(index, heads, head_span, k_tiles)
+    k_tile, kv = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles)
+    while kv >= 0:
         batch = kv // heads_k
         head = kv % heads_k
         first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
@@ -127,92 +166,93 @@ def producer(
                     loads += 1
             served += 1
         turn += 1
-        index = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+        k_tile, kv = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles)
+
+
+@gluon.jit
+def _slot(dq_s, w: gl.constexpr, WHICH: gl.constexpr, descriptor):
+    """Where a warpgroup hands over a tile."""
+    block: gl.constexpr = descriptor.block_type
+    return dq_s.index(WHICH * 2 + w)._reinterpret(block.element_ty, block.shape, descriptor.layout)
 
 
 @gluon.jit
 def adder(
-    dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
-    offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
+    offset, heads_k, group, q_tiles, k_tiles,
     WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
+    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile; then dv and dk.
 
+    The last key tile of a tile of queries does not add: the adder brings the sum so far, and writes what comes of it.
     One of several, that take tiles by turns: it takes a while until an addition is there for others to see.
     """
     _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, drawn, taken = bars
+    DOWN: gl.constexpr = ROWS if QUERIES > ROWS else 0  # the warpgroups make rows of dq, or columns
     it = 0
     turn = 0
-    index = _follow(turn, place_s, drawn, taken, True)
-    while index < tiles:
-        k_tile, kv = place(index, heads, head_span, k_tiles)
+    k_tile, kv, _ = follow(turn, place_s, drawn, taken)
+    while kv >= 0:
         first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
+        batch = kv // heads_k
+        opened = stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL, QUERIES)
         for member in range(group):
             head = kv * group + member
             for t in range(q_tiles - first):
-                if it % ADDERS == WHICH:
+                # before the last part of dq comes dv
+                at = it + gl.where((member + 1 == group) & (t + 1 == q_tiles - first), 1, 0)
+                if at % ADDERS == WHICH:
                     i = q_tiles - 1 - t
                     counter = turns_ptr + 1 + head * q_tiles + i
                     row = (head * q_tiles + i) * (2 * ROWS)
-                    seen = k_tile
+                    brings = (t >= opened) & (k_tile > 0)
+                    if not brings:
+                        mbarrier.arrive(dq_free.index(WHICH))
                     if k_tile > 0:
                         seen = _acquire(counter)
-                    while seen != k_tile:
-                        seen = _acquire(counter)
-                    mbarrier.wait(dq_full.index(WHICH), (it // ADDERS + turn) & 1)
-                    for w in gl.static_range(2):
-                        part = dq_s.index(WHICH * 2 + w)._reinterpret(gl.float32, [ROWS, ROWS], dq_desc.layout)
-                        if k_tile == 0:  # nothing is there yet
-                            tma.async_copy_shared_to_global(dq_desc, [row + w * ROWS, 0], part)
-                        else:
-                            _add_to_global(dq_desc, [row + w * ROWS, 0], part)
-                    tma.store_wait(0)
-                    mbarrier.arrive(dq_free.index(WHICH))
-                    _written()
-                    gl.thread_barrier()
-                    gl.atomic_add(counter, 1, sem="release", scope="gpu")
-                it += 1
-        batch = kv // heads_k
-        head = kv % heads_k
-        for which in gl.static_range(2):  # dv, dk
-            if (it + which) % ADDERS == WHICH:
-                mbarrier.wait(dq_full.index(WHICH), ((it + which) // ADDERS + turn) & 1)
-                for w in gl.static_range(2):
-                    tile = dq_s.index(WHICH * 2 + w)._reinterpret(dq_s.dtype, dk_desc.block_type.shape, dk_desc.layout)
-                    if which == 0:
-                        tma.async_copy_shared_to_global(dv_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], tile)
+                        while seen != k_tile:
+                            seen = _acquire(counter)
+                    if brings:
+                        _visible()
+                        mbarrier.expect(dq_free.index(WHICH), 2 * sums_desc.block_type.nbytes)
+                        for w in gl.static_range(2):
+                            tma.async_copy_global_to_shared(
+                                sums_desc, [row + w * ROWS, 0], dq_free.index(WHICH), _slot(dq_s, w, WHICH, sums_desc)
+                            )
+                    mbarrier.wait(dq_full.index(WHICH), (at // ADDERS + turn) & 1)
+                    if t >= opened:
+                        for w in gl.static_range(2):
+                            own = head - batch * heads_k * group
+                            tma.async_copy_shared_to_global(
+                                dq_desc, [batch, own, i * QUERIES + w * DOWN, w * (ROWS - DOWN)],
+                                _slot(dq_s, w, WHICH, dq_desc),
+                            )  # fmt: skip
+                        tma.store_wait(0)
                     else:
-                        tma.async_copy_shared_to_global(dk_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], tile)
-                tma.store_wait(0)
+                        for w in gl.static_range(2):
+                            if k_tile == 0:  # nothing is there yet
+                                tma.async_copy_shared_to_global(
+                                    sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc)
+                                )
+                            else:
+                                _add_to_global(sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc))
+                        _written()
+                        gl.thread_barrier()
+                        gl.atomic_add(counter, 1, sem="release", scope="gpu")
+                it += 1
+        for which in gl.static_range(2):
+            at = it + 1
+            if which == 0:
+                at = place_of_dv(it, first, q_tiles)
+            if at % ADDERS == WHICH:
                 mbarrier.arrive(dq_free.index(WHICH))
+                mbarrier.wait(dq_full.index(WHICH), (at // ADDERS + turn) & 1)
+                for w in gl.static_range(2):
+                    of_keys = [batch, kv - batch * heads_k, k_tile * KEYS + w * ROWS, 0]
+                    if which == 0:
+                        tma.async_copy_shared_to_global(dv_desc, of_keys, _slot(dq_s, w, WHICH, dv_desc))
+                    else:
+                        tma.async_copy_shared_to_global(dk_desc, of_keys, _slot(dq_s, w, WHICH, dk_desc))
+                tma.store_wait(0)
         turn += 1
-        index = _follow(turn, place_s, drawn, taken, True)
-
-
-@gluon.jit(do_not_specialize=["len_q", "q_tiles", "offset", "group"])
-def round_kernel(
-    sums_ptr, dq_ptr, flags_ptr, len_q, q_tiles, offset, scale, group,
-    QUERIES: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: B·Hq · tiles of queries."""
-    head = gl.program_id(0) // q_tiles
-    first = gl.program_id(0) % q_tiles * QUERIES
-    if gl.load(flags_ptr + head // group) % 2 == 0:
-        sees = True
-        if CAUSAL:
-            sees = first + QUERIES - 1 + offset >= 0
-        element = gl.arange(0, QUERIES * D, layout=gl.BlockedLayout([4], [32], [4], [0]))
-        begin = gl.program_id(0).to(gl.int64) * (QUERIES * D)
-        sums = gl.load(sums_ptr + begin + element, mask=(element >= 0) & sees, other=0.0)
-        # half, columns by 8, warp, lane by 4, lane, 8 rows further, 1 column further: as the accumulators of a product
-        sums = (sums * scale).reshape([2, 8, 4, 8, 4, 2, 2])
-        if D == 128:
-            sums = sums.permute([2, 5, 3, 0, 1, 4, 6])
-        else:
-            sums = sums.permute([0, 2, 5, 3, 1, 4, 6])
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        dq = gl.convert_layout(sums.reshape([QUERIES, D]).to(dq_ptr.dtype.element_ty), layout)
-        row = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout)), 1)
-        column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
-        at = (head.to(gl.int64) * len_q + first) * D + (row * D + column)
-        gl.store(dq_ptr + at, dq, mask=(row < len_q - first) & (column < D))
+        k_tile, kv, _ = follow(turn, place_s, drawn, taken)
