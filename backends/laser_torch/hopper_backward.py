@@ -318,12 +318,12 @@ def _consumer(
 # the sizes are not specialised for: one kernel per form of problem, whatever its sizes
 @gluon.jit(
     do_not_specialize=[
-        "len_k", "offset", "heads_k", "heads", "group", "q_tiles", "k_tiles", "head_span",
+        "len_k", "offset", "heads_k", "heads", "group", "q_tiles", "k_tiles", "head_span", "slots",
     ]
 )  # fmt: skip
 def backward_kernel(
     q_desc, g_desc, rows_desc, k_desc, v_desc, sums_desc, dq_desc, dk_desc, dv_desc, c_ptr, flags_ptr, turns_ptr,
-    len_k, offset, scale, scale2, unit, y_scale, heads_k, heads, group, q_tiles, k_tiles, head_span,
+    len_k, offset, scale, scale2, unit, y_scale, heads_k, heads, group, q_tiles, k_tiles, head_span, slots,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -386,13 +386,13 @@ def backward_kernel(
                 CAUSAL, STAGES,
             )),
             (adder, (
-                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
-                offset, heads_k, group, q_tiles, k_tiles,
+                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr, flags_ptr,
+                offset, heads_k, group, q_tiles, k_tiles, slots,
                 0, QUERIES, CAUSAL,
             )),
             (adder, (
-                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
-                offset, heads_k, group, q_tiles, k_tiles,
+                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr, flags_ptr,
+                offset, heads_k, group, q_tiles, k_tiles, slots,
                 1, QUERIES, CAUSAL,
             )),
         ],

@@ -77,7 +77,7 @@ class Prepared(NamedTuple):
 
     launch: launch.Launch
     tiles: list[launch.Tiles]  # of q, g, rows, k, v, the sums, dq, dk and dv
-    q_tiles: int
+    sums: int  # rows of dq's sums: of as many heads as are worked on
     turns: int  # how many counters
 
 
@@ -107,16 +107,21 @@ def prepare(
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
     count = batch * heads_k * k_tiles
     span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
-
+    slots = min(2 * span, batch * heads_k)
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
         hopper_backward.backward_kernel, min(count, processors),
         (len_k, offset, scale, scale2, unit, beta * math.log2(math.e), heads_k, batch * heads_k, group,
-         q_tiles, k_tiles, min(span, batch * heads_k)),
+         q_tiles, k_tiles, min(span, batch * heads_k), slots),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
-    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], q_tiles, 1 + batch * heads * q_tiles)
+    return Prepared(
+        main,
+        [_tiles(*b) for b in blocks(width).values()],
+        slots * group * q_tiles * 2 * ROWS,
+        1 + batch * heads * q_tiles,
+    )
 
 
 def backward(
@@ -139,9 +144,8 @@ def backward(
         flags: (B·Hk,), int32; odd: not this head; 4: its queries may not be finite.
         turns: So many zeros, int32.
     """
-    heads = q.shape[0] * q.shape[1]
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    sums = torch.empty((heads * made.q_tiles * 2 * ROWS, ROWS), dtype=torch.float32, device=q.device)
+    sums = torch.empty((made.sums, ROWS), dtype=torch.float32, device=q.device)
     arrays = (q, g, rows, k, v, sums, g, dk, dv)
     made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), c, flags, turns)
     return g, dk, dv

@@ -72,6 +72,24 @@ def stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL: gl.constexpr, QUERIES: g
 
 
 @gluon.jit
+def _parts(i, k_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
+    """How many key tiles have a part in a tile of queries that sees a key."""
+    parts = k_tiles
+    if CAUSAL:
+        parts = gl.minimum(k_tiles, (i * QUERIES + QUERIES - 1 + offset) // KEYS + 1)
+    return parts
+
+
+@gluon.jit
+def _before(kv, flags_ptr, slots):
+    """The head that has had a head's place among the sums; negative: none."""
+    before = kv - slots
+    while gl.load(flags_ptr + before, mask=before >= 0, other=0) % 2 == 1:
+        before -= slots
+    return before
+
+
+@gluon.jit
 def place_of_dv(it, first, q_tiles):
     """Where dv comes among what is handed over: before the last part of dq, if there is one."""
     return it - gl.where(first < q_tiles, 1, 0)
@@ -178,8 +196,8 @@ def _slot(dq_s, w: gl.constexpr, WHICH: gl.constexpr, descriptor):
 
 @gluon.jit
 def adder(
-    sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr,
-    offset, heads_k, group, q_tiles, k_tiles,
+    sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr, flags_ptr,
+    offset, heads_k, group, q_tiles, k_tiles, slots,
     WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile; then dv and dk.
@@ -196,21 +214,24 @@ def adder(
         first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         batch = kv // heads_k
         opened = stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL, QUERIES)
+        awaited = kv
+        if k_tile == 0:
+            awaited = _before(kv, flags_ptr, slots)
         for member in range(group):
-            head = kv * group + member
             for t in range(q_tiles - first):
                 # before the last part of dq comes dv
                 at = it + gl.where((member + 1 == group) & (t + 1 == q_tiles - first), 1, 0)
                 if at % ADDERS == WHICH:
                     i = q_tiles - 1 - t
-                    counter = turns_ptr + 1 + head * q_tiles + i
-                    row = (head * q_tiles + i) * (2 * ROWS)
+                    row = ((kv % slots * group + member) * q_tiles + i) * (2 * ROWS)
                     brings = (t >= opened) & (k_tile > 0)
                     if not brings:
                         mbarrier.arrive(dq_free.index(WHICH))
-                    if k_tile > 0:
+                    if awaited >= 0:
+                        counter = turns_ptr + 1 + (awaited * group + member) * q_tiles + i
+                        parts = gl.where(k_tile > 0, k_tile, _parts(i, k_tiles, offset, CAUSAL, QUERIES))
                         seen = _acquire(counter)
-                        while seen != k_tile:
+                        while seen != parts:
                             seen = _acquire(counter)
                     if brings:
                         _visible()
@@ -222,7 +243,7 @@ def adder(
                     mbarrier.wait(dq_full.index(WHICH), (at // ADDERS + turn) & 1)
                     if t >= opened:
                         for w in gl.static_range(2):
-                            own = head - batch * heads_k * group
+                            own = (kv - batch * heads_k) * group + member
                             tma.async_copy_shared_to_global(
                                 dq_desc, [batch, own, i * QUERIES + w * DOWN, w * (ROWS - DOWN)],
                                 _slot(dq_s, w, WHICH, dq_desc),
@@ -237,8 +258,10 @@ def adder(
                             else:
                                 _add_to_global(sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc))
                         _written()
-                        gl.thread_barrier()
-                        gl.atomic_add(counter, 1, sem="release", scope="gpu")
+                    gl.thread_barrier()
+                    gl.atomic_add(
+                        turns_ptr + 1 + (kv * group + member) * q_tiles + i, 1, sem="release", scope="gpu"
+                    )  # fmt: skip
                 it += 1
         for which in gl.static_range(2):
             at = it + 1
