@@ -2,13 +2,16 @@
 
     p = 2^(s − l)    ds = p ∘ (G·Xᵀ/β + r)    dv = X ∘ (pᵀ·G)    dk = scale·dsᵀ·Q    dq = scale·ds·K
 
-A program owns 128 keys, 64 for each of its two warpgroups, whose dk and dv stay in registers, and walks over the
-queries in tiles of 64. What a tile adds to dq goes through shared memory to a warp of its own, the adder, which has the
-tensor memory accelerator add it to a float32 array.
+A program owns 128 keys, 64 for each of its two warpgroups, which work out X from v where it lies in shared memory, and
+walks over the queries in tiles of 64; dk and dv stay in registers. What a tile adds to dq goes through shared memory to
+a warp of its own, the adder, which has the tensor memory accelerator add it to a float32 array. The last key tile of a
+query tile gets the sum so far instead, and gives dq rounded. dv and dk go to the adder too: stored from the registers,
+a piece of work would take longer by several tiles.
 
 The order of these additions is fixed: a query tile takes the parts of its key tiles from the first to the last, and
-counts them (``turns``). So a key tile waits for none but earlier ones of the same head. Work is drawn from a counter,
-earlier key tiles of a head before later ones, and a program finishes what it has drawn before it draws again: of the
+counts them (``turns``). So a key tile waits for none but earlier ones of the same head, and the first one for a head of
+an earlier section, whose place among the sums it takes. Work is drawn from a counter, earlier key tiles of a head
+before later ones, and a program finishes what it has drawn before it draws again: of the
 key tiles drawn and not finished, the one that was drawn first waits for nobody, whatever the number of programs that
 run at a time. Hence there is no deadlock. All walk over the queries from the last to the first, so that they follow one
 another at a distance of one step, and with a causal mask the shortest walks come last.
@@ -328,7 +331,7 @@ def backward_kernel(
     SHIFT: gl.constexpr, EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dk, dv, and dq unscaled in float32, of the heads that are not flagged; arguments as ``hopper.backward`` has."""
+    """dq, dk and dv of the heads that are not flagged; arguments as ``hopper_gradient.backward`` has."""
     dtype: gl.constexpr = q_desc.dtype
     QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     q_s = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)

@@ -105,23 +105,18 @@ def prepare(
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
-    count = batch * heads_k * k_tiles
     span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
     slots = min(2 * span, batch * heads_k)
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
-        hopper_backward.backward_kernel, min(count, processors),
+        hopper_backward.backward_kernel, min(batch * heads_k * k_tiles, processors),
         (len_k, offset, scale, scale2, unit, beta * math.log2(math.e), heads_k, batch * heads_k, group,
          q_tiles, k_tiles, min(span, batch * heads_k), slots),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
-    return Prepared(
-        main,
-        [_tiles(*b) for b in blocks(width).values()],
-        slots * group * q_tiles * 2 * ROWS,
-        1 + batch * heads * q_tiles,
-    )
+    sums = slots * group * q_tiles * 2 * ROWS
+    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], sums, 1 + batch * heads * q_tiles)
 
 
 def backward(

@@ -1,4 +1,4 @@
-"""Device code of the Hopper backward pass that moves data: what brings tiles, adds up dq, and rounds it.
+"""Device code of the Hopper backward pass that moves data: what brings tiles, adds up dq, and writes.
 
 Device code only: nothing of the host is imported here.
 """
