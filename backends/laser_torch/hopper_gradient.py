@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     registers: int
 
 
-HEADS = 6  # at least so many are worked on by turns: the key tiles of one follow one another at a step's distance
+HEADS = (6, 8)  # at least so many are worked on by turns, causal: key tiles of one follow one another at a distance
 TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
 
 
@@ -105,7 +105,10 @@ def prepare(
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
-    span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+    share = L2_BYTES
+    if causal and k_tiles >= 16:  # not all rows of a head are in use at a time
+        share = L2_BYTES * 4 // 3
+    span = max(HEADS[causal], share // (8 * q_tiles * queries(width) * width * group))
     slots = min(2 * span, batch * heads_k)
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
