@@ -351,6 +351,7 @@ def backward_kernel(
     x_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     dq_full = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     dq_free = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    fetched = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
     drawn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -359,6 +360,7 @@ def backward_kernel(
         mbarrier.init(g_full.index(i), count=1)
     for i in gl.static_range(ADDERS):
         mbarrier.init(dq_free.index(i), count=1)
+        mbarrier.init(fetched.index(i), count=1)
         mbarrier.init(dq_full.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(drawn.index(i), count=1)
@@ -389,12 +391,12 @@ def backward_kernel(
                 CAUSAL, STAGES,
             )),
             (adder, (
-                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr, flags_ptr,
+                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, fetched, turns_ptr, flags_ptr,
                 offset, heads_k, group, q_tiles, k_tiles, slots,
                 0, QUERIES, CAUSAL,
             )),
             (adder, (
-                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr, flags_ptr,
+                sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, fetched, turns_ptr, flags_ptr,
                 offset, heads_k, group, q_tiles, k_tiles, slots,
                 1, QUERIES, CAUSAL,
             )),

@@ -118,8 +118,8 @@ def prepare(
          q_tiles, k_tiles, min(span, batch * heads_k), slots),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
-    sums = slots * group * q_tiles * 2 * ROWS
-    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], sums, 1 + batch * heads * q_tiles)
+    sums = 2 * slots * group * q_tiles * 2 * ROWS
+    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], sums, 1 + 2 * batch * heads * q_tiles)
 
 
 def backward(

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
 ODD = gl.constexpr(1 << 30)  # is added to the number of a key tile, which is less
+CHAINS = gl.constexpr(2)  # in which the parts of dq are added, each in its order
 ADDERS = gl.constexpr(2)  # one for each tile of dq that is on its way
 
 
@@ -30,6 +31,14 @@ def _written():
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1
     )
+
+
+@gluon.jit
+def _await(pointer, count):
+    """Wait until so many have had their turn."""
+    seen = _acquire(pointer)
+    while seen != count:
+        seen = _acquire(pointer)
 
 
 @gluon.jit
@@ -196,7 +205,7 @@ def _slot(dq_s, w: gl.constexpr, WHICH: gl.constexpr, descriptor):
 
 @gluon.jit
 def adder(
-    sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, turns_ptr, flags_ptr,
+    sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, fetched, turns_ptr, flags_ptr,
     offset, heads_k, group, q_tiles, k_tiles, slots,
     WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
@@ -209,36 +218,54 @@ def adder(
     DOWN: gl.constexpr = ROWS if QUERIES > ROWS else 0  # the warpgroups make rows of dq, or columns
     it = 0
     turn = 0
+    fetches = 0
     k_tile, kv, _ = follow(turn, place_s, drawn, taken)
     while kv >= 0:
         first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
         batch = kv // heads_k
         opened = stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL, QUERIES)
-        awaited = kv
-        if k_tile == 0:
-            awaited = _before(kv, flags_ptr, slots)
+        before = kv
+        if k_tile < CHAINS:
+            before = _before(kv, flags_ptr, slots)
+        chain = k_tile % CHAINS
         for member in range(group):
             for t in range(q_tiles - first):
                 # before the last part of dq comes dv
                 at = it + gl.where((member + 1 == group) & (t + 1 == q_tiles - first), 1, 0)
                 if at % ADDERS == WHICH:
                     i = q_tiles - 1 - t
-                    row = ((kv % slots * group + member) * q_tiles + i) * (2 * ROWS)
+                    row = ((chain * slots + kv % slots) * group + member) * q_tiles * (2 * ROWS) + i * (2 * ROWS)
+                    other = row + (1 - 2 * chain) * slots * group * q_tiles * (2 * ROWS)
+                    counters = turns_ptr + 1 + ((kv * group + member) * q_tiles + i) * CHAINS
                     brings = (t >= opened) & (k_tile > 0)
                     if not brings:
                         mbarrier.arrive(dq_free.index(WHICH))
-                    if awaited >= 0:
-                        counter = turns_ptr + 1 + (awaited * group + member) * q_tiles + i
-                        parts = gl.where(k_tile > 0, k_tile, _parts(i, k_tiles, offset, CAUSAL, QUERIES))
-                        seen = _acquire(counter)
-                        while seen != parts:
-                            seen = _acquire(counter)
+                    if k_tile >= CHAINS:
+                        _await(counters + chain, k_tile // CHAINS)
+                    elif before >= 0:  # all of the sum that lay there has been taken
+                        last = _parts(i, k_tiles, offset, CAUSAL, QUERIES) - 1
+                        theirs = turns_ptr + 1 + ((before * group + member) * q_tiles + i) * CHAINS
+                        _await(theirs + last % CHAINS, last // CHAINS + 1)
                     if brings:
+                        _await(counters + (1 - chain), (k_tile + 1) // CHAINS)
                         _visible()
+                        if k_tile >= CHAINS:
+                            mbarrier.expect(fetched.index(WHICH), 2 * sums_desc.block_type.nbytes)
+                            for w in gl.static_range(2):
+                                tma.async_copy_global_to_shared(
+                                    sums_desc, [other + w * ROWS, 0], fetched.index(WHICH),
+                                    _slot(dq_s, w, WHICH, sums_desc),
+                                )  # fmt: skip
+                            mbarrier.wait(fetched.index(WHICH), fetches & 1)
+                            fetches += 1
+                            for w in gl.static_range(2):
+                                _add_to_global(sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc))
+                            _written()
+                            other = row
                         mbarrier.expect(dq_free.index(WHICH), 2 * sums_desc.block_type.nbytes)
                         for w in gl.static_range(2):
                             tma.async_copy_global_to_shared(
-                                sums_desc, [row + w * ROWS, 0], dq_free.index(WHICH), _slot(dq_s, w, WHICH, sums_desc)
+                                sums_desc, [other + w * ROWS, 0], dq_free.index(WHICH), _slot(dq_s, w, WHICH, sums_desc)
                             )
                     mbarrier.wait(dq_full.index(WHICH), (at // ADDERS + turn) & 1)
                     if t >= opened:
@@ -251,7 +278,7 @@ def adder(
                         tma.store_wait(0)
                     else:
                         for w in gl.static_range(2):
-                            if k_tile == 0:  # nothing is there yet
+                            if k_tile < CHAINS:  # nothing is there yet
                                 tma.async_copy_shared_to_global(
                                     sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc)
                                 )
@@ -259,9 +286,7 @@ def adder(
                                 _add_to_global(sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc))
                         _written()
                     gl.thread_barrier()
-                    gl.atomic_add(
-                        turns_ptr + 1 + (kv * group + member) * q_tiles + i, 1, sem="release", scope="gpu"
-                    )  # fmt: skip
+                    gl.atomic_add(counters + chain, 1, sem="release", scope="gpu")
                 it += 1
         for which in gl.static_range(2):
             at = it + 1

@@ -47,7 +47,8 @@ def prepare_rows(
 
     Grid: B·Hq · blocks of that length.
     """
-    tl.store(Counter + tl.program_id(0), 0, mask=tl.program_id(0) < count)  # there are more programs than counters
+    n = tl.program_id(0) + tl.arange(0, 2) * tl.num_programs(0)
+    tl.store(Counter + n, tl.zeros((2,), tl.int32), mask=n < count)  # at most two for each program
     blocks = tl.cdiv(query_length, BEHIND) * (BEHIND // BM)
     head = tl.program_id(0) // blocks
     m0 = tl.program_id(0) % blocks * BM
