@@ -36,10 +36,10 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], alig
 def backward(form: dict[str, Any]) -> Any:
     """The compiled backward kernel of a form: dtype, width, causal."""
     dtype, width = form["dtype"], form["width"]
-    types = dict.fromkeys(("x_ptr", "dk_ptr"), f"*{dtype}") | dict.fromkeys(("flags_ptr", "turns_ptr"), "*i32")
-    types |= dict.fromkeys(("scale", "scale2", "unit"), "fp32")
+    types = dict.fromkeys(("c_ptr", "flags_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("scale", "scale2", "unit", "y_scale"), "fp32")
     for name, (block, swizzled) in hopper_gradient.blocks(width).items():
-        wide = name in ("rows_desc", "dq_desc")
+        wide = name in ("rows_desc", "sums_desc")
         layout = hopper_gradient.lies(block, swizzled, 4 if wide else 2)
         types[name] = f"tensordesc<{'fp32' if wide else dtype}{block},{layout!r}>"
     constants = hopper_gradient.constants(hopper_gradient.TILES, form["causal"], dtype == "fp16")
@@ -83,7 +83,20 @@ def report(kernel: Any) -> dict[str, Any]:
         name: len(re.findall(rf"\b{name}", sass))
         for name in ("HGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "STL", "LDL", "WARPGROUP")
     }
+    counts["SPILLS_IN_LOOPS"] = sum(len(re.findall(r"\b(?:STL|LDL)", body)) for body in _loops(sass))
     return {"registers": int(registers[1]), "threads": int(threads[1]), "shared": kernel.metadata.shared, **counts}
+
+
+def _loops(sass: str) -> list[str]:
+    """The innermost loops that multiply. A jump back from behind the end is one out of line, and makes no loop."""
+    lines = sass.splitlines()
+    places = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*\.(L_x_\d+):", line))}
+    jumps = [
+        (places.get(m[1], i), i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*`\(\.(L_x_\d+)\)", line))
+    ]
+    bodies = ["\n".join(lines[start:end]) for start, end in jumps if start < end]
+    loops = [b for b in bodies if "HGMMA" in b and not re.search(r"\bEXIT\b", b)]
+    return [b for b in loops if not any(other != b and other in b for other in loops)]
 
 
 if __name__ == "__main__":

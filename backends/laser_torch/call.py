@@ -307,10 +307,10 @@ def _lengths(problem: Problem, lengths: Tensor | None, limit: int) -> Tensor | N
 class Values(NamedTuple):
     """What the value pass makes of the values."""
 
-    x: Tensor  # (B, Hkv, Lk, E)
+    x: Tensor  # (B, Hkv, Lk, E); v itself for a kernel that works X out on its way
     c: Tensor  # (B·Hkv, EP), int32
     flags: Tensor  # (B·Hkv,), int32
-    counter: Tensor  # int32, the first of which is 0, for whom it may serve
+    counter: Tensor  # int32 that are 0, for whom they may serve
 
 
 def value_pass(call: Call, keys: bool, narrow: bool = False) -> Values:

@@ -40,17 +40,20 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         return Forward(out, l, torch.zeros_like(out, dtype=torch.int16) if keeps else None)
     call = prepare(problem, inputs)
     with on(q.device):
-        out, l, rest = run(call, call.plan.prepared(engines.chosen, "forward"))
+        out, l, rest, values = run(call, call.plan.prepared(engines.chosen, "forward"))
     if out.dtype != q.dtype:  # interpreted
         out, rest = split(out, q.dtype)
     if out.shape != problem.out_shape:  # several batch axes, or none
         out, l = out.view(problem.out_shape), l.view(problem.lse_shape)
         rest = None if rest is None else rest.view(problem.out_shape)
-    return Forward(out, l, rest)
+    if rest is None or hopper.why_not(problem) is not None:
+        return Forward(out, l, rest)
+    heads = (*problem.batch, problem.key_value_heads)
+    return Forward(out, l, (rest, values.c.view(*heads, -1), values.flags.view(heads)))
 
 
-def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The output, l, and what is kept of the unrounded output, by an engine that serves the call."""
+def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None, Values]:
+    """The output, l, the rest of the output where it is kept, and the values, by an engine that serves the call."""
     narrow = call.plan.prepared(_few)[1]
     rest: Tensor | None = None
     count: Tensor | None = None
@@ -68,7 +71,7 @@ def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
         else:
             out, l, rest, count = _portable_forward(call, values, choice.tile)
     _exact_forward(call, values, out, rest, l, count)
-    return out, l, rest
+    return out, l, rest, values
 
 
 def split(o: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
