@@ -84,3 +84,13 @@ def test_what_the_memory_accelerator_reads() -> None:
 
 def test_a_device_without_the_kernel_says_so() -> None:
     assert "9.0" in str(hopper.missing(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("heads", "work", "most"), [(64, 32, 12), (256, 8, 48), (1, 4, 100), (7, 1000, 3), (300, 4, 1)]
+)
+def test_sections_cut_the_heads_without_a_rest(heads: int, work: int, most: int) -> None:
+    lead, span = hopper.sections(heads, work, 132, most)
+    assert 0 < lead <= heads
+    assert 0 < span <= most
+    assert (heads - lead) % span == 0

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 FORMS = [
-    {"dtype": "bf16", "width": 128, "causal": True, "keeps": True},
-    {"dtype": "bf16", "width": 64, "causal": False, "keeps": True},
-    {"dtype": "fp16", "width": 64, "causal": True, "keeps": False},
+    {"dtype": "bf16", "width": 128, "causal": True, "keeps": True, "values": True},
+    {"dtype": "bf16", "width": 64, "causal": False, "keeps": True, "values": False},
+    {"dtype": "fp16", "width": 64, "causal": True, "keeps": False, "values": True},
     {"backward": True, "dtype": "bf16", "width": 128, "causal": True},
     {"backward": True, "dtype": "fp16", "width": 64, "causal": False},
+    {"backward": True, "dtype": "bf16", "width": 64, "causal": True},
 ]
 SHARED = 227 << 10  # bytes that a block may have on sm_90
-SPILLS = 24  # instructions: a few words kept across the whole kernel cost nothing, a loop that spills has many more
+SPILLS = 48  # instructions outside of loops that multiply: words kept across the whole kernel
 
 
 def _compile(tmp_path: Path, form: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def test_fits_the_hardware(form: dict[str, Any], tmp_path: Path) -> None:
     print(found)
     assert found["shared"] <= SHARED
     assert found["threads"] * found["registers"] <= 65536
+    assert found["SPILLS_IN_LOOPS"] == 0
     assert found["STL"] + found["LDL"] <= SPILLS
     assert min(found[name] for name in ("HGMMA", "UTMALDG", "UTMASTG")) > 0
     # a wgmma that ptxas serialises brings an arrival of its own: many more of them than products started

@@ -113,8 +113,14 @@ def _triton_backward(
 
 
 def _triton_residual(problem: Problem) -> Kept:
-    """The low half of the output, which a half-precision dtype has no room for."""
-    return () if problem.dtype == "float32" else ((problem.out_shape, "int16"),)
+    """The low half of the output, which a half-precision dtype has no room for; c and the flags of heads for Hopper."""
+    from . import hopper
+
+    kept: Kept = () if problem.dtype == "float32" else ((problem.out_shape, "int16"),)
+    if hopper.why_not(problem) is not None:
+        return kept
+    heads = (*problem.batch, problem.key_value_heads)
+    return (*kept, ((*heads, problem.value_dim), "int32"), (heads, "int32"))
 
 
 def _triton_why_not(problem: Problem) -> str | None:

@@ -167,6 +167,11 @@ class Plan:
         return dict.fromkeys(("QUERY_LENGTHS", "KEY_LENGTHS"), 3 if self._to_ends else 2)
 
     @property
+    def sums(self) -> bool:
+        """Whether a head inside of the range can have a sum of X that is not."""
+        return self.limits.range + math.log2(self.problem.key_length) > self.limits.sum
+
+    @property
     def y_scale(self) -> float:
         """βv·log2e = v · y_scale."""
         return (self.problem.beta or 0.0) * _LOG2E
@@ -310,10 +315,10 @@ def _lengths(problem: Problem, lengths: Tensor | None, limit: int) -> Tensor | N
 class Values(NamedTuple):
     """What the value pass makes of the values."""
 
-    x: Tensor  # (B, Hkv, Lk, E)
+    x: Tensor  # (B, Hkv, Lk, E); v itself for a kernel that works X out on its way
     c: Tensor  # (B·Hkv, EP), int32
     flags: Tensor  # (B·Hkv,), int32
-    counter: Tensor  # an int32 that is 0, for whom it may serve
+    counter: Tensor  # int32 that are 0, for whom they may serve
 
 
 def value_pass(call: Call, keys: bool, narrow: bool = False) -> Values:
@@ -344,9 +349,8 @@ def _value_launches(plan: Plan, keys: bool, narrow: bool) -> tuple[Launch, Launc
     block = 4096 // max(width, padded(p.head_dim) if keys else 0)
     span = cdiv(cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
     blocks = cdiv(p.key_length, span)
-    sums = limits.range + math.log2(p.key_length) > limits.sum
     lengths = plan.lengths()["KEY_LENGTHS"]
-    common = {"E": p.value_dim, "EP": width, "LENGTHS": lengths, "LINEAR": p.beta == 0, "SUMS": sums}
+    common = {"E": p.value_dim, "EP": width, "LENGTHS": lengths, "LINEAR": p.beta == 0, "SUMS": plan.sums}
     write = Launch(
         triton_values.value_pass, heads * blocks,
         (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
@@ -373,6 +377,11 @@ def _registers(most: int) -> dict[str, int]:
 def workers(heads: int, work: int) -> int:
     """Programs per head of a kernel that mostly has nothing to do."""
     return max(1, min(work, cdiv(1024, heads)))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a CPU, where Triton is interpreted, has two."""
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def copies_tiles(device: torch.device) -> bool:

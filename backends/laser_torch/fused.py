@@ -7,6 +7,7 @@ at once where there is none.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from laser_core import Forward, Inputs, Problem
 
 from . import cudnn, engines, hopper, triton_finish, triton_forward
-from .call import Call, Plan, Values, cdiv, describe, layout, padded, prepare, value_pass, workers
+from .call import Call, Plan, Values, cdiv, describe, layout, padded, prepare, processors, value_pass, workers
 from .engines import Choice
 from .launch import Launch, on
 from .tiles import Tile, forward_tile, row_block
@@ -39,28 +40,38 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
         return Forward(out, l, torch.zeros_like(out, dtype=torch.int16) if keeps else None)
     call = prepare(problem, inputs)
     with on(q.device):
-        out, l, rest = run(call, call.plan.prepared(engines.chosen, "forward"))
+        out, l, rest, values = run(call, call.plan.prepared(engines.chosen, "forward"))
     if out.dtype != q.dtype:  # interpreted
         out, rest = split(out, q.dtype)
     if out.shape != problem.out_shape:  # several batch axes, or none
         out, l = out.view(problem.out_shape), l.view(problem.lse_shape)
         rest = None if rest is None else rest.view(problem.out_shape)
-    return Forward(out, l, rest)
+    if rest is None or hopper.why_not(problem) is not None:
+        return Forward(out, l, rest)
+    heads = (*problem.batch, problem.key_value_heads)
+    return Forward(out, l, (rest, values.c.view(*heads, -1), values.flags.view(heads)))
 
 
-def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The output, l, and what is kept of the unrounded output, by an engine that serves the call."""
-    values, count = value_pass(call, keys=False, narrow=call.plan.prepared(_few)[1]), None
+def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None, Values]:
+    """The output, l, the rest of the output where it is kept, and the values, by an engine that serves the call."""
+    narrow = call.plan.prepared(_few)[1]
     rest: Tensor | None = None
+    count: Tensor | None = None
     if choice.engine == "hopper":
-        made = call.plan.prepared(_hopper, choice.tile)
-        out, l, rest = hopper.forward(made, call.q, call.k, values.x, values.c, values.counter)
-    elif choice.engine == "cudnn":
-        out, l = _cudnn_forward(call, values)
+        made = call.plan.prepared(_hopper, choice.tile, narrow)
+        if made.chunks:  # it does the value pass
+            values = _unwritten(call)
+        else:
+            values = value_pass(call, keys=False, narrow=narrow)
+        out, l, rest = hopper.forward(made, call.q, call.k, call.v, *values)
     else:
-        out, l, rest, count = _portable_forward(call, values, choice.tile)
+        values = value_pass(call, keys=False, narrow=narrow)
+        if choice.engine == "cudnn":
+            out, l = _cudnn_forward(call, values)
+        else:
+            out, l, rest, count = _portable_forward(call, values, choice.tile)
     _exact_forward(call, values, out, rest, l, count)
-    return out, l, rest
+    return out, l, rest, values
 
 
 def split(o: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -78,14 +89,30 @@ def joined(out: Tensor, rest: Tensor) -> Tensor:
     return (out.float().view(torch.int32) + rest).view(torch.float32)
 
 
-def _hopper(plan: Plan, tile: tuple[Any, ...] | None) -> hopper.Prepared:
+def _hopper(plan: Plan, tile: tuple[Any, ...] | None, narrow: bool) -> hopper.Prepared:
     """The launch of the kernel for Hopper."""
     p = plan.problem
     q = (plan.batch, p.query_heads, p.query_length, p.head_dim)
     k = (plan.batch, p.key_value_heads, p.key_length, p.head_dim)
     offset = hopper.causal_offset(p)
     cut = None if tile is None else hopper.Tiles(*tile)
-    return hopper.prepare(q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p), cut)
+    values = None
+    if plan.fits("v"):
+        limits = plan.limits
+        of_range = (limits.range, limits.sum, *limits.easy, limits.top, limits.narrow if narrow else 0.0)
+        b, h, n = plan.strides("v")
+        values = hopper.Values((b, h, n), plan.y_scale, plan.sums, of_range)
+    return hopper.prepare(
+        q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p), cut, values
+    )
+
+
+def _unwritten(call: Call) -> Values:
+    """The arrays of a value pass that the kernel for Hopper does."""
+    plan, (_, heads, length, width) = call.plan, call.v.shape
+    every, new = plan.batch * heads, functools.partial(torch.empty, dtype=torch.int32, device=plan.device)
+    counters = torch.zeros((3 + every,), dtype=torch.int32, device=plan.device)
+    return Values(plan.new(heads, length, width), new((every, width)), new((every,)), counters)
 
 
 def _cudnn_forward(call: Call, values: Values) -> tuple[Tensor, Tensor]:
@@ -158,9 +185,13 @@ def _exact_launch(plan: Plan, keeps: bool) -> Launch:
     heads, parts = plan.batch * p.query_heads, cdiv(p.value_dim, 16)
     share = workers(heads, cdiv(p.query_length, 16) * parts)
     few_end, first = plan.prepared(_few)
+    programs = heads * share
+    if first:  # mostly there is hardly anything to do: no more than run at a time
+        programs = min(programs, 2 * processors(plan.device))
     return Launch(
-        triton_forward.exact, heads * share,
-        (*plan.strides("q", "k", "v", "mask", "bias"), share, *plan.geometry(), p.beta or 0.0, few_end, plan.total),
+        triton_forward.exact, programs,
+        (*plan.strides("q", "k", "v", "mask", "bias"), share, heads, *plan.geometry(), p.beta or 0.0, few_end,
+         plan.total),
         **plan.options(), BM=16, BN=16, BE=16, FEW=FEW, EP=padded(p.value_dim), FIRST=first, REST=keeps,
         num_warps=4, num_stages=1,
     )  # fmt: skip

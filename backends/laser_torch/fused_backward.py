@@ -59,7 +59,7 @@ def backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Tensor, 
     call = prepare(problem, inputs)
     with on(inputs.query.device):
         choice = call.plan.prepared(engines.chosen, "backward")
-        values = value_pass(call, keys=choice.engine != "triton")  # those kernels clean what they read
+        values = known(call, forward, choice)
         side = prepare_rows(call, values, forward, d_out, d_lse)
         dbias = None if inputs.bias is None else _bias_gradient(call, values, side, inputs.bias)
         dq, dk, dv = run(call, values, side, choice)  # dv may be where X was
@@ -72,8 +72,20 @@ def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[T
     """dq, dk and dv of the heads inside the fast range, by an engine that serves the call."""
     if choice.engine == "hopper":
         made = call.plan.prepared(_hopper)
-        return hopper_gradient.backward(made, call.q, call.k, values.x, side.g, side.rows, values.flags)
+        return hopper_gradient.backward(
+            made, call.q, call.k, values.x, values.c, side.g, side.rows, values.flags, values.counter
+        )
     return _portable_backward(call, values, side, choice.tile)
+
+
+def known(call: Call, forward: Forward, choice: Choice) -> Values:
+    """What is known of the values: the kernel for Hopper works X out on its way, and needs c and the flags alone."""
+    if choice.engine != "hopper":
+        return value_pass(call, keys=False)  # those kernels clean what they read
+    v = call.v if call.plan.fits("v") else call.v.clone(memory_format=torch.contiguous_format)
+    _, c, flags = forward.residual
+    turns = torch.empty((call.plan.prepared(_hopper).turns,), dtype=torch.int32, device=v.device)
+    return Values(v, c.view(-1, c.shape[-1]), flags.view(-1) & 1, turns)  # 1: outside of the fast range
 
 
 def _like(x: Tensor, gradient: Tensor) -> Tensor:
@@ -85,6 +97,8 @@ def _like(x: Tensor, gradient: Tensor) -> Tensor:
 def _output(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The output, and the rest of it where it is kept apart."""
     out, rest = forward.out, forward.residual
+    if isinstance(rest, tuple):
+        rest = rest[0]
     if rest is None:
         return out.contiguous(), None
     if rest.dtype != torch.int16:
@@ -111,8 +125,8 @@ def prepare_rows(call: Call, values: Values, forward: Forward, d_out: Tensor, d_
     begins = [x is None or layout(x)[1] for x in (lse, o, rest)]
     lies = (layout(do, packed), None if dl is None else layout(dl, packed), tuple(begins), plan.dtype)
     side = Cotangents(o, rest, do, dl, g, rows, (*lies, rest is not None, o.dtype))
-    plan.prepared(_rows_launch, side.lies)(
-        o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2, call.query_lengths
+    plan.prepared(_rows_launch, side.lies, values.counter.numel())(
+        o, rest, do, dl, lse, values.c, values.flags, g, side.r, side.l2, values.counter, call.query_lengths
     )
     return side
 
@@ -122,11 +136,12 @@ def _side_strides(lies: tuple[Any, ...]) -> list[int]:
     return [*lies[0][0][:3], *((0, 0, 0) if lies[1] is None else lies[1][0])]
 
 
-def _rows_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
+def _rows_launch(plan: Plan, lies: tuple[Any, ...], count: int) -> Launch:
     p, width = plan.problem, padded(plan.problem.value_dim)
     block = row_block(width)
     blocks = cdiv(p.query_length, ROWS) * (ROWS // block)
-    scalars = (p.query_heads, p.group, p.query_length, plan.y_scale, plan.inverse_beta, plan.padded_length, plan.total)
+    scales = (plan.y_scale, plan.inverse_beta)
+    scalars = (p.query_heads, p.group, p.query_length, *scales, plan.padded_length, plan.total, count)
     return Launch(
         triton_backward.prepare_rows, plan.batch * p.query_heads * blocks, (*_side_strides(lies), *scalars),
         E=p.value_dim, EP=width, BM=block, LINEAR=p.beta == 0, WITH_DL=lies[1] is not None, REST=lies[4],

@@ -18,6 +18,10 @@ from . import launch
 WIDTHS = (64, 128)
 ROWS = 64  # of a consumer warpgroup
 L2_BYTES = 24 << 20  # keys and values of the heads that run together should fit in this much
+CHUNK = 16384  # values of a head that are worked on at a time
+SEVERAL = 4  # chunks in one, where few programs work on them
+MAKERS = 2  # times as many programs make X as would just keep up
+SPAN = 2  # heads of a section that are worked on together, in those that keep the processors busy once
 
 
 class Tiles(NamedTuple):
@@ -82,7 +86,16 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def constants(cut: Tiles, causal: bool, half: bool, keeps: bool) -> dict[str, Any]:
+class Values(NamedTuple):
+    """The value pass that the kernel does: see ``hopper_values``."""
+
+    strides: tuple[int, int, int]  # of v
+    y_scale: float  # βv·log2e = v·y_scale
+    sums: bool  # whether the sums of X can matter
+    limits: tuple[float, ...]  # RANGE, SUM, EASY_LOW, EASY_HIGH, TOP and NARROW of ``triton_values.decide``
+
+
+def constants(cut: Tiles, causal: bool, half: bool, keeps: bool, values: Values | None) -> dict[str, Any]:
     """The compile-time arguments of the kernel."""
     return {
         "CAUSAL": causal,
@@ -93,7 +106,25 @@ def constants(cut: Tiles, causal: bool, half: bool, keeps: bool) -> dict[str, An
         "REST": keeps,
         "ORDERED": cut.ordered,
         "REGISTERS": cut.registers,
+        "VALUES": values is not None,
+        "SUMS": values is not None and values.sums,
+        "LIMITS": () if values is None else values.limits,
     }
+
+
+def sections(heads: int, work: int, processors: int, most: int) -> tuple[int, int]:
+    """Heads of the first section, about as many as keep the processors busy once, and of each later one, up to most.
+
+    Args:
+        heads: There are.
+        work: Pieces of work of a head.
+        processors: There are.
+        most: Heads of a section.
+    """
+    lead = min(heads, max(1, processors // work))
+    most = max(1, min(most, SPAN * lead))
+    left, span = min(((heads - lead) % n, -n) for n in range(most // 2 + 1, most + 1))
+    return lead + left, -span
 
 
 def _tiles(rows: int, width: int, dtype: torch.dtype) -> launch.Tiles:
@@ -106,8 +137,13 @@ def _tiles(rows: int, width: int, dtype: torch.dtype) -> launch.Tiles:
     return launch.Tiles(lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies))
 
 
+def worthwhile(count: int, work: int, causal: bool, processors: int) -> bool:
+    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head, were they full."""
+    return count >= 2 * processors and work >= (16 if causal else 8)
+
+
 class Prepared(NamedTuple):
-    """A launch, and how its arrays are cut into tiles."""
+    """A launch, how its arrays are cut into tiles, and into how many chunks the values (0: X is given)."""
 
     launch: launch.Launch
     q: launch.Tiles
@@ -115,14 +151,15 @@ class Prepared(NamedTuple):
     x: launch.Tiles
     out: launch.Tiles
     rest: launch.Tiles | None
+    chunks: int
 
 
 Shape = Sequence[int]
 
 
 def prepare(
-    q: Shape, k: Shape, heads_x: int, dtype: torch.dtype, device: torch.device,
-    beta: float, scale: float, causal_offset: int | None, keeps: bool, cut: Tiles | None = None,
+    q: Shape, k: Shape, heads_x: int, dtype: torch.dtype, device: torch.device, beta: float, scale: float,
+    causal_offset: int | None, keeps: bool, cut: Tiles | None = None, values: Values | None = None,
 ) -> Prepared:  # fmt: skip
     """What :func:`forward` needs, for one form of call.
 
@@ -137,6 +174,7 @@ def prepare(
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
         keeps: Whether the rest of o is asked for: what its dtype has no room for, as ``fused.split`` defines it.
         cut: The tiles; None: :func:`tiles`.
+        values: The value pass, where the kernel may do it: it does where there is enough to do beside it.
     """
     from . import hopper_forward
 
@@ -147,29 +185,47 @@ def prepare(
     count = q_tiles * batch * heads
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     group = heads // k[1]
-    span = max(1, L2_BYTES // (4 * k[2] * width)) * group
+    group_x = heads // heads_x
+    work = q_tiles * group_x
+    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, causal, processors):
+        values = None  # three consumers have no registers to spare
+    if values is not None:  # programs come to the products at different times
+        cut = cut._replace(schedule="dynamic")
+    most = max(1, L2_BYTES // (4 * k[2] * width))
+    lead, span = sections(batch * heads_x, work, processors, most)
+    ahead = lead if causal else min(batch * heads_x, -(-processors // work))
+    chunk = CHUNK // width
+    chunk *= -(-k[2] // (64 * chunk))
+    blocks = -(-k[2] // chunk)
+    chunks = 0 if values is None else batch * heads_x * blocks
+    makers = max(1, min(processors // 4, processors * MAKERS * (2 if causal else 1) // work))
+    strides, y_scale = ((0, 0, 0), 0.0) if values is None else (values.strides, values.y_scale)
     made = launch.Launch(
         hopper_forward.forward_kernel, count if cut.schedule == "grid" else min(count, processors),
-        (len_q, k[2], causal_offset or 0, scale * math.log2(math.e), math.log(2) / beta, heads, batch * heads, group,
-         heads // heads_x, q_tiles, count, min(span, batch * heads)),
-        **constants(cut, causal, dtype == torch.float16, keeps), num_warps=4,
+        (len_q, k[2], causal_offset or 0, scale * math.log2(math.e), math.log(2) / beta, heads, heads_x, group,
+         group_x, q_tiles, count, lead * group_x, span * group_x,
+         *(stride // 8 for stride in strides), blocks, chunk, ahead, chunks, y_scale, makers, SEVERAL),
+        **constants(cut, causal, dtype == torch.float16, keeps, values), num_warps=4,
     )  # fmt: skip
     few, many = (functools.partial(_tiles, rows, width) for rows in (ROWS, cut.block_k))
-    return Prepared(made, few(dtype), many(dtype), many(dtype), few(dtype), few(torch.int16) if keeps else None)
+    rest = few(torch.int16) if keeps else None
+    return Prepared(made, few(dtype), many(dtype), many(dtype), few(dtype), rest, chunks)
 
 
 def forward(
-    made: Prepared, q: Tensor, k: Tensor, x: Tensor, c: Tensor, counter: Tensor
+    made: Prepared, q: Tensor, k: Tensor, v: Tensor, x: Tensor, c: Tensor, flags: Tensor, counter: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """o = (ln2/β)·(log2 Σ_j p_ij x_je + c_e − log2 Σ_j p_ij), the log-sum-exp, and the rest of o where asked for.
 
     Args:
-        made: By :func:`prepare` for arrays like these.
+        made: By :func:`prepare` for arrays like these. Where it does the value pass, x, c and flags are written.
         q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
         k: (B, Hk, Lk, D), likewise.
+        v: (B, Hx, Lk, D), likewise.
         x: (B, Hx, Lk, D), contiguous, 2^(βv·log2e − c), finite (a hidden NaN would leak: 0·NaN).
         c: (B, Hx, D), int32, contiguous.
-        counter: An int32 that is 0, which the kernel counts up.
+        flags: (B, Hx), int32, contiguous.
+        counter: An int32 that is 0, and where the kernel does the value pass three, and one for each head.
 
     Returns:
         o of q's shape and dtype; l (B, Hq, Lq), float32; the rest of o, int16, or None.
@@ -181,5 +237,8 @@ def forward(
     if made.rest is not None:
         rest = torch.empty(q.shape, dtype=torch.int16, device=q.device)
         to_rest = made.rest.of(rest)
-    made.launch(made.q.of(q), made.k.of(k), made.x.of(x), to, to_rest, lse, c, counter)
+    partial = flags
+    if made.chunks:
+        partial = torch.empty((2 * made.chunks, q.shape[-1]), dtype=torch.int32, device=q.device)
+    made.launch(made.q.of(q), made.k.of(k), made.x.of(x), to, to_rest, lse, c, counter, v, x, flags, partial)
     return out, lse, rest

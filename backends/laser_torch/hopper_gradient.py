@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     registers: int
 
 
-HEADS = 6  # at least so many are worked on by turns: the key tiles of one follow one another at a step's distance
+HEADS = (6, 8)  # at least so many are worked on by turns, causal: key tiles of one follow one another at a distance
 TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
 
 
@@ -49,8 +49,11 @@ def blocks(width: int) -> dict[str, tuple[list[int], int]]:
         "g_desc": of_queries,
         "rows_desc": ([2, 1, queries(width)], 0),
         "k_desc": of_keys,
-        "x_desc": of_keys,
-        "dq_desc": ([ROWS, ROWS], 0),  # of a warpgroup, in an order of its own
+        "v_desc": of_keys,
+        "sums_desc": ([ROWS, ROWS], 0),  # of a warpgroup, in an order of its own
+        "dq_desc": ([1, 1, ROWS, ROWS], 128),
+        "dk_desc": of_keys,
+        "dv_desc": of_keys,
     }
 
 
@@ -73,9 +76,9 @@ class Prepared(NamedTuple):
     """The launches, and how their arrays are cut into tiles."""
 
     launch: launch.Launch
-    rounding: launch.Launch
-    tiles: list[launch.Tiles]  # of q, g, rows, k, x and the sums
-    q_tiles: int
+    tiles: list[launch.Tiles]  # of q, g, rows, k, v, the sums, dq, dk and dv
+    sums: int  # rows of dq's sums: of as many heads as are worked on
+    turns: int  # how many counters
 
 
 Shape = Sequence[int]
@@ -97,51 +100,50 @@ def prepare(
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
         cut: The tiles.
     """
-    from . import hopper_backward, hopper_movers
+    from . import hopper_backward
 
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
-    count = batch * heads_k * k_tiles
-    span = max(HEADS, L2_BYTES // (8 * q_tiles * queries(width) * width * group))
+    share = L2_BYTES
+    if causal and k_tiles >= 16:  # not all rows of a head are in use at a time
+        share = L2_BYTES * 4 // 3
+    span = max(HEADS[causal], share // (8 * q_tiles * queries(width) * width * group))
+    slots = min(2 * span, batch * heads_k)
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
-        hopper_backward.backward_kernel, min(count, processors),
-        (len_k, offset, scale, scale2, unit, heads_k, batch * heads_k, group, q_tiles, k_tiles,
-         count, min(span, batch * heads_k)),
+        hopper_backward.backward_kernel, min(batch * heads_k * k_tiles, processors),
+        (len_k, offset, scale, scale2, unit, beta * math.log2(math.e), heads_k, batch * heads_k, group,
+         q_tiles, k_tiles, min(span, batch * heads_k), slots),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
-    rounding = launch.Launch(
-        hopper_movers.round_kernel, q_tiles * batch * heads, (len_q, q_tiles, offset, scale, group),
-        QUERIES=queries(width), D=width, CAUSAL=causal, num_warps=4,
-    )  # fmt: skip
-    return Prepared(main, rounding, [_tiles(*b) for b in blocks(width).values()], q_tiles)
+    sums = 2 * slots * group * q_tiles * 2 * ROWS
+    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], sums, 1 + 2 * batch * heads * q_tiles)
 
 
 def backward(
-    made: Prepared, q: Tensor, k: Tensor, x: Tensor, g: Tensor, rows: Tensor, flags: Tensor
+    made: Prepared, q: Tensor, k: Tensor, v: Tensor, c: Tensor, g: Tensor, rows: Tensor, flags: Tensor, turns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, of the heads that are not flagged: what those of the others hold is for another to write.
 
     p = 2^(scale·log2e·<q_i, k_j> − l2)    ds = p ∘ (G·Xᵀ/β + r)
-    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q
+    dv = X ∘ (pᵀ·G)    dq = scale·ds·K    dk = scale·dsᵀ·Q    X = 2^(βv·log2e − c)
 
     Args:
         made: By :func:`prepare` for arrays like these.
         q: (B, Hq, Lq, D), of any strides that ``launch.fits``.
         k: (B, Hk, Lk, D), likewise.
-        x: (B, Hk, Lk, D), contiguous, 2^(βv·log2e − c), finite; dv takes its place.
+        v: (B, Hk, Lk, D), likewise.
+        c: (B·Hk, D), int32.
         g: (B, Hq, Lq, D), contiguous, do·2^(c − βo·log2e), finite; dq takes its place in the end.
         rows: (2, B·Hq, L), float32, L ≥ Lq a multiple of 128: r, and the log-sum-exp in base 2, +∞ from Lq on and
             where nothing flows through a query.
-        flags: (B·Hk,), int32; odd: not this head; 2: its keys may not be finite; 4: nor its queries.
+        flags: (B·Hk,), int32; odd: not this head; 4: its queries may not be finite.
+        turns: So many zeros, int32.
     """
-    heads = q.shape[0] * q.shape[1]
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    sums = torch.empty((heads * made.q_tiles * 2 * ROWS, ROWS), dtype=torch.float32, device=q.device)
-    turns = torch.zeros((1 + heads * made.q_tiles,), dtype=torch.int32, device=q.device)
-    arrays = (q, g, rows, k, x, sums)
-    made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), x, dk, flags, turns)
-    made.rounding(sums, g, flags)
-    return g, dk, x
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    sums = torch.empty((made.sums, ROWS), dtype=torch.float32, device=q.device)
+    arrays = (q, g, rows, k, v, sums, g, dk, dv)
+    made.launch(*(t.of(a) for t, a in zip(made.tiles, arrays, strict=True)), c, flags, turns)
+    return g, dk, dv

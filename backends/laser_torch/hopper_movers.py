@@ -1,4 +1,4 @@
-"""Device code of the Hopper backward pass that moves data: what brings tiles, adds up dq, and rounds it.
+"""Device code of the Hopper backward pass that moves data: what brings tiles, adds up dq, and writes.
 
 Device code only: nothing of the host is imported here.
 """
@@ -11,10 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper_forward import _follow
-
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
+ODD = gl.constexpr(1 << 30)  # is added to the number of a key tile, which is less
+CHAINS = gl.constexpr(2)  # in which the parts of dq are added, each in its order
 ADDERS = gl.constexpr(2)  # one for each tile of dq that is on its way
 
 
@@ -34,6 +34,20 @@ def _written():
 
 
 @gluon.jit
+def _await(pointer, count):
+    """Wait until so many have had their turn."""
+    seen = _acquire(pointer)
+    while seen != count:
+        seen = _acquire(pointer)
+
+
+@gluon.jit
+def _visible():
+    """What was acquired is there for the copy engine too."""
+    gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
 def _acquire(pointer):
     return gl.inline_asm_elementwise(
         "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [pointer.to(gl.int64)], gl.int32, False, 1
@@ -41,7 +55,7 @@ def _acquire(pointer):
 
 
 @gluon.jit
-def place(index, heads, head_span, k_tiles):
+def _place(index, heads, head_span, k_tiles):
     """(tile of keys, batch·head) of a piece of work: in turn of the heads that share the L2 cache."""
     section = index // (head_span * k_tiles)
     within = index - section * head_span * k_tiles
@@ -60,24 +74,77 @@ def first_queries(first_key, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr
 
 
 @gluon.jit
-def _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles):
-    """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over."""
+def stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
+    """How many of the tiles of queries, from the last on, later key tiles have a part in too."""
+    later = first_queries((k_tile + 1) * KEYS, offset, CAUSAL, QUERIES)
+    return gl.where(k_tile + 1 < k_tiles, gl.maximum(q_tiles - later, 0), 0)
+
+
+@gluon.jit
+def _parts(i, k_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
+    """How many key tiles have a part in a tile of queries that sees a key."""
+    parts = k_tiles
+    if CAUSAL:
+        parts = gl.minimum(k_tiles, (i * QUERIES + QUERIES - 1 + offset) // KEYS + 1)
+    return parts
+
+
+@gluon.jit
+def _before(kv, flags_ptr, slots):
+    """The head that has had a head's place among the sums; negative: none."""
+    before = kv - slots
+    while gl.load(flags_ptr + before, mask=before >= 0, other=0) % 2 == 1:
+        before -= slots
+    return before
+
+
+@gluon.jit
+def place_of_dv(it, first, q_tiles):
+    """Where dv comes among what is handed over: before the last part of dq, if there is one."""
+    return it - gl.where(first < q_tiles, 1, 0)
+
+
+@gluon.jit
+def _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles):
+    """The producer's next piece of work, which it passes on; heads that are left to other kernels are passed over.
+
+    (tile of keys, batch·head): the latter is −1 where nothing is left.
+    """
+    tiles = heads * k_tiles
     index = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-    _, kv = place(index, heads, head_span, k_tiles)
-    while gl.load(flags_ptr + kv, mask=index < tiles, other=0) % 2 == 1:
+    k_tile, kv = _place(index, heads, head_span, k_tiles)
+    flags = gl.load(flags_ptr + kv, mask=index < tiles, other=0)
+    while flags % 2 == 1:
         index = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-        _, kv = place(index, heads, head_span, k_tiles)
+        k_tile, kv = _place(index, heads, head_span, k_tiles)
+        flags = gl.load(flags_ptr + kv, mask=index < tiles, other=0)
+    kv = gl.where(index < tiles, kv, -1)
     slot = turn % 2
     mbarrier.wait(taken.index(slot), ((turn // 2) & 1) ^ 1)
-    place_s.index(slot).store(gl.full([1], index, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    place_s.index(2 * slot).store(gl.full([1], k_tile + gl.where(flags >= 4, ODD, 0), gl.int32, layout))
+    place_s.index(2 * slot + 1).store(gl.full([1], kv, gl.int32, layout))
     mbarrier.arrive(drawn.index(slot))
-    return index
+    return k_tile, kv
+
+
+@gluon.jit
+def follow(turn, place_s, drawn, taken):
+    """What the producer has drawn, and whether a row of the queries of that head may not be finite."""
+    slot = turn % 2
+    mbarrier.wait(drawn.index(slot), (turn // 2) & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    k_tile = gl.max(place_s.index(2 * slot).load(layout), 0)
+    kv = gl.max(place_s.index(2 * slot + 1).load(layout), 0)
+    gl.thread_barrier()  # all warps have read
+    mbarrier.arrive(taken.index(slot))
+    return k_tile % ODD, kv, k_tile >= ODD
 
 
 @gluon.jit
 def producer(
-    q_desc, g_desc, rows_desc, k_desc, x_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, turns_ptr, flags_ptr,
-    offset, heads_k, heads, group, q_tiles, k_tiles, tiles, head_span,
+    q_desc, g_desc, rows_desc, k_desc, v_desc, q_s, g_s, rows_s, k_s, x_s, place_s, bars, turns_ptr, flags_ptr,
+    offset, heads_k, heads, group, q_tiles, k_tiles, head_span,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings keys, x, queries and their cotangents, of one piece of work after the other."""
@@ -86,9 +153,8 @@ def producer(
     loads = 0
     served = 0
     turn = 0
-    index = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
-    while index < tiles:
-        k_tile, kv = place(index, heads, head_span, k_tiles)
+    k_tile, kv = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles)
+    while kv >= 0:
         batch = kv // heads_k
         head = kv % heads_k
         first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
@@ -115,10 +181,10 @@ def producer(
                     )  # fmt: skip
                     if (member == 0) & (t == 0):
                         mbarrier.wait(x_free, (served & 1) ^ 1)
-                        mbarrier.expect(x_full, 2 * x_desc.block_type.nbytes)
+                        mbarrier.expect(x_full, 2 * v_desc.block_type.nbytes)
                         for w in gl.static_range(2):
                             tma.async_copy_global_to_shared(
-                                x_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], x_full, x_s.index(w)
+                                v_desc, [batch, head, k_tile * KEYS + w * ROWS, 0], x_full, x_s.index(w)
                             )
                     mbarrier.expect(g_full.index(stage), g_desc.block_type.nbytes)
                     tma.async_copy_global_to_shared(
@@ -127,77 +193,114 @@ def producer(
                     loads += 1
             served += 1
         turn += 1
-        index = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles, tiles)
+        k_tile, kv = _draw(turn, turns_ptr, flags_ptr, place_s, drawn, taken, heads, head_span, k_tiles)
+
+
+@gluon.jit
+def _slot(dq_s, w: gl.constexpr, WHICH: gl.constexpr, descriptor):
+    """Where a warpgroup hands over a tile."""
+    block: gl.constexpr = descriptor.block_type
+    return dq_s.index(WHICH * 2 + w)._reinterpret(block.element_ty, block.shape, descriptor.layout)
 
 
 @gluon.jit
 def adder(
-    dq_desc, dq_s, place_s, bars, turns_ptr,
-    offset, heads, group, q_tiles, k_tiles, tiles, head_span,
+    sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, fetched, turns_ptr, flags_ptr,
+    offset, heads_k, group, q_tiles, k_tiles, slots,
     WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile.
+    """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile; then dv and dk.
 
+    The last key tile of a tile of queries does not add: the adder brings the sum so far, and writes what comes of it.
     One of several, that take tiles by turns: it takes a while until an addition is there for others to see.
     """
     _q_full, _g_full, _k_full, _k_free, _x_full, _x_free, _done, dq_full, dq_free, drawn, taken = bars
+    DOWN: gl.constexpr = ROWS if QUERIES > ROWS else 0  # the warpgroups make rows of dq, or columns
     it = 0
     turn = 0
-    index = _follow(turn, place_s, drawn, taken, True)
-    while index < tiles:
-        k_tile, kv = place(index, heads, head_span, k_tiles)
+    fetches = 0
+    k_tile, kv, _ = follow(turn, place_s, drawn, taken)
+    while kv >= 0:
         first = first_queries(k_tile * KEYS, offset, CAUSAL, QUERIES)
+        batch = kv // heads_k
+        opened = stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL, QUERIES)
+        before = kv
+        if k_tile < CHAINS:
+            before = _before(kv, flags_ptr, slots)
+        chain = k_tile % CHAINS
         for member in range(group):
-            head = kv * group + member
             for t in range(q_tiles - first):
-                if it % ADDERS == WHICH:
+                # before the last part of dq comes dv
+                at = it + gl.where((member + 1 == group) & (t + 1 == q_tiles - first), 1, 0)
+                if at % ADDERS == WHICH:
                     i = q_tiles - 1 - t
-                    counter = turns_ptr + 1 + head * q_tiles + i
-                    row = (head * q_tiles + i) * (2 * ROWS)
-                    mbarrier.wait(dq_full.index(WHICH), (it // ADDERS) & 1)
-                    if k_tile == 0:  # nothing is there yet
+                    row = ((chain * slots + kv % slots) * group + member) * q_tiles * (2 * ROWS) + i * (2 * ROWS)
+                    other = row + (1 - 2 * chain) * slots * group * q_tiles * (2 * ROWS)
+                    counters = turns_ptr + 1 + ((kv * group + member) * q_tiles + i) * CHAINS
+                    brings = (t >= opened) & (k_tile > 0)
+                    if not brings:
+                        mbarrier.arrive(dq_free.index(WHICH))
+                    if k_tile >= CHAINS:
+                        _await(counters + chain, k_tile // CHAINS)
+                    elif before >= 0:  # all of the sum that lay there has been taken
+                        last = _parts(i, k_tiles, offset, CAUSAL, QUERIES) - 1
+                        theirs = turns_ptr + 1 + ((before * group + member) * q_tiles + i) * CHAINS
+                        _await(theirs + last % CHAINS, last // CHAINS + 1)
+                    if brings:
+                        _await(counters + (1 - chain), (k_tile + 1) // CHAINS)
+                        _visible()
+                        if k_tile >= CHAINS:
+                            mbarrier.expect(fetched.index(WHICH), 2 * sums_desc.block_type.nbytes)
+                            for w in gl.static_range(2):
+                                tma.async_copy_global_to_shared(
+                                    sums_desc, [other + w * ROWS, 0], fetched.index(WHICH),
+                                    _slot(dq_s, w, WHICH, sums_desc),
+                                )  # fmt: skip
+                            mbarrier.wait(fetched.index(WHICH), fetches & 1)
+                            fetches += 1
+                            for w in gl.static_range(2):
+                                _add_to_global(sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc))
+                            _written()
+                            other = row
+                        mbarrier.expect(dq_free.index(WHICH), 2 * sums_desc.block_type.nbytes)
                         for w in gl.static_range(2):
-                            tma.async_copy_shared_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
+                            tma.async_copy_global_to_shared(
+                                sums_desc, [other + w * ROWS, 0], dq_free.index(WHICH), _slot(dq_s, w, WHICH, sums_desc)
+                            )
+                    mbarrier.wait(dq_full.index(WHICH), (at // ADDERS + turn) & 1)
+                    if t >= opened:
+                        for w in gl.static_range(2):
+                            own = (kv - batch * heads_k) * group + member
+                            tma.async_copy_shared_to_global(
+                                dq_desc, [batch, own, i * QUERIES + w * DOWN, w * (ROWS - DOWN)],
+                                _slot(dq_s, w, WHICH, dq_desc),
+                            )  # fmt: skip
+                        tma.store_wait(0)
                     else:
-                        seen = _acquire(counter)
-                        while seen != k_tile:
-                            seen = _acquire(counter)
                         for w in gl.static_range(2):
-                            _add_to_global(dq_desc, [row + w * ROWS, 0], dq_s.index(WHICH * 2 + w))
-                    tma.store_wait(0)
-                    mbarrier.arrive(dq_free.index(WHICH))
-                    _written()
+                            if k_tile < CHAINS:  # nothing is there yet
+                                tma.async_copy_shared_to_global(
+                                    sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc)
+                                )
+                            else:
+                                _add_to_global(sums_desc, [row + w * ROWS, 0], _slot(dq_s, w, WHICH, sums_desc))
+                        _written()
                     gl.thread_barrier()
-                    gl.atomic_add(counter, 1, sem="release", scope="gpu")
+                    gl.atomic_add(counters + chain, 1, sem="release", scope="gpu")
                 it += 1
+        for which in gl.static_range(2):
+            at = it + 1
+            if which == 0:
+                at = place_of_dv(it, first, q_tiles)
+            if at % ADDERS == WHICH:
+                mbarrier.arrive(dq_free.index(WHICH))
+                mbarrier.wait(dq_full.index(WHICH), (at // ADDERS + turn) & 1)
+                for w in gl.static_range(2):
+                    of_keys = [batch, kv - batch * heads_k, k_tile * KEYS + w * ROWS, 0]
+                    if which == 0:
+                        tma.async_copy_shared_to_global(dv_desc, of_keys, _slot(dq_s, w, WHICH, dv_desc))
+                    else:
+                        tma.async_copy_shared_to_global(dk_desc, of_keys, _slot(dq_s, w, WHICH, dk_desc))
+                tma.store_wait(0)
         turn += 1
-        index = _follow(turn, place_s, drawn, taken, True)
-
-
-@gluon.jit(do_not_specialize=["len_q", "q_tiles", "offset", "group"])
-def round_kernel(
-    sums_ptr, dq_ptr, flags_ptr, len_q, q_tiles, offset, scale, group,
-    QUERIES: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """dq = scale·Σ, rounded; zero where a tile of queries sees no key. Grid: B·Hq · tiles of queries."""
-    head = gl.program_id(0) // q_tiles
-    first = gl.program_id(0) % q_tiles * QUERIES
-    if gl.load(flags_ptr + head // group) % 2 == 0:
-        sees = True
-        if CAUSAL:
-            sees = first + QUERIES - 1 + offset >= 0
-        element = gl.arange(0, QUERIES * D, layout=gl.BlockedLayout([4], [32], [4], [0]))
-        begin = gl.program_id(0).to(gl.int64) * (QUERIES * D)
-        sums = gl.load(sums_ptr + begin + element, mask=(element >= 0) & sees, other=0.0)
-        # half, columns by 8, warp, lane by 4, lane, 8 rows further, 1 column further: as the accumulators of a product
-        sums = (sums * scale).reshape([2, 8, 4, 8, 4, 2, 2])
-        if D == 128:
-            sums = sums.permute([2, 5, 3, 0, 1, 4, 6])
-        else:
-            sums = sums.permute([0, 2, 5, 3, 1, 4, 6])
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        dq = gl.convert_layout(sums.reshape([QUERIES, D]).to(dq_ptr.dtype.element_ty), layout)
-        row = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout)), 1)
-        column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
-        at = (head.to(gl.int64) * len_q + first) * D + (row * D + column)
-        gl.store(dq_ptr + at, dq, mask=(row < len_q - first) & (column < D))
+        k_tile, kv, _ = follow(turn, place_s, drawn, taken)

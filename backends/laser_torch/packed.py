@@ -29,7 +29,8 @@ def _by_pointers(plan: Plan) -> bool:
 def forward(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """``o (Tq, Hq, E)``, ``l (Hq, Tq)`` and the rest of o."""
     with on(call.plan.device):
-        out, l, rest = fused.run(call, Choice("triton", Tile(64, 64, 4, 3) if _by_pointers(call.plan) else None, ""))
+        tile = Tile(64, 64, 4, 3) if _by_pointers(call.plan) else None
+        out, l, rest, _ = fused.run(call, Choice("triton", tile, ""))
         _clear(call, out)
     if out.dtype != dtype:  # interpreted
         out, rest = fused.split(out, dtype)

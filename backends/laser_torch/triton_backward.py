@@ -38,16 +38,18 @@ CAREFUL = tl.constexpr(4)  # a flag of a head: some row is not finite, and all t
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_rows(
-    O, Rest, DO, DL, L, C, Flags, G, Row, L2, QueryLengths,
+    O, Rest, DO, DL, L, C, Flags, G, Row, L2, Counter, QueryLengths,
     do_b, do_h, do_n, dl_b, dl_h, dl_n,
-    heads, group, query_length, y_scale, inverse_beta, padded_length, total,
+    heads, group, query_length, y_scale, inverse_beta, padded_length, total, count,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, LINEAR: tl.constexpr, WITH_DL: tl.constexpr,
     REST: tl.constexpr, QUERY_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """G, r and l in base 2; r and l behind a sequence too, with l = +∞, up to a multiple of BEHIND.
+    """G, r and l in base 2; r and l behind a sequence too, with l = +∞, up to a multiple of BEHIND; zeros in Counter.
 
     Grid: B·Hq · blocks of that length.
     """
+    n = tl.program_id(0) + tl.arange(0, 2) * tl.num_programs(0)
+    tl.store(Counter + n, tl.zeros((2,), tl.int32), mask=n < count)  # at most two for each program
     blocks = tl.cdiv(query_length, BEHIND) * (BEHIND // BM)
     head = tl.program_id(0) // blocks
     m0 = tl.program_id(0) % blocks * BM

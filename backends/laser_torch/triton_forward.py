@@ -159,6 +159,12 @@ def forward(
 
 
 @triton.jit
+def _values_of(V, head, heads, group, v_b, v_h):
+    """Where the values that a query head reads begin."""
+    return V + tl.cast(head // heads, tl.int64) * v_b + tl.cast(head % heads // group, tl.int64) * v_h
+
+
+@triton.jit
 def _within_range(
     V, v_n, O, R, own, few_end, high, E: tl.constexpr, EP: tl.constexpr, FEW: tl.constexpr, REST: tl.constexpr
 ):  # fmt: skip
@@ -233,41 +239,21 @@ def _within_seen(
             tl.store(R + at, rest, mask=keep)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def exact(
-    Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
+@triton.jit
+def _exact_head(
+    head, flags, worker, workers,
+    Q, K, V, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, beta, few_end, total,
+    heads, group, query_length, key_length, low, high, scale, cap, beta, few_end, total,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, FEW: tl.constexpr,
-    EP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same from log Σ exp(s + βv), per channel about its own greatest term. Grid: B·Hq · workers.
-
-    The exponents are natural here: βv·log2e need not be finite where βv is.
-
-    Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
-    rows that see fewer than FEW keys, which are before few_end, and all rows where a channel hardly varies (4): where X
-    is rounded, such a mean can leave the range of the values. Where the few are the first FEW keys (FIRST), heads
-    inside the range only have them put back.
-    """
-    head = tl.program_id(0) // workers
-    b = (head // heads).to(tl.int64)
-    h = (head % heads).to(tl.int64)
+    """What of a head's rows is to be computed exactly, shared out to workers."""
+    b = tl.cast(head // heads, tl.int64)
+    h = tl.cast(head % heads, tl.int64)
     h_kv = h // group
-    flags = tl.load(Flags + head // group)
-    if FIRST:
-        if flags == 0:
-            if (few_end > 0) & (tl.program_id(0) % workers == 0):
-                own = head.to(tl.int64) * query_length * E
-                _within_range(V + b * v_b + h_kv * v_h, v_n, O, R, own, few_end, high, E, EP, FEW, REST)  # fmt: skip
-            return
-        if flags == 4:
-            own = head.to(tl.int64) * query_length * E
-            _within_seen(V + b * v_b + h_kv * v_h, v_n, O, R, own, tl.program_id(0) % workers, workers,
-                query_length, key_length, high, E, EP, FEW, BAND_HIGH, REST)  # fmt: skip
-            return
     whole = flags % 2 == 1
     q_end = length_of(QueryLengths, b, query_length, QUERY_LENGTHS)
     k_end = length_of(KeyLengths, b, key_length, KEY_LENGTHS)
@@ -282,7 +268,7 @@ def exact(
     rows_end = tl.where(flags == 0, tl.minimum(few_end, query_length), query_length)
     m_, n, d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, DP)
     parts: tl.constexpr = (E + BE - 1) // BE
-    for work in range(tl.program_id(0) % workers, tl.cdiv(rows_end, BM) * parts, workers):
+    for work in range(worker, tl.cdiv(rows_end, BM) * parts, workers):
         m0 = work // parts * BM
         e = work % parts * BE + tl.arange(0, BE)
         i = m0 + m_
@@ -371,3 +357,68 @@ def exact(
             tl.store(O + to, rounded, mask=keep)
             if REST:
                 tl.store(R + to, rest, mask=keep)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def exact(
+    Q, K, V, Flags, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+    workers, all_heads, heads, group, query_length, key_length, low, high, scale, cap, beta, few_end, total,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, LINEAR: tl.constexpr, FEW: tl.constexpr,
+    EP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same from log Σ exp(s + βv), per channel about its own greatest term. Each head is shared out to ``workers``.
+
+    The exponents are natural here: βv·log2e need not be finite where βv is.
+
+    Heads outside the fast range are written whole; of heads that hold NaN or ±∞ only what is not finite. Of all heads,
+    rows that see fewer than FEW keys, which are before few_end, and all rows where a channel hardly varies (4): where X
+    is rounded, such a mean can leave the range of the values. Where the few are the first FEW keys (FIRST), heads
+    inside the range only have them put back.
+
+    Grid: B·Hq · workers; with FIRST any number of programs.
+    """
+    if FIRST:
+        flagged = 0
+        kv = tl.arange(0, 128)
+        for start in range(0, all_heads // group, 128):
+            found = tl.load(Flags + start + kv, mask=start + kv < all_heads // group, other=0)
+            flagged = tl.maximum(flagged, tl.max(found))
+        if few_end > 0:
+            for head in range(tl.program_id(0), all_heads, tl.num_programs(0)):
+                if tl.load(Flags + head // group) == 0:
+                    _within_range(
+                        _values_of(V, head, heads, group, v_b, v_h), v_n, O, R,
+                        tl.cast(head, tl.int64) * query_length * E, few_end, high, E, EP, FEW, REST,
+                    )  # fmt: skip
+        if flagged > 0:
+            for work in range(tl.program_id(0), all_heads * workers, tl.num_programs(0)):
+                head, worker = work // workers, work % workers
+                flags = tl.load(Flags + head // group)
+                if flags == 4:
+                    _within_seen(
+                        _values_of(V, head, heads, group, v_b, v_h), v_n, O, R,
+                        tl.cast(head, tl.int64) * query_length * E, worker, workers, query_length, key_length, high,
+                        E, EP, FEW, BAND_HIGH, REST,
+                    )  # fmt: skip
+                elif flags != 0:
+                    _exact_head(
+                        head, flags, worker, workers,
+                        Q, K, V, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
+                        q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+                        heads, group, query_length, key_length, low, high, scale, cap, beta, few_end, total,
+                        D, E, DP, BM, BN, BE, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP,
+                        QUERY_LENGTHS, KEY_LENGTHS, LINEAR, FEW, FIRST, REST, PRECISION,
+                    )  # fmt: skip
+    else:
+        head = tl.program_id(0) // workers
+        _exact_head(
+            head, tl.load(Flags + head // group), tl.program_id(0) % workers, workers,
+            Q, K, V, Count, Mask, Bias, QueryLengths, KeyLengths, O, R, L,
+            q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+            heads, group, query_length, key_length, low, high, scale, cap, beta, few_end, total,
+            D, E, DP, BM, BN, BE, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP,
+            QUERY_LENGTHS, KEY_LENGTHS, LINEAR, FEW, FIRST, REST, PRECISION,
+        )  # fmt: skip
