@@ -1,12 +1,14 @@
-"""Small problems of every option of a CuPy backend under NVIDIA's compute-sanitizer: memcheck, racecheck, initcheck.
+"""Small problems of every option of a backend under NVIDIA's compute-sanitizer: memcheck, racecheck, initcheck.
 
 ``python benchmarks/sanitize.py`` runs them first without it, which compiles the kernels, then under each tool, and ends
-with 1 where one has found something. Allocations are not pooled, so that each array has its own.
+with 1 where one has found something. Allocations are not pooled, so that each array has its own. What a backend
+refuses is said.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from typing import Any
@@ -25,36 +27,69 @@ PROBLEMS: tuple[dict[str, Any], ...] = (
     {"lq": 2, "lk": 300, "is_causal": "bottom_right", "odd": True},
     {"sigma": 100.0, "bias": (90,)},
     {"d": 24, "e": 40, "lq": 65, "lk": 129, "is_causal": True},
+    {"d": 64, "e": 64, "lq": 300, "lk": 300, "is_causal": True},
+    {"d": 128, "e": 128, "lq": 200, "lk": 333},
 )
 
 
 def run(backend: str, dtype: str, **given: Any) -> None:
     """One problem, forward and backward."""
-    import cupy
     import ml_dtypes
+    import numpy
 
     import laser_core
 
     options = {**PLAIN, **given}
     hq, hkv, lq, lk, d, e = (options.pop(n) for n in PLAIN)
-    kind = cupy.dtype(getattr(ml_dtypes, dtype, dtype))
-    random = cupy.random.RandomState(0)
+    kind = numpy.dtype(getattr(ml_dtypes, dtype, dtype))
+    random = numpy.random.default_rng(0)
     shapes = ((2, hq, lq, d), (2, hkv, lk, d), (2, hkv, lk, e), (2, hq, lq, e))
-    query, key, value, d_out = (random.standard_normal(shape, dtype=cupy.float32) for shape in shapes)
+    query, key, value, d_out = (random.standard_normal(shape, dtype="float32") for shape in shapes)
     value *= options.pop("sigma", 1.0)
     if options.pop("odd", False):
-        value[0, 0, lk // 2], value[1, 0, 1, 0], key[0, 1, lk - 1] = cupy.nan, cupy.inf, cupy.nan
-    query, key, value, d_out = (x.astype(kind) for x in (query, key, value, d_out))
+        value[0, 0, lk // 2], value[1, 0, 1, 0], key[0, 1, lk - 1] = numpy.nan, numpy.inf, numpy.nan
+    arrays = [x.astype(kind) for x in (query, key, value)]
     mask = options.pop("mask", None)
-    mask = None if mask is None else random.random_sample(mask) < 0.7
+    arrays.append(None if mask is None else random.random(mask) < 0.7)
     bias = options.pop("bias", None)
-    bias = None if bias is None else random.standard_normal(bias, dtype=cupy.float32).astype(kind)
+    arrays.append(None if bias is None else random.standard_normal(bias, dtype="float32").astype(kind))
     if isinstance(options.get("beta"), tuple):
-        options["beta"] = random.standard_normal(options["beta"], dtype=cupy.float32).astype(kind)
-    options |= {n: cupy.asarray(x) for n, x in options.items() if n.endswith("lengths")}
-    _, pullback = laser_core.laser_attention_vjp(query, key, value, mask, bias, backend=backend, **options)
-    pullback(d_out)
-    cupy.cuda.get_current_stream().synchronize()
+        options["beta"] = random.standard_normal(options["beta"], dtype="float32").astype(kind)
+    options |= {n: numpy.asarray(x) for n, x in options.items() if n.endswith("lengths")}
+    frameworks = laser_core.backends()[backend].frameworks
+    give = _to_cupy if "cupy" in frameworks else _to_torch
+    options = {n: give(x) if isinstance(x, numpy.ndarray) else x for n, x in options.items()}
+    try:
+        _, pullback = laser_core.laser_attention_vjp(*map(give, arrays), backend=backend, **options)
+    except laser_core.Unsupported as refused:
+        print(dtype, given, refused, flush=True)
+        return
+    pullback(give(d_out.astype(kind)))
+    if give is _to_torch:
+        import torch
+
+        torch.cuda.synchronize()
+    else:
+        import cupy
+
+        cupy.cuda.get_current_stream().synchronize()
+
+
+def _to_cupy(x: Any) -> Any:
+    import cupy
+
+    cupy.cuda.set_allocator(None)
+    return None if x is None else cupy.asarray(x)
+
+
+def _to_torch(x: Any) -> Any:
+    import torch
+
+    if x is None:
+        return None
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view("int16")).view(torch.bfloat16).cuda()
+    return torch.from_numpy(x).cuda()
 
 
 def main() -> int:
@@ -63,18 +98,19 @@ def main() -> int:
     parser.add_argument("--backend", default="cupy-cuda")
     parser.add_argument("--dtype", action="append", help="bfloat16, float16, float32; default: all")
     parser.add_argument("--tool", action="append", help=f"{', '.join(TOOLS)}; default: all")
+    parser.add_argument("--problem", action="append", type=int, help=f"0 to {len(PROBLEMS) - 1}; default: all")
     parser.add_argument("--bare", action="store_true", help="run the problems here, under no tool")
     arguments = parser.parse_args()
     dtypes = arguments.dtype or ["bfloat16", "float16", "float32"]
+    problems = arguments.problem or range(len(PROBLEMS))
     if arguments.bare:
-        import cupy
-
-        cupy.cuda.set_allocator(None)
+        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         for dtype in dtypes:
-            for problem in PROBLEMS:
-                run(arguments.backend, dtype, **problem)
+            for number in problems:
+                run(arguments.backend, dtype, **PROBLEMS[number])
         return 0
-    bare = [sys.executable, __file__, "--bare", "--backend", arguments.backend, *(f"--dtype={t}" for t in dtypes)]
+    bare = [sys.executable, __file__, "--bare", "--backend", arguments.backend]
+    bare += [*(f"--dtype={t}" for t in dtypes), *(f"--problem={n}" for n in problems)]
     subprocess.run(bare, check=True)
     found = 0
     for tool in arguments.tool or TOOLS:
