@@ -24,6 +24,7 @@ COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
+FEW_WORKERS = 2  # blocks for each multiprocessor, which have room side by side
 
 
 def why_not(problem: Problem) -> str | None:
@@ -262,40 +263,33 @@ def _run(
     function((grid,), (threads,), (*x.common, *arguments), shared_mem=shared)
 
 
-def values(x: host.Call) -> tuple[host.Values, Array]:
-    """The value pass, in which ``rest`` is room for :func:`rest_of_values`; and zeros, for the keys that need it."""
+def values(x: host.Call) -> host.Values:
+    """The value pass."""
     xp, heads, keys, width = x.machine.xp, x.key_value_heads, x.problem.key_length, x.build.value_dim
     blocks = -(-keys // CHUNK)
-    zeros = xp.zeros(heads * (2 * width + 2), dtype=xp.int32)
-    flags, needed, ranges = zeros[:heads], zeros[heads : 2 * heads], zeros[2 * heads :]
+    zeros = xp.zeros(heads * (2 * width + 1), dtype=xp.int32)
+    flags, ranges = zeros[:heads], zeros[heads:]
     c, hard = x.empty(heads, width, dtype=xp.int32), x.empty(heads, dtype=xp.int32)
     made = x.empty(heads, keys, width)
     sizes = (np.int32(blocks), np.int32(CHUNK))
     _run(x, _passes(x), "hopper_values", heads * blocks, x.v, flags, ranges, made, *sizes)
     _run(x, _passes(x), "hopper_decide", heads, ranges, c, flags, hard)
-    again = (x.v, c, hard, made, np.int32(0), np.int32(WORKERS))
-    _run(x, _passes(x), "hopper_values_again", heads * WORKERS, *again)
-    return host.Values(made, made, c, flags), needed
+    _run(x, _passes(x), "hopper_values_again", heads * WORKERS, x.v, c, hard, made, np.int32(WORKERS))
+    return host.Values(made, made, c, flags)
 
 
-def rest_of_values(x: host.Call, v: host.Values, needed: Array) -> host.Values:
-    """The same with what the rounding of X loses, of the first ``needed`` keys of each head."""
-    rest = x.empty(*v.x.shape)
-    again = (x.v, v.c, needed, rest, np.int32(1), np.int32(WORKERS))
-    _run(x, _passes(x), "hopper_values_again", v.x.shape[0] * WORKERS, *again)
-    return v._replace(rest=rest)
-
-
-def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> tuple[host.Values, Array]:
+def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values:
     """The value pass, and the output of heads inside the fast range.
 
     Returns:
-        What the value pass makes, and a word for each 16 rows: those in which few keys carry the weight, which are
-        left to the portable kernel.
+        What the value pass makes.
     """
-    v, needed = values(x)
-    few = forward_alone(x, v, out, residual, lse, needed)
-    return rest_of_values(x, v, needed), few
+    v = values(x)
+    counts, few = forward_alone(x, v, out, residual, lse)
+    workers = FEW_WORKERS * x.machine.processors
+    sizes = (np.int32(x.heads), np.int32(workers))
+    x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, *sizes)
+    return v
 
 
 def forward_alone(
@@ -304,23 +298,27 @@ def forward_alone(
     out: Array,
     residual: Array | None,
     lse: Array,
-    needed: Array,
     tiles: ForwardTiles | None = None,
-) -> Array:
-    """The forward kernel: the words of :func:`forward`, and how many keys of each head they need exactly."""
+) -> tuple[Array, Array]:
+    """The forward kernel.
+
+    Returns:
+        How many rows of each head are left to ``forward_few``, because few keys carry their weight, and which.
+    """
     xp, problem = x.machine.xp, x.problem
     tiles = tiles or ForwardTiles.of(problem)
-    few = x.empty(x.heads, -(-problem.query_length // 16), dtype=xp.uint32)
-    counter = xp.zeros(1, dtype=xp.int32)
+    few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
+    zeros = xp.zeros(x.heads + 1, dtype=xp.int32)
+    counts, counter = zeros[:-1], zeros[-1:]
     blocks = -(-problem.query_length // tiles.queries)
     grid = min(x.heads * blocks, x.machine.processors)
     section = max(1, L2_BYTES // (2 * problem.key_length * sum(tiles.widths))) * problem.group
     maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys))]
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section, x.heads)))
-    outputs = (out, host.NOTHING if residual is None else residual, lse, few, needed, counter)
+    outputs = (out, host.NOTHING if residual is None else residual, lse, few, counts, counter)
     arguments = (*maps, v.c, v.flags, *outputs, *scalars)
     _run(x, tiles, "hopper_forward", grid, *arguments, threads=tiles.threads, shared=tiles.shared)
-    return few
+    return counts, few
 
 
 def backward(
@@ -331,7 +329,7 @@ def backward(
     Returns:
         What the passes make.
     """
-    v, _ = values(x)
+    v = values(x)
     tiles = BackwardTiles.of(x.problem)
     r, records = rows(x, v, forward, d_out, d_lse, tiles)
     backward_alone(x, v, r, records, dq, dk, dv, tiles)

@@ -5,9 +5,8 @@
 // tile j + 1, then that of the weights of tile j with x, and makes the weights of the former while the latter runs: the
 // tensor cores are busy while exponentials are taken. Key tiles go from the last to the first.
 //
-// Rows in which few keys carry the weight are left to the portable kernel, which adds what the rounding of X lost: here it
-// would cost every row registers. `few` has a word for 16 rows: bit 4 * (row % 8) + row / 8; `needed` how
-// many keys of a head those rows see.
+// Rows in which few keys carry the weight are left to forward_few.cu, which adds what the rounding of X lost: here it would
+// cost every row registers. `few` [B*Hq, Lq] lists them for each head, and `counts` [B*Hq], zero before, says how many.
 
 #define TILE (64 * CONSUMERS)  // queries
 #define FEW (4.f * (1 << P_SHIFT))
@@ -122,10 +121,10 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
   }
 }
 
-// o, its float32 form, l and the rows in which few keys carry the weight, from acc, m and l of 64 rows
+// o, its float32 form, l and the list of rows in which few keys carry the weight, from acc, m and l of 64 rows
 __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float (&acc)[ET / 8][4], const Row (&state)[2],
                                        float factor, int own, const int2 (&c)[ET / 8], u16* out, float* residual,
-                                       float* lse, u32* few, int* needed) {
+                                       float* lse, int* few, int* counts) {
   const int t = threadIdx.x % 4;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
   float log_l[2];
@@ -143,12 +142,11 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
     row[h] = i < pr.query_length ? (i64)at.query * pr.query_length + i : -1;
     if (t == 0 && row[h] >= 0) lse[row[h]] = seen[h] ? fmaf(state[h].m, factor, (float)(n_l[h] - P_SHIFT) + log_l[h]) * LN2 : -INF;
   }
-  const u32 some = __ballot_sync(FULL_WARP, t < 2 && (t == 0 ? carried[0] : carried[1]));
-  const int strip = (own - threadIdx.x % 32 / 4) / 16, strips = (pr.query_length + 15) / 16;
-  if (threadIdx.x % 32 == 0 && strip < strips) {
-    few[(i64)at.query * strips + strip] = some;
-    // the portable kernel has 128 queries in a block at most, and 64 keys in a tile: what it reads has to be finite
-    if (some) atomicMax(needed + at.key, (least(at.k_end, (strip * 16 | 127) + 1 + pr.high) + 63) / 64 * 64);
+  const bool listed = t < 2 && row[t % 2] >= 0 && carried[t % 2];
+  const u32 some = __ballot_sync(FULL_WARP, listed), lane = threadIdx.x % 32;
+  if (some) {
+    const int start = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(counts + at.query, __popc(some)) : 0, 0);
+    if (listed) few[(i64)at.query * pr.query_length + start + __popc(some & (1u << lane) - 1)] = own + t * 8;
   }
 #pragma unroll
   for (int n = 0; n < ET / 8; n += 2) {
@@ -184,7 +182,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
 }
 
 __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* flags, u16* out, float* residual, float* lse,
-                                        u32* few, int* needed, int heads, int tiles, int section, Shared& sm) {
+                                        int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
   const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -281,14 +279,14 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
       if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
       x_ring.next();
     }
-    finish(pr, at, acc, state, factor, own, own_c, out, residual, lse, few, needed);
+    finish(pr, at, acc, state, factor, own, own_c, out, residual, lse, few, counts);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
     const __grid_constant__ TensorMap x_map, const int* c, const int* flags, u16* out, float* residual, float* lse,
-    u32* few, int* needed, int* counter, int heads, int tiles, int section) {
+    int* few, int* counts, int* counter, int heads, int tiles, int section) {
   const Problem pr = THE_PROBLEM;
   extern __shared__ u8 memory[];
   Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
@@ -313,6 +311,6 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
     if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, flags, counter, heads, tiles, section, sm);
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    consume(pr, c, flags, out, residual, lse, few, needed, heads, tiles, section, sm);
+    consume(pr, c, flags, out, residual, lse, few, counts, heads, tiles, section, sm);
   }
 }

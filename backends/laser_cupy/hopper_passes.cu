@@ -1,8 +1,7 @@
 // What comes before the Hopper kernels: passes over values, queries and keys that take as long as reading and writing them.
 //
 // values.cu reads the values twice: c has to be known before X = exp(beta*v) * 2^-c is written. Here X is written with c = 0
-// at once, and again for the heads where that is not in range: c is in no bit of the result. What the rounding of X loses
-// (`rest`) is needed where few keys carry a row, and made for the keys of such rows alone, when these are known.
+// at once, and again for the heads where that is not in range: c is in no bit of the result.
 
 #define VECTORS (EP / 8)                // of a row of values, 16 bytes each
 #define ROWS (THREADS / VECTORS)        // of values that a block reads at once
@@ -30,13 +29,12 @@ __device__ __forceinline__ u32 ordered(float x) {
 }
 __device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
 
-// exp(beta*v) * 2^-c, or the rest of it after rounding; 0 where beta*v is not finite
-__device__ __forceinline__ float value_of(float v, float beta, int c, bool rest) {
+// exp(beta*v) * 2^-c; 0 where beta*v is not finite
+__device__ __forceinline__ float value_of(float v, float beta, int c) {
   const float y = beta * v;
   int n;
-  const float mantissa = split_exp(y, fmaf(beta, v, -y), n), steps = 1 << 21;  // 11 bits of what is left
-  const float x = rest ? scaled(rintf((mantissa - rounded(mantissa)) * steps) / steps, n - c + REST_SHIFT) : scaled(mantissa, n - c);
-  return finite(y) ? x : 0.f;
+  const float mantissa = split_exp(y, fmaf(beta, v, -y), n);
+  return finite(y) ? scaled(mantissa, n - c) : 0.f;
 }
 
 // X [B*Hkv, Lk, EP] with c = 0, and the greatest beta*v and -beta*v of each channel: ranges [B*Hkv, 2, EP], zero before
@@ -60,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
 #pragma unroll
     for (int h = 0; h < 8; h++) {
       const float y = p.beta * from[h];
-      to[h] = inside ? value_of(from[h], p.beta, 0, false) : 0.f;
+      to[h] = inside ? value_of(from[h], p.beta, 0) : 0.f;
       odd |= !(y < INF);
       if (inside && finite(y)) { most[0][h] = fmaxf(most[0][h], y); most[1][h] = fmaxf(most[1][h], -y); }
     }
@@ -99,23 +97,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_decide(PROBLEM, con
   hard[kv] = any_hard && !any_outside;
 }
 
-// X with c, of hard heads; or the rest of X, of the first `needed` keys of a head. Mostly there is little to do: `workers`
-// blocks for a head.
+// X with c, of hard heads. Mostly there is nothing to do: `workers` blocks for a head.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
-    PROBLEM, const u16* v, const int* c, const int* needed, u16* x, int rest, int workers) {
+    PROBLEM, const u16* v, const int* c, const int* hard, u16* x, int workers) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x / workers, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
-  const int needs = rest ? least(needed[kv], p.key_length) : needed[kv] ? p.key_length : 0;
-  if (own >= ROWS) return;
+  if (own >= ROWS || !hard[kv]) return;
   const Head at = head_of(p, kv * p.group);
-  for (int j = blockIdx.x % workers * ROWS + own; j < needs; j += workers * ROWS) {
+  for (int j = blockIdx.x % workers * ROWS + own; j < p.key_length; j += workers * ROWS) {
     const i64 row = (i64)kv * p.key_length + j;
     const bool inside = j < at.k_end && e < p.value_dim;
     Eight from = {};
     if (inside) from = *(const Eight*)(v + row * p.value_dim + e);
     float to[8];
 #pragma unroll
-    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, c[(i64)kv * CP + e + h], rest) : 0.f;
+    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, c[(i64)kv * CP + e + h]) : 0.f;
     *(Eight*)(x + row * EP + e) = rounded(to);
   }
 }

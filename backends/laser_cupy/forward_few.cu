@@ -1,0 +1,197 @@
+// Rows in which few keys carry the weight, for the Hopper kernel, which leaves them: the rounding of X does not average out
+// there, so X is the sum of two 16-bit numbers (values.cu), made from the values on the fly.
+//
+// rows [B*Hq, Lq] lists such rows of each head in any order, and counts [B*Hq] says how many they are. A block takes 64 of a
+// head at a time, 16 for each warp, and walks over tiles of 64 keys. No bit of a row depends on the others of its block.
+
+#if !FLOAT32 && EXP && !EXPM1 && DP <= 128 && EP <= 128
+#define FEW_KEYS 64
+
+struct FewTiles {
+  element k[2][FEW_KEYS * (DP + PAD)], x[2][FEW_KEYS * (EP + PAD)], rest[FEW_KEYS * (EP + PAD)];  // x: first v
+  int row[64], groups[THREADS];
+};
+
+// begins to copy rows of a matrix with so many columns, a multiple of 8, into a tile; zeros beyond
+__device__ __forceinline__ void few_begin(element* tile, int cells, const element* from, int start, int end, int columns) {
+#pragma unroll 4
+  for (int n = threadIdx.x; n < FEW_KEYS * cells / PER; n += THREADS) {
+    const int j = n / (cells / PER), e = n % (cells / PER) * PER;
+    const bool there = start + j < end && e < columns;
+    copy_begin(tile + j * (cells + PAD) + e, there ? from + (i64)(start + j) * columns + e : from, there);
+  }
+}
+
+// x and rest of values, in place
+__device__ __forceinline__ void few_values(const Problem& p, element* x, element* rest, const int* c, int keys) {
+  for (int n = threadIdx.x; n < FEW_KEYS * EP / PER; n += THREADS) {
+    const int j = n / (EP / PER), e = n % (EP / PER) * PER, at = j * (EP + PAD) + e;
+    Vector from = *(const Vector*)(x + at), left = {};
+#pragma unroll
+    for (int h = 0; h < PER; h++) {
+      const float one = widen(from.x[h]), y = p.beta * one, steps = 1 << 21;  // 11 bits of what is left
+      from.x[h] = 0;
+      if (j >= keys || e >= p.value_dim || !finite(y)) continue;
+      int exponent;
+      const float mantissa = split_exp(y, fmaf(p.beta, one, -y), exponent), coarse = rounded(mantissa);
+      exponent -= c[e + h];
+      from.x[h] = narrow(scaled(coarse, exponent));
+      left.x[h] = narrow(scaled(rintf((mantissa - coarse) * steps) / steps, exponent + REST_SHIFT));
+    }
+    *(Vector*)(x + at) = from;
+    *(Vector*)(rest + at) = left;
+  }
+}
+
+// acc [16, EP] += p [16, FEW_KEYS] · x [FEW_KEYS, EP]
+__device__ __forceinline__ void few_add(float (&acc)[EP / 8][4], const Left (&p)[FEW_KEYS / 16], const element* x) {
+#pragma unroll
+  for (int k = 0; k < FEW_KEYS / 16; k++)
+#pragma unroll
+    for (int e = 0; e < EP / 16; e++) {
+      Right b;
+      load_b_transposed(b, x + k * 16 * (EP + PAD) + e * 16, EP + PAD);
+      mma(acc[2 * e], acc[2 * e + 1], p[k], b);
+    }
+}
+
+__device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const element* q, const element* k, const element* v, const int* c,
+                                         const int* rows, int count, element* out, float* residual, float* lse, FewTiles& sm) {
+  const int tid = threadIdx.x, warp = tid / 32, g = tid % 32 / 4, t = tid % 4;
+  __syncthreads();  // nobody reads the tiles any more
+  if (tid < 64) sm.row[tid] = tid < count ? rows[tid] : -1;
+  __syncthreads();
+  int least_row = sm.row[0], greatest_row = sm.row[0];
+  for (int n = 1; n < count; n++) {
+    least_row = least(least_row, sm.row[n]);
+    greatest_row = greatest(greatest_row, sm.row[n]);
+  }
+  const int first = greatest(0, least_row + p.low) / FEW_KEYS;
+  const int end = (least(at.k_end, greatest_row + p.high + 1) + FEW_KEYS - 1) / FEW_KEYS;
+  auto begin = [&](int tile) {
+    few_begin(sm.k[(tile - first) % 2], DP, k, tile * FEW_KEYS, at.k_end, WIDTH);
+    few_begin(sm.x[(tile - first) % 2], EP, v, tile * FEW_KEYS, at.k_end, p.value_dim);
+  };
+  for (int n = tid; n < 64 * (DP / PER); n += THREADS) {
+    const int i = n / (DP / PER), d = n % (DP / PER) * PER;
+    const bool there = sm.row[i] >= 0 && d < WIDTH;
+    copy_begin(sm.k[1] + i * (DP + PAD) + d, there ? q + (i64)sm.row[i] * WIDTH + d : q, there);
+  }
+  begin(first);
+  copy_wait();
+  __syncthreads();
+  Left own_q[DP / 16];
+#pragma unroll
+  for (int d = 0; d < DP / 16; d++) load_a(own_q[d], sm.k[1] + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
+
+  const int own[2] = {sm.row[warp * 16 + g], sm.row[warp * 16 + g + 8]};
+  const float factor = p.scale * LOG2E;
+  float acc[EP / 8][4] = {}, m[2] = {-INF, -INF}, l[2] = {0.f, 0.f}, total[4] = {};  // total: the sum of the rounded weights
+  for (int tile = first; tile < end; tile++) {
+    const int j0 = tile * FEW_KEYS, stage = (tile - first) % 2;
+    copy_wait();
+    __syncthreads();  // this tile is there, and nobody reads the one before
+    if (tile + 1 < end) begin(tile + 1);
+    few_values(p, sm.x[stage], sm.rest, c, at.k_end - j0);
+    float s[FEW_KEYS / 8][4] = {};
+#pragma unroll
+    for (int d = 0; d < DP / 16; d++)
+#pragma unroll
+      for (int j = 0; j < FEW_KEYS / 16; j++) {
+        Right b;
+        load_b(b, sm.k[stage] + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+        mma(s[2 * j], s[2 * j + 1], own_q[d], b);
+      }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int from = own[h] + p.low - j0, to = own[h] < 0 ? -1 : least(at.k_end - 1, own[h] + p.high) - j0;
+      float top = -INF;
+#pragma unroll
+      for (int j = 0; j < FEW_KEYS / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int column = j * 8 + t * 2 + r;
+          float& one = s[j][2 * h + r];
+          one = column >= from && column <= to ? one : -INF;
+          top = fmaxf(top, one);
+        }
+      top = row_max(top);
+      const float next = fmaxf(m[h], top == -INF ? -INF : top * factor), minus_m = P_SHIFT - (next == -INF ? 0.f : next);
+      const float shrink = m[h] == next ? 1.f : exp2_fast(m[h] - next);
+      m[h] = next;
+      l[h] *= shrink;
+      total[2 * h] *= shrink;
+#pragma unroll
+      for (int e = 0; e < EP / 8; e++) { acc[e][2 * h] *= shrink; acc[e][2 * h + 1] *= shrink; }
+#pragma unroll
+      for (int j = 0; j < FEW_KEYS / 8; j++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          float& one = s[j][2 * h + r];
+          one = exp2_fast(fmaf(one, factor, minus_m));
+          l[h] += one;
+        }
+    }
+    Left w[FEW_KEYS / 16];
+    const u32 one = pack(1.f, 1.f);
+#pragma unroll
+    for (int j = 0; j < FEW_KEYS / 16; j++) {
+      left_of(w[j], s[2 * j], s[2 * j + 1]);
+      mma(total, w[j].x, one, one);
+    }
+    __syncthreads();  // x and rest are there
+    few_add(acc, w, sm.x[stage]);
+#pragma unroll
+    for (int j = 0; j < FEW_KEYS / 16; j++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) w[j].x[r] = shifted(w[j].x[r], -REST_SHIFT);
+    few_add(acc, w, sm.rest);
+  }
+  const float inverse_of_beta = inverse_of(p.beta);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float sum = row_sum(l[h]), inverse = 1.f / total[2 * h];
+    if (own[h] < 0) continue;
+    if (t == 0) lse[own[h]] = (m[h] - P_SHIFT) / UNIT + logf(sum);
+#pragma unroll
+    for (int e = 0; e < EP / 8; e++) {
+      const int channel = e * 8 + t * 2;
+      if (channel >= p.value_dim) continue;
+      float o[2];
+      for (int r = 0; r < 2; r++) o[r] = split_log(acc[e][2 * h + r] * inverse, c[channel + r]) * inverse_of_beta;
+      const i64 to = (i64)own[h] * p.value_dim + channel;
+      store_pair(out + to, o[0], o[1]);
+      if (residual) store_two(residual + to, o[0], o[1]);
+    }
+  }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward_few(
+    PROBLEM, const element* q, const element* k, const element* v, const int* c, const int* counts, const int* rows, element* out,
+    float* residual, float* lse, int heads, int workers) {
+#if !FLOAT32 && EXP && !EXPM1 && DP <= 128 && EP <= 128
+  const Problem p = THE_PROBLEM;
+  SHARED_MEMORY(raw);
+  FewTiles& sm = *(FewTiles*)raw;
+  int part = blockIdx.x;  // of 64 rows, counted from the head `start + n`
+  for (int start = 0; start < heads; start += THREADS) {
+    const int own = start + (int)threadIdx.x < heads ? (counts[start + threadIdx.x] + 63) / 64 : 0;
+    if (!__syncthreads_or(own)) continue;
+    sm.groups[threadIdx.x] = own;
+    __syncthreads();
+    for (int n = 0; n < THREADS; n++) {
+      const int groups = sm.groups[n];
+      for (; part < groups; part += workers) {
+        const Head at = head_of(p, start + n);
+        const i64 first = (i64)at.query * p.query_length, keys = (i64)at.key * p.key_length;
+        const int count = least(64, counts[at.query] - part * 64);
+        few_rows(p, at, q + first * WIDTH, k + keys * WIDTH, v + keys * p.value_dim, c + at.key * CP, rows + first + part * 64, count,
+                 out + first * p.value_dim, residual ? residual + first * p.value_dim : nullptr, lse + first, sm);
+      }
+      part -= groups;
+    }
+    __syncthreads();
+  }
+#endif
+}
