@@ -175,7 +175,7 @@ class Build:
 
     @property
     def _few(self) -> int:
-        """Of forward_few.cu: two tiles of k and of x, one of rest, and which rows and heads."""
+        """Of forward_few.cu: a tile of q, of k and of rest, two of x, and which rows and heads."""
         if not self.narrow or self.expm1 or max(self.padded, self.value_dim) > 128:
             return 0
         return 2 * 64 * (2 * (self.padded + _PAD) + 3 * (self.value_dim + _PAD)) + 4 * (64 + THREADS)

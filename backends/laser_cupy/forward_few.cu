@@ -8,7 +8,7 @@
 #define FEW_KEYS 64
 
 struct FewTiles {
-  element k[2][FEW_KEYS * (DP + PAD)], x[2][FEW_KEYS * (EP + PAD)], rest[FEW_KEYS * (EP + PAD)];  // x: first v
+  element q[64 * (DP + PAD)], k[FEW_KEYS * (DP + PAD)], x[2][FEW_KEYS * (EP + PAD)], rest[FEW_KEYS * (EP + PAD)];  // x: first v
   int row[64], groups[THREADS];
 };
 
@@ -68,21 +68,15 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
   }
   const int first = greatest(0, least_row + p.low) / FEW_KEYS;
   const int end = (least(at.k_end, greatest_row + p.high + 1) + FEW_KEYS - 1) / FEW_KEYS;
-  auto begin = [&](int tile) {
-    few_begin(sm.k[(tile - first) % 2], DP, k, tile * FEW_KEYS, at.k_end, WIDTH);
-    few_begin(sm.x[(tile - first) % 2], EP, v, tile * FEW_KEYS, at.k_end, p.value_dim);
-  };
+  auto begin_k = [&](int tile) { few_begin(sm.k, DP, k, tile * FEW_KEYS, at.k_end, WIDTH); };
+  auto begin_v = [&](int tile) { few_begin(sm.x[(tile - first) % 2], EP, v, tile * FEW_KEYS, at.k_end, p.value_dim); };
   for (int n = tid; n < 64 * (DP / PER); n += THREADS) {
     const int i = n / (DP / PER), d = n % (DP / PER) * PER;
     const bool there = sm.row[i] >= 0 && d < WIDTH;
-    copy_begin(sm.k[1] + i * (DP + PAD) + d, there ? q + (i64)sm.row[i] * WIDTH + d : q, there);
+    copy_begin(sm.q + i * (DP + PAD) + d, there ? q + (i64)sm.row[i] * WIDTH + d : q, there);
   }
-  begin(first);
-  copy_wait();
-  __syncthreads();
-  Left own_q[DP / 16];
-#pragma unroll
-  for (int d = 0; d < DP / 16; d++) load_a(own_q[d], sm.k[1] + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
+  begin_k(first);
+  begin_v(first);
 
   const int own[2] = {sm.row[warp * 16 + g], sm.row[warp * 16 + g + 8]};
   const float factor = p.scale * LOG2E;
@@ -90,18 +84,21 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
   for (int tile = first; tile < end; tile++) {
     const int j0 = tile * FEW_KEYS, stage = (tile - first) % 2;
     copy_wait();
-    __syncthreads();  // this tile is there, and nobody reads the one before
-    if (tile + 1 < end) begin(tile + 1);
+    __syncthreads();  // this tile is there, and nobody reads the x before
+    if (tile + 1 < end) begin_v(tile + 1);
     few_values(p, sm.x[stage], sm.rest, c, at.k_end - j0);
     float s[FEW_KEYS / 8][4] = {};
 #pragma unroll
-    for (int d = 0; d < DP / 16; d++)
+    for (int d = 0; d < DP / 16; d++) {
+      Left a;
+      load_a(a, sm.q + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
       for (int j = 0; j < FEW_KEYS / 16; j++) {
         Right b;
-        load_b(b, sm.k[stage] + j * 16 * (DP + PAD) + d * 16, DP + PAD);
-        mma(s[2 * j], s[2 * j + 1], own_q[d], b);
+        load_b(b, sm.k + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+        mma(s[2 * j], s[2 * j + 1], a, b);
       }
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int from = own[h] + p.low - j0, to = own[h] < 0 ? -1 : least(at.k_end - 1, own[h] + p.high) - j0;
@@ -139,7 +136,8 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
       left_of(w[j], s[2 * j], s[2 * j + 1]);
       mma(total, w[j].x, one, one);
     }
-    __syncthreads();  // x and rest are there
+    __syncthreads();  // x and rest are there, and nobody reads k any more
+    if (tile + 1 < end) begin_k(tile + 1);
     few_add(acc, w, sm.x[stage]);
 #pragma unroll
     for (int j = 0; j < FEW_KEYS / 16; j++)
