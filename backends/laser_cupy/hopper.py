@@ -19,7 +19,7 @@ CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
-L2_BYTES = 24 << 20  # k and X of the heads that run together should fit in this much
+AHEAD = 1024  # queries that read a key/value head and take longer than idle warps take to make its X
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
 CHUNK = 64  # keys of a block of a pass over the values
@@ -60,7 +60,7 @@ class Operands:
     columns: int
     value_dim: int
 
-    SOURCES: ClassVar[tuple[str, ...]] = (*COMMON, "hopper_passes.cu")
+    SOURCES: ClassVar[tuple[str, ...]] = (*COMMON, "hopper.cu", "hopper_values.cu", "hopper_passes.cu")
     ALLOWED: ClassVar[dict[str, Any]] = {"columns": range(8, 129, 8), "value_dim": range(16, 129, 16)}
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class ForwardTiles(Operands):
 
     # of a producer's and of a consumer's thread; together no more than a block is launched with
     REGISTERS: ClassVar = {2: (40, 232), 3: (32, 160)}
-    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_forward.cu")
+    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_values.cu", "hopper_forward.cu")
     ALLOWED: ClassVar = Operands.ALLOWED | {
         "consumers": (2, 3),
         "keys": (64, 128),
@@ -284,8 +284,7 @@ def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Value
     Returns:
         What the value pass makes.
     """
-    v = values(x)
-    counts, few = forward_alone(x, v, out, residual, lse)
+    v, counts, few = forward_alone(x, out, residual, lse)
     workers = FEW_WORKERS * x.machine.processors
     sizes = (np.int32(x.heads), np.int32(workers))
     x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, *sizes)
@@ -293,32 +292,35 @@ def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Value
 
 
 def forward_alone(
-    x: host.Call,
-    v: host.Values,
-    out: Array,
-    residual: Array | None,
-    lse: Array,
-    tiles: ForwardTiles | None = None,
-) -> tuple[Array, Array]:
-    """The forward kernel.
+    x: host.Call, out: Array, residual: Any, lse: Array, tiles: ForwardTiles | None = None
+) -> tuple[host.Values, Array, Array]:
+    """The forward kernel, which makes X too.
 
     Returns:
-        How many rows of each head are left to ``forward_few``, because few keys carry their weight, and which.
+        What the value pass makes, how many rows of each head are left to ``forward_few``, because few keys carry their
+        weight, and which.
     """
-    xp, problem = x.machine.xp, x.problem
+    xp, problem, kv_heads, width = x.machine.xp, x.problem, x.key_value_heads, x.build.value_dim
     tiles = tiles or ForwardTiles.of(problem)
-    few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
-    zeros = xp.zeros(x.heads + 1, dtype=xp.int32)
-    counts, counter = zeros[:-1], zeros[-1:]
     blocks = -(-problem.query_length // tiles.queries)
-    grid = min(x.heads * blocks, x.machine.processors)
-    section = max(1, L2_BYTES // (2 * problem.key_length * sum(tiles.widths))) * problem.group
-    maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys))]
-    scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section, x.heads)))
-    outputs = (out, host.NOTHING if residual is None else residual, lse, few, counts, counter)
-    arguments = (*maps, v.c, v.flags, *outputs, *scalars)
-    _run(x, tiles, "hopper_forward", grid, *arguments, threads=tiles.threads, shared=tiles.shared)
-    return counts, few
+    parts = {"ranges": kv_heads * 2 * width, "flags": kv_heads, "done": kv_heads, "ready": kv_heads, "next": 1}
+    parts |= {"counts": x.heads, "counter": 1}
+    ends = np.cumsum(list(parts.values())).tolist()
+    zeros = xp.zeros(ends[-1], dtype=xp.int32)
+    zero = {name: zeros[end - size : end] for (name, size), end in zip(parts.items(), ends, strict=True)}
+    made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
+    few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
+    # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
+    section = -(-x.machine.processors // (blocks * problem.group))
+    first = min(section, kv_heads) if problem.group * problem.query_length >= AHEAD else kv_heads
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys))]
+    values = (x.v, made, zero["ranges"], c, *(zero[n] for n in ("flags", "done", "ready", "next")), np.int32(first))
+    outputs = (out, residual, lse, few, zero["counts"], zero["counter"])
+    scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
+    arguments = (*maps, *values, *outputs, *scalars)
+    shape = {"threads": tiles.threads, "shared": tiles.shared}
+    _run(x, tiles, "hopper_forward", x.machine.processors, *arguments, **shape)
+    return host.Values(made, made, c, zero["flags"]), zero["counts"], few
 
 
 def backward(

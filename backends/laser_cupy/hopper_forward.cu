@@ -5,6 +5,10 @@
 // tile j + 1, then that of the weights of tile j with x, and makes the weights of the former while the latter runs: the
 // tensor cores are busy while exponentials are taken. Key tiles go from the last to the first.
 //
+// X of the first heads is made by all warps before these roles begin, that of the others by the three idle warps of the
+// producer's warpgroup (hopper_values.cu). A producer waits until X of its head is there. It cannot wait for ever: a block
+// has a multiprocessor for itself and there are no more blocks than those, so all of them run, and who makes X never waits.
+//
 // Rows in which few keys carry the weight are left to forward_few.cu, which adds what the rounding of X lost: here it would
 // cost every row registers. `few` [B*Hq, Lq] lists them for each head, and `counts` [B*Hq], zero before, says how many.
 
@@ -91,19 +95,28 @@ __device__ __forceinline__ float log2_split(float a, int& n) {
 }
 
 __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* x_map,
-                                        const int* flags, int* counter, int heads, int tiles, int section, Shared& sm) {
+                                        const ValuePass& pass, int* counter, int heads, int tiles, int section, Shared& sm) {
   Ring<STAGES> ring;
-  int turn = 0;
-  for (int uses = 0;; turn++) {
-    const int index = DYNAMIC ? atomicAdd(counter, 1) : blockIdx.x + turn * gridDim.x;
+  for (int turn = 0, uses = 0, n = 0;; turn++) {
+    int index;
+    Place place = {};
+    bool outside;
+    do {  // a head outside the fast range is left to the exact path
+      index = DYNAMIC ? atomicAdd(counter, 1) : blockIdx.x + n++ * gridDim.x;
+      outside = false;
+      if (index < heads * tiles) {
+        place = place_of(index, tiles, heads, section);
+        wait_for_values(pass, place.head / pr.group);
+        outside = __ldcg(pass.flags + place.head / pr.group) & OUTSIDE;
+      }
+    } while (outside);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
     sm.drawn[turn % 2] = index;
     barrier_arrive(&sm.drawn_full[turn % 2]);
     if (index >= heads * tiles) return;
-    const Place place = place_of(index, tiles, heads, section);
     const Head at = head_of(pr, place.head);
     const Span span = span_of(pr, at, place.i0);
-    if (flags[at.key] & OUTSIDE || span.first == span.end) continue;
+    if (span.first == span.end) continue;
     barrier_wait(&sm.q_free, uses++ % 2 ^ 1);
     barrier_expect(&sm.q_full, CONSUMERS * Q_BYTES);
 #pragma unroll 1
@@ -181,8 +194,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
   }
 }
 
-__device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* flags, u16* out, float* residual, float* lse,
-                                        int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
+__device__ __forceinline__ void consume(const Problem& pr, const int* c, u16* out, float* residual, float* lse, int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
   const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -200,7 +212,6 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
     const Place place = place_of(index, tiles, heads, section);
     const Head at = head_of(pr, place.head);
     const Span span = span_of(pr, at, place.i0);
-    if (flags[at.key] & OUTSIDE) continue;
     const int own = place.i0 + row, i0 = place.i0 + which * 64, i1 = least(i0 + 64, pr.query_length);
     float acc[ET / 8][4] = {}, shrink[2];
     Row state[2];
@@ -209,7 +220,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #pragma unroll
       for (int n = 0; n < ET / 8; n++) {
         const int e = n * 8 + threadIdx.x % 4 * 2;
-        own_c[n] = e < EP ? *(const int2*)(c + (i64)at.key * CP + e) : make_int2(0, 0);
+        own_c[n] = e < EP ? __ldcg((const int2*)(c + (i64)at.key * CP + e)) : make_int2(0, 0);
       }
     };
     if (span.first == span.end) load_c();
@@ -285,8 +296,9 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const int* c, const int* flags, u16* out, float* residual, float* lse,
-    int* few, int* counts, int* counter, int heads, int tiles, int section) {
+    const __grid_constant__ TensorMap x_map, const u16* v, u16* x, u32* ranges, int* c, int* flags, int* done, int* ready, int* next,
+    int first, u16* out, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
+  const ValuePass pass = {v, x, ranges, c, flags, done, ready, next, first};
   const Problem pr = THE_PROBLEM;
   extern __shared__ u8 memory[];
   Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
@@ -305,12 +317,14 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
     }
     barrier_init_done();
   }
+  first_values(pr, pass);
   __syncthreads();
   if (threadIdx.x < 128) {
     registers_give<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, flags, counter, heads, tiles, section, sm);
+    if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, pass, counter, heads, tiles, section, sm);
+    if (threadIdx.x >= 32) more_values<CONSUMERS == 2 ? 2 : 1>(pr, pass, heads / pr.group);
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    consume(pr, c, flags, out, residual, lse, few, counts, heads, tiles, section, sm);
+    consume(pr, c, out, residual, lse, few, counts, heads, tiles, section, sm);
   }
 }

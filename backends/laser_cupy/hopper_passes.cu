@@ -1,41 +1,8 @@
 // What comes before the Hopper kernels: passes over values, queries and keys that take as long as reading and writing them.
-//
-// values.cu reads the values twice: c has to be known before X = exp(beta*v) * 2^-c is written. Here X is written with c = 0
-// at once, and again for the heads where that is not in range: c is in no bit of the result.
 
 #define VECTORS (EP / 8)                // of a row of values, 16 bytes each
 #define ROWS (THREADS / VECTORS)        // of values that a block reads at once
 #define LANES (WIDTH > 64 || EP > 64 ? 16 : 8)  // of a row in hopper_terms
-#if FLOAT16
-#define EASY_LOW -14.f  // bits of X with c = 0 that are in range
-#define EASY_HIGH 15.f
-#else
-#define EASY_LOW -49.f
-#define EASY_HIGH 49.f
-#endif
-
-struct alignas(16) Eight {
-  u32 x[4];
-  __device__ __forceinline__ float operator[](int n) const { return widen((u16)(x[n / 2] >> n % 2 * 16)); }
-};
-__device__ __forceinline__ Eight rounded(const float (&x)[8]) {
-  return {{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])}};
-}
-
-// numbers as integers of the same order, all above 0
-__device__ __forceinline__ u32 ordered(float x) {
-  const u32 bits = float_as_bits(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
-
-// exp(beta*v) * 2^-c; 0 where beta*v is not finite
-__device__ __forceinline__ float value_of(float v, float beta, int c) {
-  const float y = beta * v;
-  int n;
-  const float mantissa = split_exp(y, fmaf(beta, v, -y), n);
-  return finite(y) ? scaled(mantissa, n - c) : 0.f;
-}
 
 // X [B*Hkv, Lk, EP] with c = 0, and the greatest beta*v and -beta*v of each channel: ranges [B*Hkv, 2, EP], zero before
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
@@ -81,17 +48,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_decide(PROBLEM, const u32* ranges, int* c, int* flags, int* hard) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x, e = threadIdx.x;
-  const float reach = fminf(MAX_BITS, SUM_BITS - log2f((float)greatest(p.key_length, 1)));
-  bool outside = false, easy = true;
-  int own = 0;
-  if (e < EP && ranges[(i64)kv * 2 * EP + e]) {
-    const float high = number(ranges[(i64)kv * 2 * EP + e]), low = -number(ranges[((i64)kv * 2 + 1) * EP + e]);
-    outside = !((high - low) * LOG2E <= reach);
-    easy = low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH;
-    own = outside ? 0 : (int)rintf(fminf(fmaxf((0.5f * low + 0.5f * high) * LOG2E, -1e9f), 1e9f));
-  }
-  const bool any_outside = __syncthreads_or(outside), any_hard = __syncthreads_or(!easy);
-  if (e < EP) c[(i64)kv * CP + e] = any_hard ? own : 0;
+  const Choice own = e < EP ? choose(p, ranges[(i64)kv * 2 * EP + e], ranges[((i64)kv * 2 + 1) * EP + e]) : Choice{false, true, 0};
+  const bool any_outside = __syncthreads_or(own.outside), any_hard = __syncthreads_or(!own.easy);
+  if (e < EP) c[(i64)kv * CP + e] = any_hard ? own.c : 0;
   if (e) return;
   if (any_outside) atomicOr(flags + kv, OUTSIDE);
   hard[kv] = any_hard && !any_outside;

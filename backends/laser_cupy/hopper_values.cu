@@ -1,0 +1,242 @@
+// X = exp(beta*v) * 2^-c for the Hopper kernels, made by single warps.
+//
+// values.cu reads the values twice: c has to be known before X is written. Here X is written with c = 0 at once, and again for
+// the heads where that is not in range: c is in no bit of the result.
+
+#define X_LANES (EP > 64 ? 16 : 8)  // of a row of values, 8 channels each
+#define X_ROWS (32 / X_LANES)       // of a warp
+#if FLOAT16
+#define EASY_LOW -14.f  // bits of X with c = 0 that are in range
+#define EASY_HIGH 15.f
+#define PAIRS "f16x2"
+#else
+#define EASY_LOW -49.f
+#define EASY_HIGH 49.f
+#define PAIRS "bf16x2"
+#endif
+
+struct alignas(16) Eight {
+  u32 x[4];
+  __device__ __forceinline__ float operator[](int n) const { return widen((u16)(x[n / 2] >> n % 2 * 16)); }
+};
+__device__ __forceinline__ Eight rounded(const float (&x)[8]) {
+  return {{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])}};
+}
+
+// numbers as integers of the same order, all above 0
+__device__ __forceinline__ u32 ordered(float x) {
+  const u32 bits = float_as_bits(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
+
+// exp(beta*v) * 2^-c; 0 where beta*v is not finite
+__device__ __forceinline__ float value_of(float v, float beta, int c) {
+  const float y = beta * v;
+  int n;
+  const float mantissa = split_exp(y, fmaf(beta, v, -y), n);
+  return finite(y) ? scaled(mantissa, n - c) : 0.f;
+}
+// the same bits for c = 0 where the result is normal
+__device__ __forceinline__ float easy_value_of(float v, float beta) {
+  const float y = beta * v, shifted = __fadd_rn(__fmul_rn(y, LOG2E), 12582912.f), whole = shifted - 12582912.f;  // 1.5 * 2^23
+  const float left = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(beta, v, -y);
+  return bits_as_float(float_as_bits(exp2_fast(left * LOG2E)) + (float_as_bits(shifted) << 23));
+}
+
+// What the integer of a channel, and the path of its head, rest on
+struct Choice { bool outside, easy; int c; };
+__device__ __forceinline__ Choice choose(const Problem& p, u32 highest, u32 lowest) {  // ordered beta*v and -beta*v
+  if (!highest) return {false, true, 0};
+  const float reach = fminf(MAX_BITS, SUM_BITS - log2f((float)greatest(p.key_length, 1)));
+  const float high = number(highest), low = -number(lowest);
+  const bool outside = !((high - low) * LOG2E <= reach);
+  return {outside, low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH,
+          outside ? 0 : (int)rintf(fminf(fmaxf((0.5f * low + 0.5f * high) * LOG2E, -1e9f), 1e9f))};
+}
+
+// of two numbers each; NaN if one is
+__device__ __forceinline__ u32 max_pair(u32 a, u32 b) {
+  u32 d;
+  asm("max.NaN." PAIRS " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ u32 min_pair(u32 a, u32 b) {
+  u32 d;
+  asm("min.NaN." PAIRS " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// The value pass as other work of a kernel that reads X. All integers are zero before.
+struct ValuePass {
+  const u16* v;
+  u16* x;       // [B*Hkv, Lk, EP]
+  u32* ranges;  // [B*Hkv, 2, EP]: the greatest beta*v and -beta*v of each channel
+  int *c, *flags;
+  int *done, *ready;  // [B*Hkv]: runs of keys of which X is written; whether the head can be worked on
+  int* next;          // run
+  int first;          // key/value heads that are made by all warps together, before anything else
+};
+
+// Where something of a run is not finite: X is zero there, and it is no part of the range. `end`: of the keys of this lane
+__device__ __forceinline__ void make_odd_run(const Problem& p, const ValuePass& pass, int kv, int j0, int end) {
+  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8;
+  bool odd = false;
+#pragma unroll 1
+  for (int j = j0 + lane / X_LANES; j < end; j += X_ROWS)
+#pragma unroll 1
+    for (int h = e; h < e + 8; h++) {
+      const i64 row = (i64)kv * p.key_length + j;
+      const float y = p.beta * widen(pass.v[row * p.value_dim + h]);
+      odd |= !(y < INF);
+      if (finite(y)) {
+        atomicMax(pass.ranges + (i64)kv * 2 * EP + h, ordered(y));
+        atomicMax(pass.ranges + ((i64)kv * 2 + 1) * EP + h, ordered(-y));
+      } else pass.x[row * EP + h] = 0;
+    }
+  if (__any_sync(FULL_WARP, odd) && lane == 0) atomicOr(pass.flags + kv, BROKEN);
+}
+
+// A run of keys [j0, j1) of a head, with c = 0, and its range. DEPTH loads are under way at once.
+template <int DEPTH> __device__ __forceinline__ void make_run(const Problem& p, const ValuePass& pass, int kv, int j0, int j1) {
+  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
+  j1 = e < EP ? least(j1, p.key_length) : 0;
+  const int k_end = p.key_lengths ? p.key_lengths[kv * p.group / p.query_heads] : j1, end = e < p.value_dim ? least(j1, k_end) : 0;
+  const i64 row = (i64)kv * p.key_length + j0 + own;
+  const u16* from = pass.v + row * p.value_dim + e;
+  u16* to = pass.x + row * EP + e;
+  u32 high[4], low[4];
+#pragma unroll
+  for (int n = 0; n < 4; n++) { high[n] = pack(-INF, -INF); low[n] = pack(INF, INF); }
+#pragma unroll 1
+  for (int j = j0 + own; j < j1; j += X_ROWS * DEPTH) {
+    Eight some[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+      if (j + d * X_ROWS < end) some[d] = *(const Eight*)(from + d * X_ROWS * p.value_dim);
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      Eight made = {};
+      if (j + d * X_ROWS < end) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          high[n] = max_pair(high[n], some[d].x[n]);
+          low[n] = min_pair(low[n], some[d].x[n]);
+          made.x[n] = pack(easy_value_of(some[d][2 * n], p.beta), easy_value_of(some[d][2 * n + 1], p.beta));
+        }
+      }
+      if (j + d * X_ROWS < j1) *(Eight*)(to + d * X_ROWS * EP) = made;
+    }
+    from += X_ROWS * DEPTH * p.value_dim;
+    to += X_ROWS * DEPTH * EP;
+  }
+#pragma unroll
+  for (int m = X_LANES; m < 32; m *= 2)
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      high[n] = max_pair(high[n], __shfl_xor_sync(FULL_WARP, high[n], m));
+      low[n] = min_pair(low[n], __shfl_xor_sync(FULL_WARP, low[n], m));
+    }
+  const bool some = own < 2 && j0 < end;
+#pragma unroll
+  for (int n = 0; n < 4; n++)
+    if (own == 1) high[n] = low[n];
+  bool fine = true;
+#pragma unroll
+  for (int n = 0; n < 4; n++) fine &= finite(p.beta * widen((u16)high[n])) && finite(p.beta * widen((u16)(high[n] >> 16)));
+  if (__any_sync(FULL_WARP, some && !fine)) return make_odd_run(p, pass, kv, j0, end);
+  if (!some) return;
+  const int side = (own == 1) != (p.beta < 0.f);
+  u32* range = pass.ranges + ((i64)kv * 2 + side) * EP + e;
+#pragma unroll
+  for (int h = 0; h < 8; h++) {
+    const float y = p.beta * widen((u16)(high[h / 2] >> h % 2 * 16));
+    atomicMax(range + h, ordered(side ? -y : y));
+  }
+}
+
+// Says that so many of `all` runs of a head are written. Who says the last makes the integers and the flags, writes X again in
+// the rare case that c = 0 is not in range, and lets the head be worked on.
+__device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass, int kv, int count, int all) {
+  const int lane = threadIdx.x % 32;
+  publish_global();  // X is read by the copy engine
+  __threadfence();
+  __syncwarp();
+  const int before = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.done + kv, count) : 0, 0);
+  if (before + count < all) return;
+  __threadfence();
+  bool outside = false, easy = true;
+  for (int e = lane; e < EP; e += 32) {
+    const u32* range = pass.ranges + (i64)kv * 2 * EP + e;
+    const Choice one = choose(p, __ldcg(range), __ldcg(range + EP));
+    outside |= one.outside;
+    easy &= one.easy;
+  }
+  outside = __any_sync(FULL_WARP, outside);
+  const bool hard = __any_sync(FULL_WARP, !easy);
+  for (int e = lane; e < EP; e += 32) {
+    const u32* range = pass.ranges + (i64)kv * 2 * EP + e;
+    pass.c[(i64)kv * CP + e] = hard ? choose(p, __ldcg(range), __ldcg(range + EP)).c : 0;
+  }
+  if (outside && lane == 0) atomicOr(pass.flags + kv, OUTSIDE);
+  __syncwarp();
+  if (hard && !outside) {
+    const int k_end = p.key_lengths ? least(p.key_lengths[kv * p.group / p.query_heads], p.key_length) : p.key_length;
+    const int e = lane % X_LANES * 8;
+#pragma unroll 1
+    for (int j = lane / X_LANES; j < k_end; j += X_ROWS) {
+      if (e >= p.value_dim) continue;
+      const i64 row = (i64)kv * p.key_length + j;
+      const Eight from = *(const Eight*)(pass.v + row * p.value_dim + e);
+      Eight made;
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const int* c = pass.c + (i64)kv * CP + e + 2 * n;
+        made.x[n] = pack(value_of(from[2 * n], p.beta, __ldcg(c)), value_of(from[2 * n + 1], p.beta, __ldcg(c + 1)));
+      }
+      *(Eight*)(pass.x + row * EP + e) = made;
+    }
+    publish_global();
+  }
+  __threadfence();
+  __syncwarp();
+  if (lane == 0) atomicExch(pass.ready + kv, 1);
+}
+
+#define SHORT_RUN 16  // keys: while all warps make X
+#define RUN 64        // and in the background
+
+// What comes first: by all warps of all blocks
+__device__ __forceinline__ void first_values(const Problem& p, const ValuePass& pass) {
+  const int all = (p.key_length + RUN - 1) / RUN * (RUN / SHORT_RUN), warps = blockDim.x / 32;
+#pragma unroll 1
+  for (int n = threadIdx.x / 32 * gridDim.x + blockIdx.x; n < pass.first * all; n += warps * gridDim.x) {
+    const int kv = n / all, j0 = n % all * SHORT_RUN;
+    make_run<SHORT_RUN / X_ROWS / 2>(p, pass, kv, j0, j0 + SHORT_RUN);
+    run_made(p, pass, kv, 1, all);
+  }
+}
+
+// The rest, by warps that have nothing else to do. They wait for nobody, so whoever waits for them comes to an end, provided
+// that all blocks of the grid run at the same time.
+template <int DEPTH> __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& pass, int heads) {
+  const int runs = (p.key_length + RUN - 1) / RUN;
+  auto draw = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(pass.next, 1) : 0; };
+  int drawn = draw();
+#pragma unroll 1
+  while (true) {
+    const int n = __shfl_sync(FULL_WARP, drawn, 0), kv = pass.first + n / runs, j0 = n % runs * RUN;
+    if (kv >= heads) return;
+    drawn = draw();
+    make_run<DEPTH>(p, pass, kv, j0, j0 + RUN);
+    run_made(p, pass, kv, RUN / SHORT_RUN, runs * (RUN / SHORT_RUN));
+  }
+}
+
+// until X of a head can be copied by this thread
+__device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
+  int ready;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(pass.ready + kv) : "memory");
+  while (!ready);
+  publish_global();
+}
