@@ -159,7 +159,7 @@ class ForwardTiles(Operands):
     def shared(self) -> int:
         """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
         d, e = self.widths
-        return 2 * (self.queries * d + self.stages * self.keys * (d + e)) + 8 * (7 + 4 * self.stages) + 1024
+        return 2 * (self.queries * (d + e) + self.stages * self.keys * (d + e)) + 8 * (7 + 4 * self.stages) + 1024
 
     @property
     def values(self) -> dict[str, int]:
@@ -313,9 +313,11 @@ def forward_alone(
     # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
     section = -(-x.machine.processors // (blocks * problem.group))
     first = min(section, kv_heads) if problem.group * problem.query_length >= AHEAD else kv_heads
-    maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys))]
+    of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
+    operands = ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys), (of_heads, 16))
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
     values = (x.v, made, zero["ranges"], c, *(zero[n] for n in ("flags", "done", "ready", "next")), np.int32(first))
-    outputs = (out, residual, lse, few, zero["counts"], zero["counter"])
+    outputs = (residual, lse, few, zero["counts"], zero["counter"])
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *values, *outputs, *scalars)
     shape = {"threads": tiles.threads, "shared": tiles.shared}

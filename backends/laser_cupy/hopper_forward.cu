@@ -17,11 +17,13 @@
 #define Q_BYTES (64 * DT * 2)  // of a consumer
 #define K_BYTES (KEYS * DT * 2)
 #define X_BYTES (KEYS * ET * 2)
+#define O_BYTES (16 * ET * 2)  // of a warp
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 q[CONSUMERS][Q_BYTES];  // [DT/64][64][64]
   u8 k[STAGES][K_BYTES];     // [DT/64][KEYS][64]
   u8 x[STAGES][X_BYTES];     // [ET/64][KEYS][64]
+  u8 o[CONSUMERS * 4][O_BYTES];  // [ET/64][16][64]
   u64 q_full, q_free, k_full[STAGES], k_free[STAGES], x_full[STAGES], x_free[STAGES], drawn_full[2], drawn_free[2];
   int drawn[2];
 };
@@ -136,8 +138,8 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 
 // o, its float32 form, l and the list of rows in which few keys carry the weight, from acc, m and l of 64 rows
 __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float (&acc)[ET / 8][4], const Row (&state)[2],
-                                       float factor, int own, const int2 (&c)[ET / 8], u16* out, float* residual,
-                                       float* lse, int* few, int* counts) {
+                                       float factor, int own, const int2 (&c)[ET / 8], const TensorMap* o_map, u8* tile,
+                                       float* residual, float* lse, int* few, int* counts) {
   const int t = threadIdx.x % 4;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
   float log_l[2];
@@ -161,40 +163,45 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
     const int start = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(counts + at.query, __popc(some)) : 0, 0);
     if (listed) few[(i64)at.query * pr.query_length + start + __popc(some & (1u << lane) - 1)] = own + t * 8;
   }
+  u32 one = 0x3F800000u;
+  asm volatile("" : "+r"(one));  // in a register: the exponent is exchanged in one instruction
 #pragma unroll
-  for (int n = 0; n < ET / 8; n += 2) {
+  for (int n = 0; n < ET / 8; n++)
 #pragma unroll
-    for (int part = 0; part < 2; part++)
+    for (int r = 0; r < 4; r++) {
+      const u32 bits = float_as_bits(acc[n][r]);
+      const int h = r / 2, whole = (int)(bits >> 23) + ((r % 2 ? c[n].y : c[n].x) - 127 - n_l[h]);
+      const float o = ((float)whole + (log2_fast(bits_as_float(bits & 0x7FFFFFu | one)) - log_l[h])) * per_beta;
+      acc[n][r] = acc[n][r] == 0.f ? minus_infinity : o;
+    }
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
-        int n_a;
-        const float a = acc[n + part][r], log_a = log2_split(a, n_a);
-        const int h = r / 2, whole = n_a - n_l[h] + (r % 2 ? c[n + part].y : c[n + part].x);
-        const float o = a == 0.f ? minus_infinity : ((float)whole + (log_a - log_l[h])) * per_beta;
-        acc[n + part][r] = seen[h] ? o : 0.f;
-      }
-    const int even_lane = t % 2 == 0, four = (n + t % 2) * 8 + t / 2 * 4;
+  for (int h = 0; h < 2; h++)
+    if (!seen[h])
+#pragma unroll
+      for (int n = 0; n < ET / 8; n++) acc[n][2 * h] = acc[n][2 * h + 1] = 0.f;
+  // a warp writes its 16 rows by the copy engine
+  u32 packed[ET / 16][4];
+  as_operand(packed, acc);
+  if (lane == 0) floats_read();  // the rows before
+  __syncwarp();
+  const int offset = matrices_offset(0);
+#pragma unroll
+  for (int n = 0; n < ET / 16; n++) store_matrices(tile + n / 4 * BLOCK_BYTES(16) + (offset ^ n % 4 * 32), packed[n]);
+  publish();
+  __syncwarp();
+  if (lane == 0) tile_write<16, ET>(o_map, tile, own, at.query);
+  if (!residual) return;
+#pragma unroll
+  for (int n = 0; n < ET / 8; n++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const u32 even = pack(acc[n][2 * h], acc[n][2 * h + 1]), odd = pack(acc[n + 1][2 * h], acc[n + 1][2 * h + 1]);
-      // two lanes swap halves, so that each has four adjacent channels
-      const u32 got = __shfl_xor_sync(FULL_WARP, even_lane ? odd : even, 1);
-      if (row[h] >= 0 && four < pr.value_dim)
-        *(uint2*)(out + row[h] * pr.value_dim + four) = even_lane ? make_uint2(even, got) : make_uint2(got, odd);
+      const int two = n * 8 + t * 2;
+      if (row[h] >= 0 && two < pr.value_dim)
+        *(float2*)(residual + row[h] * pr.value_dim + two) = make_float2(acc[n][2 * h], acc[n][2 * h + 1]);
     }
-    if (!residual) continue;
-#pragma unroll
-    for (int part = 0; part < 2; part++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int two = (n + part) * 8 + t * 2;
-        if (row[h] >= 0 && two < pr.value_dim)
-          *(float2*)(residual + row[h] * pr.value_dim + two) = make_float2(acc[n + part][2 * h], acc[n + part][2 * h + 1]);
-      }
-  }
 }
 
-__device__ __forceinline__ void consume(const Problem& pr, const int* c, u16* out, float* residual, float* lse, int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
+__device__ __forceinline__ void consume(const Problem& pr, const int* c, const TensorMap* o_map, float* residual, float* lse, int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
   const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -208,7 +215,10 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, u16* ou
     const int index = sm.drawn[turn % 2];
     __syncwarp();
     if (first_lane) barrier_arrive(&sm.drawn_free[turn % 2]);
-    if (index >= heads * tiles) return;
+    if (index >= heads * tiles) {
+      if (first_lane) floats_done();
+      return;
+    }
     const Place place = place_of(index, tiles, heads, section);
     const Head at = head_of(pr, place.head);
     const Span span = span_of(pr, at, place.i0);
@@ -290,14 +300,14 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, u16* ou
       if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
       x_ring.next();
     }
-    finish(pr, at, acc, state, factor, own, own_c, out, residual, lse, few, counts);
+    finish(pr, at, acc, state, factor, own, own_c, o_map, sm.o[threadIdx.x / 32 - 4], residual, lse, few, counts);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const u16* v, u16* x, u32* ranges, int* c, int* flags, int* done, int* ready, int* next,
-    int first, u16* out, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u32* ranges, int* c, int* flags, int* done, int* ready, int* next,
+    int first, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
   const ValuePass pass = {v, x, ranges, c, flags, done, ready, next, first};
   const Problem pr = THE_PROBLEM;
   extern __shared__ u8 memory[];
@@ -325,6 +335,6 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
     if (threadIdx.x >= 32) more_values<CONSUMERS == 2 ? 2 : 1>(pr, pass, heads / pr.group);
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    consume(pr, c, out, residual, lse, few, counts, heads, tiles, section, sm);
+    consume(pr, c, &o_map, residual, lse, few, counts, heads, tiles, section, sm);
   }
 }
