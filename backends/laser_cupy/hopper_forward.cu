@@ -171,7 +171,9 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
     for (int r = 0; r < 4; r++) {
       const u32 bits = float_as_bits(acc[n][r]);
       const int h = r / 2, whole = (int)(bits >> 23) + ((r % 2 ? c[n].y : c[n].x) - 127 - n_l[h]);
-      const float o = ((float)whole + (log2_fast(bits_as_float(bits & 0x7FFFFFu | one)) - log_l[h])) * per_beta;
+      u32 mantissa;
+      asm("lop3.b32 %0, %1, 0x7FFFFF, %2, 0xEA;" : "=r"(mantissa) : "r"(bits), "r"(one));  // bits & 0x7FFFFF | one
+      const float o = ((float)whole + (log2_fast(bits_as_float(mantissa)) - log_l[h])) * per_beta;
       acc[n][r] = acc[n][r] == 0.f ? minus_infinity : o;
     }
 #pragma unroll
@@ -210,15 +212,39 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const T
   if (TURNS && which == CONSUMERS - 1) named_arrive(1, 256);
   auto turn_begins = [&] { if (TURNS) named_wait(1 + which, 256); };
   auto turn_ends = [&] { if (TURNS) named_arrive(1 + (which + 1) % CONSUMERS, 256); };
-  for (int turn = 0, uses = 0;; turn++) {
+  float s[KEYS / 8][4];
+  u32 p[KEYS / 16][4];
+  int uses = 0;
+  auto drawn = [&](int turn) {
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);
     const int index = sm.drawn[turn % 2];
     __syncwarp();
     if (first_lane) barrier_arrive(&sm.drawn_free[turn % 2]);
-    if (index >= heads * tiles) {
-      if (first_lane) floats_done();
-      return;
+    return index;
+  };
+  // begins the first scores of a tile of queries, if there are some; otherwise the product is of no use
+  auto begin_scores = [&](int index) {
+    if (index < heads * tiles) {
+      const Place place = place_of(index, tiles, heads, section);
+      const Span span = span_of(pr, head_of(pr, place.head), place.i0);
+      if (span.first < span.end) {
+        barrier_wait(&sm.q_full, uses++ % 2);
+        barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
+      }
     }
+    turn_begins();
+    pin(s);
+    products_fence();
+    multiply_rows<64, KEYS, DT>(s, sm.q[which], sm.k[k_ring.stage]);
+    products_commit();
+    turn_ends();
+  };
+  int index = drawn(0);
+  begin_scores(index);
+  products_wait<0>();
+  pin(s);
+#pragma unroll 1
+  for (int turn = 1; index < heads * tiles; turn++) {
     const Place place = place_of(index, tiles, heads, section);
     const Head at = head_of(pr, place.head);
     const Span span = span_of(pr, at, place.i0);
@@ -226,34 +252,19 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const T
     float acc[ET / 8][4] = {}, shrink[2];
     Row state[2];
     int2 own_c[ET / 8];
-    auto load_c = [&] {
-#pragma unroll
-      for (int n = 0; n < ET / 8; n++) {
-        const int e = n * 8 + threadIdx.x % 4 * 2;
-        own_c[n] = e < EP ? __ldcg((const int2*)(c + (i64)at.key * CP + e)) : make_int2(0, 0);
-      }
-    };
-    if (span.first == span.end) load_c();
-    else {
-      float s[KEYS / 8][4];
-      u32 p[KEYS / 16][4];
+    const bool some = span.first < span.end;
+    if (some) {
       auto weights = [&](int tile) {  // p from s
         const int j0 = tile * KEYS;
         if (!all_visible(pr, at, i0, i1, j0, j0 + KEYS)) mask_tile(s, pr, at, own, j0);
         return weigh(s, state, shrink, factor);
       };
-      barrier_wait(&sm.q_full, uses++ % 2);
-      barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
-      turn_begins();
-      pin(s);
-      products_fence();
-      multiply_rows<64, KEYS, DT>(s, sm.q[which], sm.k[k_ring.stage]);
-      products_commit();
-      turn_ends();
-      products_wait<0>();
-      pin(s);
-      if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
-      k_ring.next();
+      auto scores_made = [&](int tile) {
+        if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
+        if (first_lane && tile == span.first) barrier_arrive(&sm.q_free);
+        k_ring.next();
+      };
+      scores_made(span.end - 1);
       weights(span.end - 1);
       as_operand(p, s);
 #pragma unroll 1
@@ -272,8 +283,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const T
         turn_ends();
         products_wait<1>();
         pin(s);
-        if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
-        k_ring.next();
+        scores_made(tile);
         const bool shrinks = weights(tile);
         products_wait<0>();
         pin(acc);
@@ -287,21 +297,31 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const T
             for (int r = 0; r < 4; r++) acc[n][r] *= shrink[r / 2];
         as_operand(p, s);
       }
-      if (first_lane) barrier_arrive(&sm.q_free);
       barrier_wait(&sm.x_full[x_ring.stage], x_ring.parity);
       pin(acc);
       pin(p);
       products_fence();
       multiply_columns(acc, p, sm.x[x_ring.stage]);
       products_commit();
-      load_c();  // while these products run
-      products_wait<0>();
-      pin(acc);
+    }
+#pragma unroll
+    for (int n = 0; n < ET / 8; n++) {  // while these products run
+      const int e = n * 8 + threadIdx.x % 4 * 2;
+      own_c[n] = e < EP ? __ldcg((const int2*)(c + (i64)at.key * CP + e)) : make_int2(0, 0);
+    }
+    index = drawn(turn);
+    begin_scores(index);
+    products_wait<1>();
+    pin(acc);
+    if (some) {
       if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
       x_ring.next();
     }
     finish(pr, at, acc, state, factor, own, own_c, o_map, sm.o[threadIdx.x / 32 - 4], residual, lse, few, counts);
+    products_wait<0>();
+    pin(s);
   }
+  if (first_lane) floats_done();
 }
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
