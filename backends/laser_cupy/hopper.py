@@ -22,6 +22,7 @@ SHARED = 227 << 10  # bytes that a block may have
 AHEAD = 1024  # queries that read a key/value head and take longer than idle warps take to make its X
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
+VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
 FEW_WORKERS = 2  # blocks for each multiprocessor, which have room side by side
@@ -159,7 +160,7 @@ class ForwardTiles(Operands):
     def shared(self) -> int:
         """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
         d, e = self.widths
-        return 2 * (self.queries * (d + e) + self.stages * self.keys * (d + e)) + 8 * (7 + 4 * self.stages) + 1024
+        return 2 * (self.queries + self.stages * self.keys) * (d + e) + VALUE_ROOM + 8 * (7 + 4 * self.stages) + 1024
 
     @property
     def values(self) -> dict[str, int]:

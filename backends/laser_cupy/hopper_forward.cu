@@ -24,6 +24,7 @@ struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 k[STAGES][K_BYTES];     // [DT/64][KEYS][64]
   u8 x[STAGES][X_BYTES];     // [ET/64][KEYS][64]
   u8 o[CONSUMERS * 4][O_BYTES];  // [ET/64][16][64]
+  ValueRoom values;
   u64 q_full, q_free, k_full[STAGES], k_free[STAGES], x_full[STAGES], x_free[STAGES], drawn_full[2], drawn_free[2];
   int drawn[2];
 };
@@ -352,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
   if (threadIdx.x < 128) {
     registers_give<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, pass, counter, heads, tiles, section, sm);
-    if (threadIdx.x >= 32) more_values<CONSUMERS == 2 ? 2 : 1>(pr, pass, heads / pr.group);
+    if (threadIdx.x >= 32) more_values(pr, pass, heads / pr.group, sm.values.v[threadIdx.x / 32 - 1]);
   } else {
     registers_take<CONSUMER_REGISTERS>();
     consume(pr, c, &o_map, residual, lse, few, counts, heads, tiles, section, sm);

@@ -97,61 +97,58 @@ __device__ __forceinline__ void make_odd_run(const Problem& p, const ValuePass& 
   if (__any_sync(FULL_WARP, odd) && lane == 0) atomicOr(pass.flags + kv, BROKEN);
 }
 
-// A run of keys [j0, j1) of a head, with c = 0, and its range. DEPTH loads are under way at once.
-template <int DEPTH> __device__ __forceinline__ void make_run(const Problem& p, const ValuePass& pass, int kv, int j0, int j1) {
-  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
-  j1 = e < EP ? least(j1, p.key_length) : 0;
-  const int k_end = p.key_lengths ? p.key_lengths[kv * p.group / p.query_heads] : j1, end = e < p.value_dim ? least(j1, k_end) : 0;
-  const i64 row = (i64)kv * p.key_length + j0 + own;
-  const u16* from = pass.v + row * p.value_dim + e;
-  u16* to = pass.x + row * EP + e;
-  u32 high[4], low[4];
+// The least and the greatest values that a lane has met
+struct Range {
+  u32 low[4], high[4];
+  __device__ __forceinline__ Range() {
 #pragma unroll
-  for (int n = 0; n < 4; n++) { high[n] = pack(-INF, -INF); low[n] = pack(INF, INF); }
-#pragma unroll 1
-  for (int j = j0 + own; j < j1; j += X_ROWS * DEPTH) {
-    Eight some[DEPTH];
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-      if (j + d * X_ROWS < end) some[d] = *(const Eight*)(from + d * X_ROWS * p.value_dim);
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-      Eight made = {};
-      if (j + d * X_ROWS < end) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-          high[n] = max_pair(high[n], some[d].x[n]);
-          low[n] = min_pair(low[n], some[d].x[n]);
-          made.x[n] = pack(easy_value_of(some[d][2 * n], p.beta), easy_value_of(some[d][2 * n + 1], p.beta));
-        }
-      }
-      if (j + d * X_ROWS < j1) *(Eight*)(to + d * X_ROWS * EP) = made;
-    }
-    from += X_ROWS * DEPTH * p.value_dim;
-    to += X_ROWS * DEPTH * EP;
+    for (int n = 0; n < 4; n++) { low[n] = pack(INF, INF); high[n] = pack(-INF, -INF); }
   }
+};
+
+// X of eight values
+__device__ __forceinline__ Eight made_of(const Eight& v, float beta, Range& range) {
+  Eight made;
+#pragma unroll
+  for (int n = 0; n < 4; n++) {
+    range.low[n] = min_pair(range.low[n], v.x[n]);
+    range.high[n] = max_pair(range.high[n], v.x[n]);
+    made.x[n] = pack(easy_value_of(v[2 * n], beta), easy_value_of(v[2 * n + 1], beta));
+  }
+  return made;
+}
+
+// where the keys end that a lane with these channels reads
+__device__ __forceinline__ int end_of(const Problem& p, int kv, int e) {
+  const int end = p.key_lengths ? least(p.key_lengths[kv * p.group / p.query_heads], p.key_length) : p.key_length;
+  return e < p.value_dim ? end : 0;
+}
+
+// The range of a run of keys [j0, end) as a warp has met it
+__device__ __forceinline__ void run_met(const Problem& p, const ValuePass& pass, int kv, int j0, int end, Range& range) {
+  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
 #pragma unroll
   for (int m = X_LANES; m < 32; m *= 2)
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      high[n] = max_pair(high[n], __shfl_xor_sync(FULL_WARP, high[n], m));
-      low[n] = min_pair(low[n], __shfl_xor_sync(FULL_WARP, low[n], m));
+      range.low[n] = min_pair(range.low[n], __shfl_xor_sync(FULL_WARP, range.low[n], m));
+      range.high[n] = max_pair(range.high[n], __shfl_xor_sync(FULL_WARP, range.high[n], m));
     }
   const bool some = own < 2 && j0 < end;
-#pragma unroll
-  for (int n = 0; n < 4; n++)
-    if (own == 1) high[n] = low[n];
   bool fine = true;
 #pragma unroll
-  for (int n = 0; n < 4; n++) fine &= finite(p.beta * widen((u16)high[n])) && finite(p.beta * widen((u16)(high[n] >> 16)));
+  for (int n = 0; n < 4; n++) {
+    if (own == 1) range.high[n] = range.low[n];
+    fine &= finite(p.beta * widen((u16)range.high[n])) && finite(p.beta * widen((u16)(range.high[n] >> 16)));
+  }
   if (__any_sync(FULL_WARP, some && !fine)) return make_odd_run(p, pass, kv, j0, end);
   if (!some) return;
   const int side = (own == 1) != (p.beta < 0.f);
-  u32* range = pass.ranges + ((i64)kv * 2 + side) * EP + e;
+  u32* to = pass.ranges + ((i64)kv * 2 + side) * EP + e;
 #pragma unroll
   for (int h = 0; h < 8; h++) {
-    const float y = p.beta * widen((u16)(high[h / 2] >> h % 2 * 16));
-    atomicMax(range + h, ordered(side ? -y : y));
+    const float y = p.beta * widen((u16)(range.high[h / 2] >> h % 2 * 16));
+    atomicMax(to + h, ordered(side ? -y : y));
   }
 }
 
@@ -203,34 +200,76 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   if (lane == 0) atomicExch(pass.ready + kv, 1);
 }
 
-#define SHORT_RUN 16  // keys: while all warps make X
-#define RUN 64        // and in the background
+#define RUN 64        // keys that a warp makes X of, in the background
+#define SHORT_RUN 16  // and while all warps do it
+#define CHUNK 8       // values of each lane, times 8, that are copied to shared memory ahead of their use
+#define X_WARPS 3
+
+struct alignas(16) ValueRoom { Eight v[X_WARPS][2][CHUNK][32]; };
 
 // What comes first: by all warps of all blocks
 __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& pass) {
   const int all = (p.key_length + RUN - 1) / RUN * (RUN / SHORT_RUN), warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
 #pragma unroll 1
   for (int n = threadIdx.x / 32 * gridDim.x + blockIdx.x; n < pass.first * all; n += warps * gridDim.x) {
-    const int kv = n / all, j0 = n % all * SHORT_RUN;
-    make_run<SHORT_RUN / X_ROWS / 2>(p, pass, kv, j0, j0 + SHORT_RUN);
+    const int kv = n / all, j0 = n % all * SHORT_RUN, j1 = e < EP ? least(j0 + SHORT_RUN, p.key_length) : 0, end = least(j1, end_of(p, kv, e));
+    const i64 row = (i64)kv * p.key_length + j0 + own;
+    const u16* from = pass.v + row * p.value_dim + e;
+    u16* to = pass.x + row * EP + e;
+    Eight some[SHORT_RUN / X_ROWS];
+    Range range;
+#pragma unroll
+    for (int d = 0; d < SHORT_RUN / X_ROWS; d++)
+      if (j0 + own + d * X_ROWS < end) some[d] = *(const Eight*)(from + d * X_ROWS * p.value_dim);
+#pragma unroll
+    for (int d = 0; d < SHORT_RUN / X_ROWS; d++)
+      if (j0 + own + d * X_ROWS < j1) *(Eight*)(to + d * X_ROWS * EP) = j0 + own + d * X_ROWS < end ? made_of(some[d], p.beta, range) : Eight{};
+    run_met(p, pass, kv, j0, end, range);
     run_made(p, pass, kv, 1, all);
   }
 }
 
 // The rest, by warps that have nothing else to do. They wait for nobody, so whoever waits for them comes to an end, provided
-// that all blocks of the grid run at the same time.
-template <int DEPTH> __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& pass, int heads) {
-  const int runs = (p.key_length + RUN - 1) / RUN;
-  auto draw = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(pass.next, 1) : 0; };
-  int drawn = draw();
+// that all blocks of the grid run at the same time. What a lane reads it has copied to shared memory itself, a chunk ahead.
+__device__ __forceinline__ void more_values(const Problem& p, const ValuePass& pass, int heads, Eight (&room)[2][CHUNK][32]) {
+  constexpr int CHUNKS = RUN / X_ROWS / CHUNK;  // of a run
+  const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
+  auto begin = [&](int run, int chunk) {
+    const int kv = pass.first + run / runs, j0 = run % runs * RUN + chunk * CHUNK * X_ROWS + own;
+    if (kv < heads) {
+      const int end = end_of(p, kv, e);
+      const u16* from = pass.v + ((i64)kv * p.key_length + j0) * p.value_dim + e;
 #pragma unroll 1
-  while (true) {
-    const int n = __shfl_sync(FULL_WARP, drawn, 0), kv = pass.first + n / runs, j0 = n % runs * RUN;
-    if (kv >= heads) return;
+      for (int d = 0; d < CHUNK; d++)
+        if (j0 + d * X_ROWS < end) copy_begin(&room[chunk % 2][d][lane], from + d * X_ROWS * p.value_dim);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  auto draw = [&] { return lane == 0 ? atomicAdd(pass.next, 1) : 0; };
+  int run = __shfl_sync(FULL_WARP, draw(), 0), drawn = draw();
+  begin(run, 0);
+#pragma unroll 1
+  while (run < runs * (heads - pass.first)) {
+    const int next = __shfl_sync(FULL_WARP, drawn, 0), kv = pass.first + run / runs, j0 = run % runs * RUN, end = end_of(p, kv, e);
     drawn = draw();
-    make_run<DEPTH>(p, pass, kv, j0, j0 + RUN);
+    Range range;
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      if (chunk + 1 < CHUNKS) begin(run, chunk + 1);
+      else begin(next, 0);
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      int j = j0 + chunk * CHUNK * X_ROWS + own;
+      u16* to = pass.x + ((i64)kv * p.key_length + j) * EP + e;
+#pragma unroll 1
+      for (int d = 0; d < CHUNK; d++, j += X_ROWS, to += X_ROWS * EP)
+        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(room[chunk % 2][d][lane], p.beta, range) : Eight{};
+    }
+    run_met(p, pass, kv, j0, least(j0 + RUN, end), range);
     run_made(p, pass, kv, RUN / SHORT_RUN, runs * (RUN / SHORT_RUN));
+    run = next;
   }
+  copy_wait();
 }
 
 // until X of a head can be copied by this thread
