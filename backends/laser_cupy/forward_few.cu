@@ -22,23 +22,25 @@ __device__ __forceinline__ void few_begin(element* tile, int cells, const elemen
   }
 }
 
-// x and rest of values, in place
+// x and rest of the values of so many keys, in place
 __device__ __forceinline__ void few_values(const Problem& p, element* x, element* rest, const int* c, int keys) {
+#pragma unroll 1
   for (int n = threadIdx.x; n < FEW_KEYS * EP / PER; n += THREADS) {
     const int j = n / (EP / PER), e = n % (EP / PER) * PER, at = j * (EP + PAD) + e;
-    Vector from = *(const Vector*)(x + at), left = {};
+    Vector made = {}, left = {};
+    if (j < keys && e < p.value_dim) {
+      const Vector from = *(const Vector*)(x + at);
 #pragma unroll
-    for (int h = 0; h < PER; h++) {
-      const float one = widen(from.x[h]), y = p.beta * one, steps = 1 << 21;  // 11 bits of what is left
-      from.x[h] = 0;
-      if (j >= keys || e >= p.value_dim || !finite(y)) continue;
-      int exponent;
-      const float mantissa = split_exp(y, fmaf(p.beta, one, -y), exponent), coarse = rounded(mantissa);
-      exponent -= c[e + h];
-      from.x[h] = narrow(scaled(coarse, exponent));
-      left.x[h] = narrow(scaled(rintf((mantissa - coarse) * steps) / steps, exponent + REST_SHIFT));
+      for (int h = 0; h < PER; h++) {
+        const float one = widen(from.x[h]), y = p.beta * one, steps = 1 << 21;  // 11 bits of what is left
+        int exponent;
+        const float mantissa = split_exp(y, fmaf(p.beta, one, -y), exponent), coarse = rounded(mantissa);
+        exponent -= c[e + h];
+        made.x[h] = finite(y) ? narrow(scaled(coarse, exponent)) : 0;
+        left.x[h] = finite(y) ? narrow(scaled(rintf((mantissa - coarse) * steps) / steps, exponent + REST_SHIFT)) : 0;
+      }
     }
-    *(Vector*)(x + at) = from;
+    *(Vector*)(x + at) = made;
     *(Vector*)(rest + at) = left;
   }
 }
@@ -66,10 +68,10 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
     least_row = least(least_row, sm.row[n]);
     greatest_row = greatest(greatest_row, sm.row[n]);
   }
-  const int first = greatest(0, least_row + p.low) / FEW_KEYS;
-  const int end = (least(at.k_end, greatest_row + p.high + 1) + FEW_KEYS - 1) / FEW_KEYS;
-  auto begin_k = [&](int tile) { few_begin(sm.k, DP, k, tile * FEW_KEYS, at.k_end, WIDTH); };
-  auto begin_v = [&](int tile) { few_begin(sm.x[(tile - first) % 2], EP, v, tile * FEW_KEYS, at.k_end, p.value_dim); };
+  const int last = least(at.k_end, greatest_row + p.high + 1);
+  const int first = greatest(0, least_row + p.low) / FEW_KEYS, end = (last + FEW_KEYS - 1) / FEW_KEYS;
+  auto begin_k = [&](int tile) { few_begin(sm.k, DP, k, tile * FEW_KEYS, last, WIDTH); };
+  auto begin_v = [&](int tile) { few_begin(sm.x[(tile - first) % 2], EP, v, tile * FEW_KEYS, last, p.value_dim); };
   for (int n = tid; n < 64 * (DP / PER); n += THREADS) {
     const int i = n / (DP / PER), d = n % (DP / PER) * PER;
     const bool there = sm.row[i] >= 0 && d < WIDTH;
@@ -86,7 +88,7 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
     copy_wait();
     __syncthreads();  // this tile is there, and nobody reads the x before
     if (tile + 1 < end) begin_v(tile + 1);
-    few_values(p, sm.x[stage], sm.rest, c, at.k_end - j0);
+    few_values(p, sm.x[stage], sm.rest, c, last - j0);
     float s[FEW_KEYS / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < DP / 16; d++) {

@@ -239,17 +239,22 @@ def tensor_map(x: Array, rows: int, half: bool) -> Any:
     Raises:
         RuntimeError: The driver refuses.
     """
-    heads, length, width = x.shape
+    return _tensor_map(x.data.ptr, x.shape, rows, half)
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_map(pointer: int, shape: tuple[int, int, int], rows: int, half: bool) -> Any:
+    heads, length, width = shape
     room = np.zeros(192, dtype=np.uint8)
     start = -room.ctypes.data % 64
     sizes = (ctypes.c_uint64 * 3)(width, length, heads)
     strides = (ctypes.c_uint64 * 2)(2 * width, 2 * width * length)
     box, steps = (ctypes.c_uint32 * 3)(64, rows, 1), (ctypes.c_uint32 * 3)(1, 1, 1)
     kind, plain, swizzle, promotion, zeros = (6 if half else 9), 0, 3, 2, 0  # float16, bfloat16; 128 bytes; 128 bytes
-    to, data = ctypes.c_void_p(room.ctypes.data + start), ctypes.c_void_p(x.data.ptr)
+    to, data = ctypes.c_void_p(room.ctypes.data + start), ctypes.c_void_p(pointer)
     error = _encode()(to, kind, 3, data, sizes, strides, box, steps, plain, swizzle, promotion, zeros)
     if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for a matrix of {tuple(x.shape)}")
+        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for a matrix of {shape}")
     return room[start : start + 128].view("V128")
 
 
@@ -304,26 +309,26 @@ def forward_alone(
     xp, problem, kv_heads, width = x.machine.xp, x.problem, x.key_value_heads, x.build.value_dim
     tiles = tiles or ForwardTiles.of(problem)
     blocks = -(-problem.query_length // tiles.queries)
-    parts = {"ranges": kv_heads * 2 * width, "flags": kv_heads, "done": kv_heads, "ready": kv_heads, "next": 1}
-    parts |= {"counts": x.heads, "counter": 1}
-    ends = np.cumsum(list(parts.values())).tolist()
-    zeros = xp.zeros(ends[-1], dtype=xp.int32)
-    zero = {name: zeros[end - size : end] for (name, size), end in zip(parts.items(), ends, strict=True)}
+    zeros = xp.zeros(3 * kv_heads + x.heads + 2, dtype=xp.int32)
+    flags, done, ready = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(3))
+    counts, work, runs = zeros[3 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
     made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
+    ranges = x.empty(kv_heads, 2, width)
+    ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
     # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
     section = -(-x.machine.processors // (blocks * problem.group))
     first = min(section, kv_heads) if problem.group * problem.query_length >= AHEAD else kv_heads
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    values = (x.v, made, zero["ranges"], c, *(zero[n] for n in ("flags", "done", "ready", "next")), np.int32(first))
-    outputs = (residual, lse, few, zero["counts"], zero["counter"])
+    values = (x.v, made, ranges, c, flags, done, ready, runs, np.int32(first))
+    outputs = (residual, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *values, *outputs, *scalars)
     shape = {"threads": tiles.threads, "shared": tiles.shared}
     _run(x, tiles, "hopper_forward", x.machine.processors, *arguments, **shape)
-    return host.Values(made, made, c, zero["flags"]), zero["counts"], few
+    return host.Values(made, made, c, flags), counts, few
 
 
 def backward(

@@ -13,7 +13,8 @@
 // cost every row registers. `few` [B*Hq, Lq] lists them for each head, and `counts` [B*Hq], zero before, says how many.
 
 #define TILE (64 * CONSUMERS)  // queries
-#define FEW (4.f * (1 << P_SHIFT))
+#define FEW (2.f * (1 << P_SHIFT))  // one key has more than half of the weight
+#define FEW_KEYS 16                 // or fewer are seen
 #define Q_BYTES (64 * DT * 2)  // of a consumer
 #define K_BYTES (KEYS * DT * 2)
 #define X_BYTES (KEYS * ET * 2)
@@ -151,10 +152,10 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
   for (int h = 0; h < 2; h++) {
     const float sum = row_sum(state[h].l);
     seen[h] = sum != 0.f;
-    carried[h] = seen[h] && sum < FEW * exp2_fast((state[h].top - state[h].m) * factor);
+    const int i = own + h * 8, keys = least(at.k_end, i + pr.high + 1) - greatest(0, i + pr.low);
+    carried[h] = sum > 0.f && (keys < FEW_KEYS || sum < FEW * exp2_fast((state[h].top - state[h].m) * factor));
     log_l[h] = log2_split(seen[h] ? sum : 1.f, n_l[h]);
     if (sum != sum) log_l[h] = NOT_A_NUMBER;
-    const int i = own + h * 8;
     row[h] = i < pr.query_length ? (i64)at.query * pr.query_length + i : -1;
     if (t == 0 && row[h] >= 0) lse[row[h]] = seen[h] ? fmaf(state[h].m, factor, (float)(n_l[h] - P_SHIFT) + log_l[h]) * LN2 : -INF;
   }
@@ -327,7 +328,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const T
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u32* ranges, int* c, int* flags, int* done, int* ready, int* next,
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u16* ranges, int* c, int* flags, int* done, int* ready, int* next,
     int first, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
   const ValuePass pass = {v, x, ranges, c, flags, done, ready, next, first};
   const Problem pr = THE_PROBLEM;

@@ -46,10 +46,8 @@ __device__ __forceinline__ float easy_value_of(float v, float beta) {
 
 // What the integer of a channel, and the path of its head, rest on
 struct Choice { bool outside, easy; int c; };
-__device__ __forceinline__ Choice choose(const Problem& p, u32 highest, u32 lowest) {  // ordered beta*v and -beta*v
-  if (!highest) return {false, true, 0};
+__device__ __forceinline__ Choice choose(const Problem& p, float high, float low) {  // of beta*v
   const float reach = fminf(MAX_BITS, SUM_BITS - log2f((float)greatest(p.key_length, 1)));
-  const float high = number(highest), low = -number(lowest);
   const bool outside = !((high - low) * LOG2E <= reach);
   return {outside, low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH,
           outside ? 0 : (int)rintf(fminf(fmaxf((0.5f * low + 0.5f * high) * LOG2E, -1e9f), 1e9f))};
@@ -67,34 +65,34 @@ __device__ __forceinline__ u32 min_pair(u32 a, u32 b) {
   return d;
 }
 
-// The value pass as other work of a kernel that reads X. All integers are zero before.
+// the same, but the other one where one is NaN
+__device__ __forceinline__ u32 greatest_pair(u32 a, u32 b) {
+  u32 d;
+  asm("max." PAIRS " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ u32 least_pair(u32 a, u32 b) {
+  u32 d;
+  asm("min." PAIRS " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// The value pass as other work of a kernel that reads X. Integers are zero before, and ranges NaN.
 struct ValuePass {
   const u16* v;
   u16* x;       // [B*Hkv, Lk, EP]
-  u32* ranges;  // [B*Hkv, 2, EP]: the greatest beta*v and -beta*v of each channel
+  u16* ranges;  // [B*Hkv, 2, EP]: the greatest and the least value of each channel, NaN where there is none
   int *c, *flags;
   int *done, *ready;  // [B*Hkv]: runs of keys of which X is written; whether the head can be worked on
   int* next;          // run
   int first;          // key/value heads that are made by all warps together, before anything else
 };
 
-// Where something of a run is not finite: X is zero there, and it is no part of the range. `end`: of the keys of this lane
-__device__ __forceinline__ void make_odd_run(const Problem& p, const ValuePass& pass, int kv, int j0, int end) {
-  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8;
-  bool odd = false;
-#pragma unroll 1
-  for (int j = j0 + lane / X_LANES; j < end; j += X_ROWS)
-#pragma unroll 1
-    for (int h = e; h < e + 8; h++) {
-      const i64 row = (i64)kv * p.key_length + j;
-      const float y = p.beta * widen(pass.v[row * p.value_dim + h]);
-      odd |= !(y < INF);
-      if (finite(y)) {
-        atomicMax(pass.ranges + (i64)kv * 2 * EP + h, ordered(y));
-        atomicMax(pass.ranges + ((i64)kv * 2 + 1) * EP + h, ordered(-y));
-      } else pass.x[row * EP + h] = 0;
-    }
-  if (__any_sync(FULL_WARP, odd) && lane == 0) atomicOr(pass.flags + kv, BROKEN);
+__device__ __forceinline__ Choice choose(const Problem& p, const ValuePass& pass, int kv, int e) {
+  const u16* range = pass.ranges + (i64)kv * 2 * EP + e;
+  const float high = widen(__ldcg(range)), low = widen(__ldcg(range + EP));
+  if (!(low <= high)) return {false, true, 0};  // nothing is finite
+  return choose(p, fmaxf(p.beta * high, p.beta * low), fminf(p.beta * high, p.beta * low));
 }
 
 // The least and the greatest values that a lane has met
@@ -118,38 +116,62 @@ __device__ __forceinline__ Eight made_of(const Eight& v, float beta, Range& rang
   return made;
 }
 
+// Where something of a run is not finite: X is zero there, and it is no part of the range. `end`: of the keys of this lane
+__device__ __forceinline__ Range odd_run(const Problem& p, const ValuePass& pass, int kv, int j0, int end) {
+  const int lane = threadIdx.x % 32, e = lane % X_LANES * 8;
+  bool odd = false;
+  Range range;
+#pragma unroll 1
+  for (int j = j0 + lane / X_LANES; j < end; j += X_ROWS) {
+    const i64 row = (i64)kv * p.key_length + j;
+    const Eight from = *(const Eight*)(pass.v + row * p.value_dim + e);
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      u32 kept = 0xFFFFFFFFu;  // NaN twice
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float y = p.beta * from[2 * n + h];
+        odd |= !(y < INF);
+        if (finite(y)) kept = h ? (kept & 0xFFFFu) | (from.x[n] & 0xFFFF0000u) : (kept & 0xFFFF0000u) | (from.x[n] & 0xFFFFu);
+        else pass.x[row * EP + e + 2 * n + h] = 0;
+      }
+      range.low[n] = least_pair(range.low[n], kept);
+      range.high[n] = greatest_pair(range.high[n], kept);
+    }
+  }
+  if (__any_sync(FULL_WARP, odd) && lane == 0) atomicOr(pass.flags + kv, BROKEN);
+  return range;
+}
+
 // where the keys end that a lane with these channels reads
 __device__ __forceinline__ int end_of(const Problem& p, int kv, int e) {
   const int end = p.key_lengths ? least(p.key_lengths[kv * p.group / p.query_heads], p.key_length) : p.key_length;
   return e < p.value_dim ? end : 0;
 }
 
-// The range of a run of keys [j0, end) as a warp has met it
-__device__ __forceinline__ void run_met(const Problem& p, const ValuePass& pass, int kv, int j0, int end, Range& range) {
+// Adds the range of a run of keys [j0, end) to that of the head
+__device__ __forceinline__ void run_met(const Problem& p, const ValuePass& pass, int kv, int j0, int end, Range range) {
   const int lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
+  bool fine = true;
+#pragma unroll
+  for (int n = 0; n < 4; n++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      fine &= finite(p.beta * widen((u16)(range.low[n] >> 16 * h))) && finite(p.beta * widen((u16)(range.high[n] >> 16 * h)));
+  if (__any_sync(FULL_WARP, j0 + own < end && !fine)) range = odd_run(p, pass, kv, j0, end);
 #pragma unroll
   for (int m = X_LANES; m < 32; m *= 2)
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      range.low[n] = min_pair(range.low[n], __shfl_xor_sync(FULL_WARP, range.low[n], m));
-      range.high[n] = max_pair(range.high[n], __shfl_xor_sync(FULL_WARP, range.high[n], m));
+      range.low[n] = least_pair(range.low[n], __shfl_xor_sync(FULL_WARP, range.low[n], m));
+      range.high[n] = greatest_pair(range.high[n], __shfl_xor_sync(FULL_WARP, range.high[n], m));
     }
-  const bool some = own < 2 && j0 < end;
-  bool fine = true;
-#pragma unroll
-  for (int n = 0; n < 4; n++) {
-    if (own == 1) range.high[n] = range.low[n];
-    fine &= finite(p.beta * widen((u16)range.high[n])) && finite(p.beta * widen((u16)(range.high[n] >> 16)));
-  }
-  if (__any_sync(FULL_WARP, some && !fine)) return make_odd_run(p, pass, kv, j0, end);
-  if (!some) return;
-  const int side = (own == 1) != (p.beta < 0.f);
-  u32* to = pass.ranges + ((i64)kv * 2 + side) * EP + e;
-#pragma unroll
-  for (int h = 0; h < 8; h++) {
-    const float y = p.beta * widen((u16)(range.high[h / 2] >> h % 2 * 16));
-    atomicMax(to + h, ordered(side ? -y : y));
-  }
+  if (own || j0 >= end) return;
+  u16* to = pass.ranges + (i64)kv * 2 * EP + e;
+  asm volatile("red.relaxed.gpu.global.max.noftz.v4." PAIRS " [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(range.high[0]), "r"(range.high[1]),
+               "r"(range.high[2]), "r"(range.high[3]) : "memory");
+  asm volatile("red.relaxed.gpu.global.min.noftz.v4." PAIRS " [%0], {%1, %2, %3, %4};" ::"l"(to + EP), "r"(range.low[0]), "r"(range.low[1]),
+               "r"(range.low[2]), "r"(range.low[3]) : "memory");
 }
 
 // Says that so many of `all` runs of a head are written. Who says the last makes the integers and the flags, writes X again in
@@ -164,17 +186,13 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   __threadfence();
   bool outside = false, easy = true;
   for (int e = lane; e < EP; e += 32) {
-    const u32* range = pass.ranges + (i64)kv * 2 * EP + e;
-    const Choice one = choose(p, __ldcg(range), __ldcg(range + EP));
+    const Choice one = choose(p, pass, kv, e);
     outside |= one.outside;
     easy &= one.easy;
   }
   outside = __any_sync(FULL_WARP, outside);
   const bool hard = __any_sync(FULL_WARP, !easy);
-  for (int e = lane; e < EP; e += 32) {
-    const u32* range = pass.ranges + (i64)kv * 2 * EP + e;
-    pass.c[(i64)kv * CP + e] = hard ? choose(p, __ldcg(range), __ldcg(range + EP)).c : 0;
-  }
+  for (int e = lane; e < EP; e += 32) pass.c[(i64)kv * CP + e] = hard ? choose(p, pass, kv, e).c : 0;
   if (outside && lane == 0) atomicOr(pass.flags + kv, OUTSIDE);
   __syncwarp();
   if (hard && !outside) {
