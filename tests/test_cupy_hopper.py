@@ -108,7 +108,8 @@ BUILDS = (
     hopper.BackwardTiles(False, 128, 128),
     hopper.BackwardTiles(True, 64, 64, stages=3),
 )
-STACK = 32  # bytes: the producer has few registers, and what a consumer needs once per tile of keys can wait there
+STACK = {False: 96, True: 32}  # bytes, forward and backward: what is needed once per tile of queries can wait there
+WAITS = {False: 5, True: 4}  # for products: one for each that is written; short of registers, the compiler waits for all
 
 
 @pytest.mark.parametrize("tiles", BUILDS, ids=str)
@@ -133,13 +134,12 @@ def test_they_compile(tiles: hopper.Operands, tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "kernels.cubin"
     path.write_bytes(cubin + bytes(8))  # CuPy cuts trailing zeros
     usage = subprocess.run([report, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    backward = isinstance(tiles, hopper.BackwardTiles)
     for stack in re.findall(r"STACK:(\d+)", usage):
-        assert int(stack) <= STACK, usage
+        assert int(stack) <= STACK[backward], usage
     code = subprocess.run([disassemble, "-c", str(path)], capture_output=True, text=True, check=True).stdout
     if not tiles.shared:
         return
-    backward = isinstance(tiles, hopper.BackwardTiles)
-    for instruction in ("HGMMA", "UTMALDG.3D", "SYNCS", "USETMAXREG", *(("UBLKRED", "STSM") if backward else ())):
+    for instruction in ("HGMMA", "UTMALDG.3D", "SYNCS", "USETMAXREG", "STSM", "UBLKRED" if backward else "UTMASTG"):
         assert instruction in code
-    # one wait for each that is written: where the compiler runs out of registers, it waits for every product
-    assert code.count("WARPGROUP.DEPBAR") <= 4
+    assert code.count("WARPGROUP.DEPBAR") <= WAITS[backward]
