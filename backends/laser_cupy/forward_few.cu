@@ -142,9 +142,10 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
     if (tile + 1 < end) begin_k(tile + 1);
     few_add(acc, w, sm.x[stage]);
 #pragma unroll
-    for (int j = 0; j < FEW_KEYS / 16; j++)
+    for (int j = 0; j < FEW_KEYS / 16; j++)  // rest is scaled by 2^REST_SHIFT
 #pragma unroll
-      for (int r = 0; r < 4; r++) w[j].x[r] = shifted(w[j].x[r], -REST_SHIFT);
+      for (int r = 0; r < 4; r++)
+        w[j].x[r] = pack(widen((u16)w[j].x[r]) / (1 << REST_SHIFT), widen((u16)(w[j].x[r] >> 16)) / (1 << REST_SHIFT));
     few_add(acc, w, sm.rest);
   }
   const float inverse_of_beta = inverse_of(p.beta);
