@@ -175,10 +175,12 @@ class Build:
 
     @property
     def _few(self) -> int:
-        """Of forward_few.cu: a tile of q, of k and of rest, two of x, and which rows and heads."""
+        """Of forward_few.cu: tiles of q and k, two of x, one of rest, weights, and what is known of rows."""
         if not self.narrow or self.expm1 or max(self.padded, self.value_dim) > 128:
             return 0
-        return 2 * 64 * (2 * (self.padded + _PAD) + 3 * (self.value_dim + _PAD)) + 4 * (64 + THREADS)
+        d, x, keys = self.padded + _PAD, self.value_dim + _PAD, 32
+        tiles = max(2 * ((64 + keys) * d + 3 * keys * x), 4 * 64 * (self.value_dim + 4))
+        return tiles + 2 * 64 * (keys + _PAD) + 4 * (64 + 64 + THREADS)
 
     @property
     def largest(self) -> int:
