@@ -19,6 +19,7 @@ CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
+MODE = ""
 AHEAD = 1024  # queries that read a key/value head and take longer than idle warps take to make its X
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
@@ -143,8 +144,8 @@ class ForwardTiles(Operands):
         """The tiles for a problem: docs/cuda-hopper-log.md says what they rest on."""
         build, half = Build.of(problem), problem.dtype == "float16"
         small = max(build.columns, build.value_dim) <= 64
-        tiles = cls(half, build.columns, build.value_dim, turns=True)
-        return dataclasses.replace(tiles, consumers=3, stages=4, lazy=0 if half else 8) if small else tiles
+        tiles = cls(half, build.columns, build.value_dim, turns=True, lazy=0 if half else 8)
+        return dataclasses.replace(tiles, consumers=3, stages=4) if small else tiles
 
     @property
     def queries(self) -> int:
@@ -312,13 +313,19 @@ def forward_alone(
     zeros = xp.zeros(3 * kv_heads + x.heads + 2, dtype=xp.int32)
     flags, done, ready = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(3))
     counts, work, runs = zeros[3 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
-    made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
+    if MODE == "separate":
+        v = values(x)
+        made, c, flags = v.x, v.c, v.flags
+    else:
+        made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
     ranges = x.empty(kv_heads, 2, width)
     ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
     # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
     section = -(-x.machine.processors // (blocks * problem.group))
     first = min(section, kv_heads) if problem.group * problem.query_length >= AHEAD else kv_heads
+    if MODE == "separate":
+        first = -1
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]

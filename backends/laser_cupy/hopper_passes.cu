@@ -11,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
   __shared__ float room[2][ROWS * EP];
   const int kv = blockIdx.x / blocks, start = blockIdx.x % blocks * chunk, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
   const Head at = head_of(p, kv * p.group);
+  const Base base = base_of(p.beta);
   float most[2][8];
   for (int h = 0; h < 8; h++) most[0][h] = most[1][h] = -INF;
   bool odd = false;
@@ -25,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
 #pragma unroll
     for (int h = 0; h < 8; h++) {
       const float y = p.beta * from[h];
-      to[h] = inside ? value_of(from[h], p.beta, 0) : 0.f;
+      to[h] = inside ? value_of(from[h], p.beta, base, 0) : 0.f;
       odd |= !(y < INF);
       if (inside && finite(y)) { most[0][h] = fmaxf(most[0][h], y); most[1][h] = fmaxf(most[1][h], -y); }
     }
@@ -64,6 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
   const int kv = blockIdx.x / workers, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
   if (own >= ROWS || !hard[kv]) return;
   const Head at = head_of(p, kv * p.group);
+  const Base base = base_of(p.beta);
   for (int j = blockIdx.x % workers * ROWS + own; j < p.key_length; j += workers * ROWS) {
     const i64 row = (i64)kv * p.key_length + j;
     const bool inside = j < at.k_end && e < p.value_dim;
@@ -71,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
     if (inside) from = *(const Eight*)(v + row * p.value_dim + e);
     float to[8];
 #pragma unroll
-    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, c[(i64)kv * CP + e + h]) : 0.f;
+    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, base, c[(i64)kv * CP + e + h]) : 0.f;
     *(Eight*)(x + row * EP + e) = rounded(to);
   }
 }

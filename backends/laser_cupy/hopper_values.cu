@@ -30,18 +30,27 @@ __device__ __forceinline__ u32 ordered(float x) {
 }
 __device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
 
+// beta in units of base 2, as the sum of two numbers
+struct Base { float high, low; };
+__device__ __forceinline__ Base base_of(float beta) {
+  const float high = beta * LOG2E;
+  return {high, fmaf(beta, LOG2E, -high) + beta * 1.92596299e-8f};  // what LOG2E lacks of log2(e)
+}
+
+#define SHIFTER 12582912.f  // 1.5 * 2^23: numbers below 2^22 that are added to it are rounded to integers
+
 // exp(beta*v) * 2^-c; 0 where beta*v is not finite
-__device__ __forceinline__ float value_of(float v, float beta, int c) {
-  const float y = beta * v;
-  int n;
-  const float mantissa = split_exp(y, fmaf(beta, v, -y), n);
-  return finite(y) ? scaled(mantissa, n - c) : 0.f;
+__device__ __forceinline__ float value_of(float v, float beta, const Base& base, int c) {
+  const float y = v * base.high;
+  const float whole = fabsf(y) < 4e6f ? fmaf(v, base.high, SHIFTER) - SHIFTER : rintf(fminf(fmaxf(y, -1e9f), 1e9f));
+  const float mantissa = exp2_fast(fmaf(v, base.low, fmaf(v, base.high, -whole)));
+  return finite(beta * v) ? scaled(mantissa, (int)whole - c) : 0.f;
 }
 // the same bits for c = 0 where the result is normal
-__device__ __forceinline__ float easy_value_of(float v, float beta) {
-  const float y = beta * v, shifted = __fadd_rn(__fmul_rn(y, LOG2E), 12582912.f), whole = shifted - 12582912.f;  // 1.5 * 2^23
-  const float left = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(beta, v, -y);
-  return bits_as_float(float_as_bits(exp2_fast(left * LOG2E)) + (float_as_bits(shifted) << 23));
+__device__ __forceinline__ float easy_value_of(float v, const Base& base) {
+  const float shifted = fmaf(v, base.high, SHIFTER), whole = shifted - SHIFTER;
+  const float mantissa = exp2_fast(fmaf(v, base.low, fmaf(v, base.high, -whole)));
+  return bits_as_float(float_as_bits(mantissa) + (float_as_bits(shifted) << 23));
 }
 
 // What the integer of a channel, and the path of its head, rest on
@@ -85,7 +94,7 @@ struct ValuePass {
   int *c, *flags;
   int *done, *ready;  // [B*Hkv]: runs of keys of which X is written; whether the head can be worked on
   int* next;          // run
-  int first;          // key/value heads that are made by all warps together, before anything else
+  int first;          // key/value heads that are made by all warps together, before anything else; negative: all are there
 };
 
 __device__ __forceinline__ Choice choose(const Problem& p, const ValuePass& pass, int kv, int e) {
@@ -105,13 +114,13 @@ struct Range {
 };
 
 // X of eight values
-__device__ __forceinline__ Eight made_of(const Eight& v, float beta, Range& range) {
+__device__ __forceinline__ Eight made_of(const Eight& v, const Base& base, Range& range) {
   Eight made;
 #pragma unroll
   for (int n = 0; n < 4; n++) {
     range.low[n] = min_pair(range.low[n], v.x[n]);
     range.high[n] = max_pair(range.high[n], v.x[n]);
-    made.x[n] = pack(easy_value_of(v[2 * n], beta), easy_value_of(v[2 * n + 1], beta));
+    made.x[n] = pack(easy_value_of(v[2 * n], base), easy_value_of(v[2 * n + 1], base));
   }
   return made;
 }
@@ -198,6 +207,7 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   if (hard && !outside) {
     const int k_end = p.key_lengths ? least(p.key_lengths[kv * p.group / p.query_heads], p.key_length) : p.key_length;
     const int e = lane % X_LANES * 8;
+    const Base base = base_of(p.beta);
 #pragma unroll 1
     for (int j = lane / X_LANES; j < k_end; j += X_ROWS) {
       if (e >= p.value_dim) continue;
@@ -207,7 +217,7 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
 #pragma unroll
       for (int n = 0; n < 4; n++) {
         const int* c = pass.c + (i64)kv * CP + e + 2 * n;
-        made.x[n] = pack(value_of(from[2 * n], p.beta, __ldcg(c)), value_of(from[2 * n + 1], p.beta, __ldcg(c + 1)));
+        made.x[n] = pack(value_of(from[2 * n], p.beta, base, __ldcg(c)), value_of(from[2 * n + 1], p.beta, base, __ldcg(c + 1)));
       }
       *(Eight*)(pass.x + row * EP + e) = made;
     }
@@ -229,6 +239,7 @@ struct alignas(16) ValueRoom { Eight v[X_WARPS][2][CHUNK][32]; };
 __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& pass) {
   const int all = (p.key_length + RUN - 1) / RUN * (RUN / SHORT_RUN), warps = blockDim.x / 32;
   const int lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
+  const Base base = base_of(p.beta);
 #pragma unroll 1
   for (int n = threadIdx.x / 32 * gridDim.x + blockIdx.x; n < pass.first * all; n += warps * gridDim.x) {
     const int kv = n / all, j0 = n % all * SHORT_RUN, j1 = e < EP ? least(j0 + SHORT_RUN, p.key_length) : 0, end = least(j1, end_of(p, kv, e));
@@ -242,7 +253,7 @@ __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& 
       if (j0 + own + d * X_ROWS < end) some[d] = *(const Eight*)(from + d * X_ROWS * p.value_dim);
 #pragma unroll
     for (int d = 0; d < SHORT_RUN / X_ROWS; d++)
-      if (j0 + own + d * X_ROWS < j1) *(Eight*)(to + d * X_ROWS * EP) = j0 + own + d * X_ROWS < end ? made_of(some[d], p.beta, range) : Eight{};
+      if (j0 + own + d * X_ROWS < j1) *(Eight*)(to + d * X_ROWS * EP) = j0 + own + d * X_ROWS < end ? made_of(some[d], base, range) : Eight{};
     run_met(p, pass, kv, j0, end, range);
     run_made(p, pass, kv, 1, all);
   }
@@ -252,7 +263,9 @@ __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& 
 // that all blocks of the grid run at the same time. What a lane reads it has copied to shared memory itself, a chunk ahead.
 __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& pass, int heads, Eight (&room)[2][CHUNK][32]) {
   constexpr int CHUNKS = RUN / X_ROWS / CHUNK;  // of a run
+  if (pass.first < 0) return;
   const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
+  const Base base = base_of(p.beta);
   auto begin = [&](int run, int chunk) {
     const int kv = pass.first + run / runs, j0 = run % runs * RUN + chunk * CHUNK * X_ROWS + own;
     if (kv < heads) {
@@ -281,7 +294,7 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
       u16* to = pass.x + ((i64)kv * p.key_length + j) * EP + e;
 #pragma unroll 1
       for (int d = 0; d < CHUNK; d++, j += X_ROWS, to += X_ROWS * EP)
-        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(room[chunk % 2][d][lane], p.beta, range) : Eight{};
+        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(room[chunk % 2][d][lane], base, range) : Eight{};
     }
     run_met(p, pass, kv, j0, least(j0 + RUN, end), range);
     run_made(p, pass, kv, RUN / SHORT_RUN, runs * (RUN / SHORT_RUN));
@@ -292,8 +305,7 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
 
 // until X of a head can be copied by this thread
 __device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
-  int ready;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(pass.ready + kv) : "memory");
-  while (!ready);
+  int ready = pass.first < 0;
+  while (!ready) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(pass.ready + kv) : "memory");
   publish_global();
 }
