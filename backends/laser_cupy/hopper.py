@@ -329,10 +329,10 @@ def forward_alone(
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    values = (x.v, made, ranges, c, flags, done, ready, runs, np.int32(first))
+    passes = (x.v, made, ranges, c, flags, done, ready, runs, np.int32(first))
     outputs = (residual, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
-    arguments = (*maps, *values, *outputs, *scalars)
+    arguments = (*maps, *passes, *outputs, *scalars)
     shape = {"threads": tiles.threads, "shared": tiles.shared}
     _run(x, tiles, "hopper_forward", x.machine.processors, *arguments, **shape)
     return host.Values(made, made, c, flags), counts, few
