@@ -109,10 +109,7 @@ BUILDS = (
     hopper.BackwardTiles(True, 64, 64, stages=3),
 )
 STACK = {False: 96, True: 32}  # bytes, forward and backward: what is needed once per tile of queries can wait there
-WAITS = {False: 5, True: 4}  # for products, as many as are written: short of registers, the compiler waits for all
-    False: 5,
-    True: 4,
-}  # for products: one for each that is written; short of registers, the compiler waits for all
+WAITS = {False: 5, True: 4}  # for products, as many as are written: short of registers, the compiler waits for each
 
 
 @pytest.mark.parametrize("tiles", BUILDS, ids=str)
