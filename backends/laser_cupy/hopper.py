@@ -19,8 +19,7 @@ CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
-MODE = ""
-AHEAD = 1024  # queries that read a key/value head and take longer than idle warps take to make its X
+BEHIND = 2048  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
@@ -301,7 +300,7 @@ def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Value
 def forward_alone(
     x: host.Call, out: Array, residual: Any, lse: Array, tiles: ForwardTiles | None = None
 ) -> tuple[host.Values, Array, Array]:
-    """The forward kernel, which makes X too.
+    """The forward kernel, which makes X too where that is hidden behind its products.
 
     Returns:
         What the value pass makes, how many rows of each head are left to ``forward_few``, because few keys carry their
@@ -310,32 +309,28 @@ def forward_alone(
     xp, problem, kv_heads, width = x.machine.xp, x.problem, x.key_value_heads, x.build.value_dim
     tiles = tiles or ForwardTiles.of(problem)
     blocks = -(-problem.query_length // tiles.queries)
+    # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
+    section = -(-x.machine.processors // (blocks * problem.group))
     zeros = xp.zeros(3 * kv_heads + x.heads + 2, dtype=xp.int32)
     flags, done, ready = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(3))
     counts, work, runs = zeros[3 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
-    if MODE == "separate":
-        v = values(x)
-        made, c, flags = v.x, v.c, v.flags
-    else:
-        made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
-    ranges = x.empty(kv_heads, 2, width)
-    ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
-    # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
-    section = -(-x.machine.processors // (blocks * problem.group))
-    first = min(section, kv_heads) if problem.group * problem.query_length >= AHEAD else kv_heads
-    if MODE == "separate":
-        first = -1
+    if problem.group * problem.query_length >= BEHIND:
+        made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
+        v, first, ranges = host.Values(made, made, c, flags), min(section, kv_heads), x.empty(kv_heads, 2, width)
+        ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
+    else:
+        v, first, ranges = values(x), -1, host.NOTHING
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
-    operands = ((x.q, 64), (x.k, tiles.keys), (made, tiles.keys), (of_heads, 16))
+    operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    passes = (x.v, made, ranges, c, flags, done, ready, runs, np.int32(first))
+    passes = (x.v, v.x, ranges, v.c, v.flags, done, ready, runs, np.int32(first))
     outputs = (residual, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *passes, *outputs, *scalars)
     shape = {"threads": tiles.threads, "shared": tiles.shared}
     _run(x, tiles, "hopper_forward", x.machine.processors, *arguments, **shape)
-    return host.Values(made, made, c, flags), counts, few
+    return v, counts, few
 
 
 def backward(
