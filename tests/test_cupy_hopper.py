@@ -108,7 +108,7 @@ BUILDS = (
     hopper.BackwardTiles(False, 128, 128),
     hopper.BackwardTiles(True, 64, 64, stages=3),
 )
-STACK = {False: 96, True: 32}  # bytes, forward and backward: what is needed once per tile of queries can wait there
+STACK = {False: 112, True: 32}  # bytes, forward and backward: what is needed once per tile of queries can wait there
 WAITS = {False: 5, True: 4}  # for products, as many as are written: short of registers, the compiler waits for each
 
 

@@ -311,9 +311,9 @@ def forward_alone(
     blocks = -(-problem.query_length // tiles.queries)
     # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
     section = -(-x.machine.processors // (blocks * problem.group))
-    zeros = xp.zeros(3 * kv_heads + x.heads + 2, dtype=xp.int32)
-    flags, done, ready = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(3))
-    counts, work, runs = zeros[3 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
+    zeros = xp.zeros(4 * kv_heads + x.heads + 2, dtype=xp.int32)
+    flags, done, states, again = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(4))
+    counts, work, runs = zeros[4 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
     if problem.group * problem.query_length >= BEHIND:
         made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
@@ -324,7 +324,7 @@ def forward_alone(
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    passes = (x.v, v.x, ranges, v.c, v.flags, done, ready, runs, np.int32(first))
+    passes = (x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, np.int32(first))
     outputs = (residual, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *passes, *outputs, *scalars)

@@ -328,9 +328,9 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const T
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u16* ranges, int* c, int* flags, int* done, int* ready, int* next,
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u16* ranges, int* c, int* flags, int* done, int* states, int* again, int* next,
     int first, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
-  const ValuePass pass = {v, x, ranges, c, flags, done, ready, next, first};
+  const ValuePass pass = {v, x, ranges, c, flags, done, states, again, next, first};
   const Problem pr = THE_PROBLEM;
   extern __shared__ u8 memory[];
   Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
@@ -354,7 +354,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
   if (threadIdx.x < 128) {
     registers_give<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, pass, counter, heads, tiles, section, sm);
-    if (threadIdx.x >= 32) more_values(pr, pass, heads / pr.group, sm.values.v[threadIdx.x / 32 - 1]);
+    if (threadIdx.x >= 32 && first >= 0) {
+      more_values(pr, pass, heads / pr.group, sm.values.v[threadIdx.x / 32 - 1]);
+      values_again(pr, pass, heads / pr.group);
+    }
   } else {
     registers_take<CONSUMER_REGISTERS>();
     consume(pr, c, &o_map, residual, lse, few, counts, heads, tiles, section, sm);

@@ -92,7 +92,7 @@ struct ValuePass {
   u16* x;       // [B*Hkv, Lk, EP]
   u16* ranges;  // [B*Hkv, 2, EP]: the greatest and the least value of each channel, NaN where there is none
   int *c, *flags;
-  int *done, *ready;  // [B*Hkv]: runs of keys of which X is written; whether the head can be worked on
+  int *done, *states, *again;  // [B*Hkv]: runs of keys of which X is written; what there is; runs that some warp makes again
   int* next;          // run
   int first;          // key/value heads that are made by all warps together, before anything else; negative: all are there
 };
@@ -183,13 +183,26 @@ __device__ __forceinline__ void run_met(const Problem& p, const ValuePass& pass,
                "r"(range.low[2]), "r"(range.low[3]) : "memory");
 }
 
-// Says that so many of `all` runs of a head are written. Who says the last makes the integers and the flags, writes X again in
-// the rare case that c = 0 is not in range, and lets the head be worked on.
-__device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass, int kv, int count, int all) {
-  const int lane = threadIdx.x % 32;
+#define MADE 1  // X of a head is there
+#define HARD 2  // it is to be made again, with c
+
+__device__ __forceinline__ int state_of(const ValuePass& pass, int kv) {
+  int state;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(state) : "l"(pass.states + kv) : "memory");
+  return state;
+}
+
+// What this warp has written can be copied by whoever learns of it from the first lane
+__device__ __forceinline__ void release() {
   publish_global();  // X is read by the copy engine
   __threadfence();
   __syncwarp();
+}
+
+// Says that so many of `all` runs of a head are written. Who says the last makes the integers and the flags.
+__device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass, int kv, int count, int all) {
+  const int lane = threadIdx.x % 32;
+  release();
   const int before = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.done + kv, count) : 0, 0);
   if (before + count < all) return;
   __threadfence();
@@ -203,29 +216,8 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   const bool hard = __any_sync(FULL_WARP, !easy);
   for (int e = lane; e < EP; e += 32) pass.c[(i64)kv * CP + e] = hard ? choose(p, pass, kv, e).c : 0;
   if (outside && lane == 0) atomicOr(pass.flags + kv, OUTSIDE);
-  __syncwarp();
-  if (hard && !outside) {
-    const int k_end = p.key_lengths ? least(p.key_lengths[kv * p.group / p.query_heads], p.key_length) : p.key_length;
-    const int e = lane % X_LANES * 8;
-    const Base base = base_of(p.beta);
-#pragma unroll 1
-    for (int j = lane / X_LANES; j < k_end; j += X_ROWS) {
-      if (e >= p.value_dim) continue;
-      const i64 row = (i64)kv * p.key_length + j;
-      const Eight from = *(const Eight*)(pass.v + row * p.value_dim + e);
-      Eight made;
-#pragma unroll
-      for (int n = 0; n < 4; n++) {
-        const int* c = pass.c + (i64)kv * CP + e + 2 * n;
-        made.x[n] = pack(value_of(from[2 * n], p.beta, base, __ldcg(c)), value_of(from[2 * n + 1], p.beta, base, __ldcg(c + 1)));
-      }
-      *(Eight*)(pass.x + row * EP + e) = made;
-    }
-    publish_global();
-  }
-  __threadfence();
-  __syncwarp();
-  if (lane == 0) atomicExch(pass.ready + kv, 1);
+  release();
+  if (lane == 0) atomicExch(pass.states + kv, hard && !outside ? HARD : MADE);
 }
 
 #define RUN 64        // keys that a warp makes X of, in the background
@@ -259,11 +251,10 @@ __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& 
   }
 }
 
-// The rest, by warps that have nothing else to do. They wait for nobody, so whoever waits for them comes to an end, provided
-// that all blocks of the grid run at the same time. What a lane reads it has copied to shared memory itself, a chunk ahead.
+// The rest, by warps that have nothing else to do. Until all runs are drawn they wait for nobody, so whoever waits for them comes
+// to an end, provided that all blocks of the grid run at the same time. What a lane reads it has copied to shared memory itself, a chunk ahead.
 __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& pass, int heads, Eight (&room)[2][CHUNK][32]) {
   constexpr int CHUNKS = RUN / X_ROWS / CHUNK;  // of a run
-  if (pass.first < 0) return;
   const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
   const Base base = base_of(p.beta);
   auto begin = [&](int run, int chunk) {
@@ -303,9 +294,47 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
   copy_wait();
 }
 
+// X once more, with c, of hard heads: when all other runs are given to some warp. It waits for those only.
+__device__ __forceinline__ void values_again(const Problem& p, const ValuePass& pass, int heads) {
+  const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8;
+  const Base base = base_of(p.beta);
+#pragma unroll 1
+  for (int start = 0; start < heads; start += 32) {
+    int state = MADE;
+    if (start + lane < heads) do state = state_of(pass, start + lane); while (!state);
+    u32 hard = __ballot_sync(FULL_WARP, state == HARD);
+#pragma unroll 1
+    while (hard) {
+      const int kv = start + __ffs(hard) - 1, run = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.again + kv, 1) : 0, 0);
+      if (run >= runs) {
+        hard &= hard - 1;
+        continue;
+      }
+      const int end = least(run * RUN + RUN, end_of(p, kv, e));
+#pragma unroll 2
+      for (int j = run * RUN + lane / X_LANES; j < end; j += X_ROWS) {
+        const i64 row = (i64)kv * p.key_length + j;
+        const Eight from = *(const Eight*)(pass.v + row * p.value_dim + e);
+        Eight made;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          const int* c = pass.c + (i64)kv * CP + e + 2 * n;
+          made.x[n] = pack(value_of(from[2 * n], p.beta, base, __ldcg(c)), value_of(from[2 * n + 1], p.beta, base, __ldcg(c + 1)));
+        }
+        *(Eight*)(pass.x + row * EP + e) = made;
+      }
+      release();
+      if (lane == 0 && atomicAdd(pass.done + kv, 1) + 1 == runs * (RUN / SHORT_RUN) + runs) {
+        __threadfence();
+        atomicExch(pass.states + kv, MADE);
+      }
+    }
+  }
+}
+
 // until X of a head can be copied by this thread
 __device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
-  int ready = pass.first < 0;
-  while (!ready) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ready) : "l"(pass.ready + kv) : "memory");
+  if (pass.first < 0) return;
+  while (state_of(pass, kv) != MADE) {}
   publish_global();
 }
