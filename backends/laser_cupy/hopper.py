@@ -19,7 +19,7 @@ CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
-BEHIND = 2048  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
+BEHIND = 1024  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
