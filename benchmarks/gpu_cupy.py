@@ -2,7 +2,7 @@
 
 Each time is one of a result that is right, and a ratio to a peer that was measured in the same turns; inputs are shared
 by DLPack. ``laser`` is the public call, with the value pass, the exact path and what is kept for the backward pass;
-``kernel`` is the Hopper kernel alone; ``portable`` is the call without it.
+``kernel`` is the Hopper kernel alone, forward with the making of X; ``portable`` is the call without it.
 """
 
 from __future__ import annotations
