@@ -85,6 +85,14 @@ __device__ __forceinline__ void tile_copy(u8* tile, const TensorMap* map, int ro
         : "memory");
 }
 
+// begins to bring them into the L2 cache
+template <int ROWS, int CELLS> __device__ __forceinline__ void tile_fetch(const TensorMap* map, int row, int head) {
+#pragma unroll
+  for (int n = 0; n < CELLS / 64; n++)
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(n * 64), "r"(row), "r"(head)
+                 : "memory");
+}
+
 // the same for adjacent bytes, a multiple of 16
 __device__ __forceinline__ void bytes_copy(void* to, const void* from, int bytes, u64* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),

@@ -123,8 +123,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
 // bfloat16: what row_terms of backward.cu makes, and the records [heads, tiles][2][tile] of minus l and r that the Hopper
 // kernel reads. LANES lanes for a row.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, int* flags, float* l,
-    float* rows, u16* g, int tiles, int tile) {
+    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    int* odd, float* l, float* rows, u16* g, int tiles, int tile) {
   const Problem p = THE_PROBLEM;
   const i64 n = ((i64)blockIdx.x * THREADS + threadIdx.x) / LANES;
   const int lane = threadIdx.x % LANES, e = lane * 8, query = (int)(n / (tiles * tile)), i = (int)(n % (tiles * tile));
@@ -140,7 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
     mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
   }
-  if (there && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
+  const float own_lse = there ? lse[row] : -INF;
+  // a query that is not finite and sees a key has no log-sum-exp; those without one are few
+  if (there && !finite(own_lse) && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
   const float inverse = 1.f / p.beta;
   float sum = 0.f;
   u32 seen = 0;  // bits: q is not finite, o or do is not, do is not zero
@@ -159,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     sum += __shfl_xor_sync(FULL_WARP, sum, m);
     seen |= __shfl_xor_sync(FULL_WARP, seen, m);
   }
-  const float dl = d_lse && there ? d_lse[row] : 0.f, own_lse = there ? lse[row] : -INF;
+  const float dl = d_lse && there ? d_lse[row] : 0.f;
   const bool nothing = own_lse == -INF || (!(seen & 4) && dl == 0.f);
   const bool broken = (seen & 3) || !finite(own_lse) || !finite(dl), live = !nothing && !broken;
   const float own_l = nothing ? INF : broken ? NOT_A_NUMBER : own_lse * LOG2E;
@@ -172,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
   record[tile] = live ? dl - sum : 0.f;
   if (!there) return;
   l[row] = own_l;
-  if ((seen & 1) || (!nothing && broken)) atomicOr(flags + at.key, ODD);
+  if ((seen & 1) || (!nothing && broken)) odd[at.key] = ODD;
 }
 
 // NaN for keys that are not finite, otherwise 0, of heads outside the fast range: what the exact kernels read

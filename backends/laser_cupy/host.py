@@ -206,11 +206,19 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
     blocks = -(-problem.query_length // x.build.queries)
-    v, left = machine.special_forward(x, out, residual, lse) or (values(x), NOTHING)
+    special = machine.special_forward(x, out, residual, lse)
+    v, left = special or (values(x), NOTHING)
     x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, left)
     workers = min(WORKERS, problem.query_length)
     x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
-    return Forward(out, lse, residual if keep else None)
+    kept = (residual, v.c, v.flags) if special else residual  # the special kernels backward make X from them
+    return Forward(out, lse, kept if keep else None)
+
+
+def unrounded(forward: Forward) -> Array:
+    """The output in float32."""
+    kept = forward.residual[0] if isinstance(forward.residual, tuple) else forward.residual
+    return forward.out if kept is None else kept
 
 
 class Rows(NamedTuple):
@@ -230,7 +238,7 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     """The passes over queries and over keys."""
     xp, build, problem = x.machine.xp, x.build, x.problem
     do = matrix(x.machine, d_out, problem.value_dim)
-    o = matrix(x.machine, forward.out if forward.residual is None else forward.residual, problem.value_dim)
+    o = matrix(x.machine, unrounded(forward), problem.value_dim)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
