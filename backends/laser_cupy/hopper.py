@@ -198,11 +198,11 @@ class BackwardTiles(Operands):
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
+        """Bytes of shared memory of a block."""
         d, e = self.widths
         operands = 2 * (self.KEYS + 2 * self.queries) * (d + e)
         exchanged = 2 * 2 * self.KEYS * self.queries + 2 * 4 * self.queries * d
-        return operands + exchanged + 4 * 2 * 2 * self.queries + 8 * 19 + self.KEYS + 1024
+        return operands + exchanged + 4 * 2 * 2 * self.queries + 8 * 20 + self.KEYS
 
 
 @functools.cache

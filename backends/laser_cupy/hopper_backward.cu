@@ -453,9 +453,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     int blocks, int section, int tiles) {
   const Problem pr = THE_PROBLEM;
   const Work work = {count, blocks, section, tiles};
-  extern __shared__ u8 memory[];
-  Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
+  extern __shared__ __align__(1024) u8 memory[];
+  Shared& sm = *(Shared*)memory;
   if (threadIdx.x == 0) {
+    if (shared_address(memory) % 1024) __trap();  // there is no room to spare
     barrier_init(&sm.k_full, 1);
     barrier_init(&sm.k_free, 8);
     barrier_init(&sm.x_full, 1);
