@@ -140,6 +140,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
     mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
   }
+  int shift[8] = {};
+  if (e < EP) {
+    const int4 low = *(const int4*)(c + (i64)at.key * CP + e), high = *(const int4*)(c + (i64)at.key * CP + e + 4);
+    shift[0] = low.x; shift[1] = low.y; shift[2] = low.z; shift[3] = low.w;
+    shift[4] = high.x; shift[5] = high.y; shift[6] = high.z; shift[7] = high.w;
+  }
   const float own_lse = there ? lse[row] : -INF;
   // a query that is not finite and sees a key has no log-sum-exp; those without one are few
   if (there && !finite(own_lse) && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
@@ -151,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     const float one = from[h], y = -p.beta * mean[h];
     int exponent;
     const float mantissa = split_exp(y, fmaf(-p.beta, mean[h], -y), exponent);
-    to[h] = one * scaled(mantissa, exponent + (e < EP ? c[(i64)at.key * CP + e + h] : 0)) * inverse;
+    to[h] = one * scaled(mantissa, exponent + shift[h]) * inverse;
     sum = fmaf(one, inverse, sum);
     seen |= (finite(of_q[h]) ? 0 : 1) | (finite(mean[h]) && finite(one) ? 0 : 2) | (one != 0.f ? 4 : 0);
     if (one == 0.f) to[h] = 0.f;

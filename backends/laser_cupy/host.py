@@ -273,10 +273,10 @@ def backward(
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
-    workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
+    workers = WORKERS if given.beta is not None else 4 * machine.processors  # the former have room for dβ
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
-        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
+        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
     made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
     v, r = made or _with_rows(x, forward, d_out, d_lse)
@@ -288,8 +288,9 @@ def backward(
             x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
         x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
     exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
-    x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
-    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, dbetas[1], np.int32(workers[1]))
+    sizes = (np.int32(x.key_value_heads), np.int32(workers))
+    x.run("backward_queries_exact", workers, *exact, dq, *sizes)
+    x.run("backward_keys_exact", workers, *exact, dk, dv, dbetas[1], *sizes)
 
     dq = dq[..., : problem.head_dim].reshape(given.query.shape)
     dk, dv = (
