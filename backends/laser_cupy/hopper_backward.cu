@@ -18,7 +18,10 @@
 
 #define QUERIES (DT + ET > 128 ? 64 : 128)
 #define KEYS 128
-#define STAGES 2  // of q and g: the n-th use of a pair, in phase n / 2
+#ifndef STAGES
+#define STAGES 2  // of q and g
+#define DQS 2
+#endif
 #define Q_BYTES (QUERIES * DT * 2)
 #define G_BYTES (QUERIES * ET * 2)
 #define K_BYTES (KEYS * DT * 2)
@@ -34,7 +37,7 @@ struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 q[STAGES][Q_BYTES];      // [DT/64][QUERIES][64]
   u8 g[STAGES][G_BYTES];      // [ET/64][QUERIES][64]
   u8 ds[2][KEYS * QUERIES * 2];  // [QUERIES/64][KEYS][64]
-  float4 dq[2][2][DQ_PARTS][128];
+  float4 dq[DQS][2][DQ_PARTS][128];
   float rows[STAGES][2][QUERIES];  // minus l, r
   u64 k_full, k_free, x_full, x_free;
   u64 q_full[STAGES], g_full[STAGES], done[STAGES];  // done: by all consumers; q and g are free, ds is there
@@ -143,8 +146,8 @@ __device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, 
         do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turns + to) : "memory");
         while (seen != rank);
         publish_global();
-        if (rank == 0) floats_write(sums + to * SUMS, sm.dq[which], SUMS * 4);
-        else floats_add(sums + to * SUMS, sm.dq[which], SUMS * 4);
+        if (rank == 0) floats_write(sums + to * SUMS, sm.dq[which % DQS], SUMS * 4);
+        else floats_add(sums + to * SUMS, sm.dq[which % DQS], SUMS * 4);
         floats_read();
         barrier_arrive(&sm.dq_free[which]);
         floats_done();
@@ -273,7 +276,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
   const bool first_lane = threadIdx.x % 32 == 0;
   const float factor = pr.scale * LOG2E;
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
-  int n_tiles = 0, uses = 0;
+  int n_tiles = 0, uses = 0, stage = 0, phase = 0;
   FOR_EACH_DRAWN(FULL_WARP)
     const int own = place.j0 + which * 64 + row;
     const i64 keys = (i64)place.kv * pr.key_length;
@@ -290,11 +293,11 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
       const bool odd_queries = odd[place.kv] & ODD;
       float s[QUERIES / 8][4], gx[QUERIES / 8][4];  // [64 keys, QUERIES]
       float dq[DQ_PARTS][4];                        // [64 queries, DT/2], or all columns of half of the queries
-      auto begin_s = [&](int n) {  // the first products of the n-th tile of queries
+      auto begin_s = [&](int stage) {  // the first products of a tile of queries
         const int group = warpgroup() - 1;  // anew: the compiler would keep the operands of all products in registers
         pin(s);
         products_fence();
-        multiply_rows<KEYS, QUERIES, DT>(s, sm.k + group * BLOCK_BYTES(64), sm.q[n & 1]);
+        multiply_rows<KEYS, QUERIES, DT>(s, sm.k + group * BLOCK_BYTES(64), sm.q[stage]);
         products_commit();
       };
       auto begin_dq = [&](int n) {  // of the n-th tile
@@ -309,10 +312,11 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         products_commit();
       };
       auto hand_over = [&](int n) {
-        barrier_wait(&sm.dq_free[n & 1], n / 2 % 2 ^ 1);
+        if (DQS == 2) barrier_wait(&sm.dq_free[n & 1], n / 2 % 2 ^ 1);
+        else barrier_wait(&sm.dq_free[n & 1 ^ 1], (n + 1) / 2 % 2 ^ 1);
 #pragma unroll
         for (int m = 0; m < DQ_PARTS; m++)
-          sm.dq[n & 1][which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
+          sm.dq[n % DQS][which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
         publish();
         __syncwarp();
         if (first_lane) barrier_arrive(&sm.dq_full[n & 1]);
@@ -322,9 +326,9 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
       bool bad[2] = {false, false};
       if (odd_keys)
         for (int h = 0; h < 2; h++) bad[h] = sm.odd[which * 64 + row + h * 8];
-      barrier_wait(&sm.q_full[n_tiles & 1], n_tiles / 2 % 2);
-      if (unclean) tile_clean(sm.q[n_tiles & 1], Q_BYTES);
-      begin_s(n_tiles);
+      barrier_wait(&sm.q_full[stage], phase);
+      if (unclean) tile_clean(sm.q[stage], Q_BYTES);
+      begin_s(stage);
       make_x(sm, pr, c + (i64)place.kv * CP, at.k_end - place.j0, uses % 2);
       uses++;
       products_wait<0>();
@@ -333,14 +337,18 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #pragma unroll 1
       for (int tile = span.end - 1;; tile = tile > span.first ? tile - 1 : span.end - 1) {
         const int i0 = tile * QUERIES, j0 = place.j0;
-        const int stage = n_tiles & 1, phase = n_tiles / 2 % 2, next = (n_tiles + 1) / 2 % 2;  // the latter: of the next tile
+        const bool wraps = stage == STAGES - 1;
+        const int next = wraps ? 0 : stage + 1, next_phase = phase ^ (int)wraps;
         const u8 *q_tile = sm.q[stage], *g_tile = sm.g[stage];
         const float *minus_l = sm.rows[stage][0] + t * 2, *r = sm.rows[stage][1] + t * 2;
         if (unclean && n_tiles < end) {
-          barrier_wait(&sm.q_full[stage ^ 1], next);
-          tile_clean(sm.q[stage ^ 1], Q_BYTES);
+          barrier_wait(&sm.q_full[next], next_phase);
+          tile_clean(sm.q[next], Q_BYTES);
         }
         u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
+#if SKEW
+        if (n_tiles == begin && which == 1) named_wait(3, 256);
+#endif
         barrier_wait(&sm.g_full[stage], phase);
         pin(gx);
         products_fence();
@@ -380,13 +388,16 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         products_fence();
         multiply_columns(dk, ds, q_tile);
         products_commit();
+#if SKEW
+        if (n_tiles == begin && which == 0) named_arrive(3, 256);
+#endif
         // The other warpgroup has gone through the tile before: its part of ds is there, and nobody reads the one before that.
-        barrier_wait(&sm.done[stage ^ 1], next ^ 1);
+        barrier_wait(&sm.done[stage ? stage - 1 : STAGES - 1], phase ^ (int)!stage);
         int offset = ds_offset;
         if (QUERIES == 64) asm volatile("" : "+r"(offset));  // the compiler would keep all of the addresses
 #pragma unroll
         for (int m = 0; m < QUERIES / 16; m++)
-          store_matrices(sm.ds[stage] + m / 4 * BLOCK_BYTES(KEYS) + (offset ^ m % 4 * 32), ds[m]);
+          store_matrices(sm.ds[n_tiles & 1] + m / 4 * BLOCK_BYTES(KEYS) + (offset ^ m % 4 * 32), ds[m]);
 #if !LATE
         publish();
 #endif
@@ -397,8 +408,8 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         products_wait<1>();
         pin(ds);
         pin(dk);
-        if (n_tiles < end) barrier_wait(&sm.q_full[stage ^ 1], next);
-        begin_s(n_tiles + 1);  // after the last tile, of whatever is there: a branch would have the compiler wait for all products
+        if (n_tiles < end) barrier_wait(&sm.q_full[next], next_phase);
+        begin_s(next);  // after the last tile, of whatever is there: a branch would have the compiler wait for all products
         products_wait<1>();
         pin(dq);
 #if !LATE
@@ -413,9 +424,14 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #endif
         products_wait<0>();
         pin(s);
-        if (n_tiles++ == end) break;
+        const int last = stage, last_phase = phase;
+        stage = next;
+        phase = next_phase;
+        if (n_tiles++ == end) {
+          barrier_wait(&sm.done[last], last_phase);
+          break;
+        }
       }
-      barrier_wait(&sm.done[end & 1], end / 2 % 2);
       begin_dq(end);
       // meanwhile dv; all lanes have their X before it is given back
       const u8* x_row = sm.x + (which * 64 + row) * 128 + t * 4;
