@@ -25,6 +25,9 @@ PROBLEMS: tuple[dict[str, Any], ...] = (
     {"lq": 2, "lk": 300, "is_causal": "bottom_right", "odd": True},
     {"sigma": 100.0, "bias": (90,)},
     {"d": 24, "e": 40, "lq": 65, "lk": 129, "is_causal": True},
+    {"d": 128, "e": 128, "lq": 150, "lk": 260, "is_causal": "bottom_right", "odd": True},  # from here on: Hopper's
+    {"d": 64, "e": 64, "lq": 200, "lk": 300, "key_value_seq_lengths": (300, 0)},
+    {"d": 64, "e": 128, "lq": 140, "lk": 70, "sigma": 100.0},
 )
 
 
