@@ -29,7 +29,16 @@
 #define ROWS_BYTES (2 * QUERIES * 4)
 #define SUMS (QUERIES * DT)  // floats of a tile of dq
 #define DQ_PARTS (SUMS / 1024)  // groups of 8 columns that a warpgroup makes of it, for 64 queries
+#if STAMP
+__device__ long long stamps[132 * 16 * 32];
+#define MARK(k) if (threadIdx.x == 128 && turn < 16) stamps[(blockIdx.x * 16 + turn) * 32 + (k)] = clock64();
+#else
+#define MARK(k)
+#endif
 #define ALL_ONES (FLOAT16 ? 0x7C00u : 0x7F80u)  // the exponent of what is not finite
+
+// a key tile; kv is negative at the end
+struct alignas(8) Place { int kv, j0; };
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 k[K_BYTES];              // [DT/64][KEYS][64]
@@ -42,7 +51,7 @@ struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u64 k_full, k_free, x_full, x_free;
   u64 q_full[STAGES], g_full[STAGES], done[STAGES];  // done: by all consumers; q and g are free, ds is there
   u64 dq_full[2], dq_free[2], drawn_full[2], drawn_free[2];
-  int drawn[2];
+  Place drawn[2];
   bool odd[KEYS];  // whether a key is not finite
 };
 
@@ -61,7 +70,6 @@ __device__ __forceinline__ int last_of(const Problem& p, const Head& at, int til
 
 // Work: the key tiles of `section` heads, the first ones of all of them before the second ones, and so on
 struct Work { int count, blocks, section, tiles; };
-struct Place { int kv, j0; };
 __device__ __forceinline__ Place place_of(const Work& w, int index) {
   const int begin = index / (w.section * w.blocks) * w.section, within = index - begin * w.blocks;
   const int heads = least(w.section, w.count / w.blocks - begin);
@@ -72,11 +80,10 @@ __device__ __forceinline__ Place place_of(const Work& w, int index) {
 #define FOR_EACH_DRAWN(threads_of_role)                                                    \
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
-    const int index = sm.drawn[turn % 2];                                                  \
+    const Place place = sm.drawn[turn % 2];                                                \
     __syncwarp(threads_of_role);                                                           \
     if (threadIdx.x % 32 == 0) barrier_arrive(&sm.drawn_free[turn % 2]);                   \
-    if (index >= work.count) return;                                                       \
-    const Place place = place_of(work, index);                                             \
+    if (place.kv < 0) return;                                                              \
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
 
 // ------------------------------------------------------------------------------------------------------------- roles
@@ -93,9 +100,10 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
       place = place_of(work, index);
     } while (index < work.count && flags[place.kv] & OUTSIDE);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
-    sm.drawn[turn % 2] = index;
+    if (index >= work.count) place.kv = -1;
+    sm.drawn[turn % 2] = place;
     barrier_arrive(&sm.drawn_full[turn % 2]);
-    if (index >= work.count) return;
+    if (place.kv < 0) return;
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
     if (span.first == span.end) continue;
     tile_fetch<KEYS, DT>(k_map, place.j0, place.kv);
@@ -245,7 +253,12 @@ __device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width,
       const u32 even = pack(x[0], x[1]), odd = pack(x[2], x[3]);
       const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? even : odd, 1);
       const int row = own + h * 8, column = (m + t % 2) * 8 + t / 2 * 4;
-      if (row < end && column < width) *(uint2*)(to + (i64)row * width + column) = t % 2 ? make_uint2(got, odd) : make_uint2(even, got);
+      const u32 first = t % 2 ? got : even, second = t % 2 ? odd : got;
+      // as a branch it would keep the exchanges of lanes from running side by side
+      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
+                       (int)(row < end && column < width)),
+                   "l"(to + (i64)row * width + column), "r"(first), "r"(second)
+                   : "memory");
     }
 }
 
@@ -269,15 +282,24 @@ __device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Prob
       for (int h = 0; h < 4; h++) p[m][h] = bad[h / 2] && p[m][h] == p[m][h] ? 0.f : p[m][h];
 }
 
-__device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
+template <int WHICH> __device__ __forceinline__ int group_of() {
+  if (WHICH < 0) return warpgroup() - 1;
+  int zero;
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+  return WHICH + zero;
+}
+
+template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
                                         u16* dv_out, const Work& work, Shared& sm) {
-  const int which = warpgroup() - 1, t = threadIdx.x % 4;  // warpgroup 0 has the other roles
+  const int which = WHICH < 0 ? warpgroup() - 1 : WHICH, t = threadIdx.x % 4;  // warpgroup 0 has the other roles
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
   const bool first_lane = threadIdx.x % 32 == 0;
   const float factor = pr.scale * LOG2E;
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
-  int n_tiles = 0, uses = 0, stage = 0, phase = 0;
+  u32 n_tiles = 0;
+  int uses = 0, stage = 0, phase = 0;
   FOR_EACH_DRAWN(FULL_WARP)
+    MARK(0)
     const int own = place.j0 + which * 64 + row;
     const i64 keys = (i64)place.kv * pr.key_length;
 #if FLOAT16
@@ -294,14 +316,14 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
       float s[QUERIES / 8][4], gx[QUERIES / 8][4];  // [64 keys, QUERIES]
       float dq[DQ_PARTS][4];                        // [64 queries, DT/2], or all columns of half of the queries
       auto begin_s = [&](int stage) {  // the first products of a tile of queries
-        const int group = warpgroup() - 1;  // anew: the compiler would keep the operands of all products in registers
+        const int group = group_of<WHICH>();  // anew: the compiler would keep the operands of all products in registers
         pin(s);
         products_fence();
         multiply_rows<KEYS, QUERIES, DT>(s, sm.k + group * BLOCK_BYTES(64), sm.q[stage]);
         products_commit();
       };
-      auto begin_dq = [&](int n) {  // of the n-th tile
-        const int group = warpgroup() - 1;
+      auto begin_dq = [&](u32 n) {  // of the n-th tile
+        const int group = group_of<WHICH>();
         constexpr bool WHOLE = QUERIES == 128;
         const u64 left = operand_transposed(sm.ds[n & 1] + (WHOLE ? group * BLOCK_BYTES(KEYS) : 0), 0);
         const u64 right = operand_transposed(sm.k + (WHOLE ? 0 : group * (DT == 128 ? BLOCK_BYTES(KEYS) : 64)), 0);
@@ -311,7 +333,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         for (int m = 0; m < KEYS / 16; m++) product<1, 1>(dq, moved(left, m * 2048), moved(right, m * 2048), m > 0);
         products_commit();
       };
-      auto hand_over = [&](int n) {
+      auto hand_over = [&](u32 n) {
         if (DQS == 2) barrier_wait(&sm.dq_free[n & 1], n / 2 % 2 ^ 1);
         else barrier_wait(&sm.dq_free[n & 1 ^ 1], (n + 1) / 2 % 2 ^ 1);
 #pragma unroll
@@ -322,18 +344,23 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         if (first_lane) barrier_arrive(&sm.dq_full[n & 1]);
       };
       barrier_wait(&sm.k_full, uses % 2);
+      MARK(1)
       const bool odd_keys = clean_keys(sm), unclean = odd_keys || odd_queries;
       bool bad[2] = {false, false};
       if (odd_keys)
         for (int h = 0; h < 2; h++) bad[h] = sm.odd[which * 64 + row + h * 8];
+      MARK(2)
       barrier_wait(&sm.q_full[stage], phase);
+      MARK(3)
       if (unclean) tile_clean(sm.q[stage], Q_BYTES);
       begin_s(stage);
       make_x(sm, pr, c + (i64)place.kv * CP, at.k_end - place.j0, uses % 2);
       uses++;
+      MARK(4)
       products_wait<0>();
       pin(s);
-      const int begin = n_tiles, end = n_tiles + pr.group * (span.end - span.first) - 1;
+      MARK(5)
+      const u32 begin = n_tiles, end = n_tiles + pr.group * (span.end - span.first) - 1;
 #pragma unroll 1
       for (int tile = span.end - 1;; tile = tile > span.first ? tile - 1 : span.end - 1) {
         const int i0 = tile * QUERIES, j0 = place.j0;
@@ -349,10 +376,18 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #if SKEW
         if (n_tiles == begin && which == 1) named_wait(3, 256);
 #endif
+#if STAMP
+        const int in = n_tiles - begin;
+        if (in < 3) MARK(8 + in)
+        const bool m8 = in == 8;
+#endif
         barrier_wait(&sm.g_full[stage], phase);
+#if STAMP
+        if (m8) MARK(16)
+#endif
         pin(gx);
         products_fence();
-        multiply_rows<KEYS, QUERIES, ET>(gx, sm.x + (warpgroup() - 1) * BLOCK_BYTES(64), g_tile);
+        multiply_rows<KEYS, QUERIES, ET>(gx, sm.x + group_of<WHICH>() * BLOCK_BYTES(64), g_tile);
         products_commit();
 #pragma unroll
         for (int m = 0; m < QUERIES / 8; m++) {
@@ -362,8 +397,21 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         }
         if (j0 + KEYS > at.k_end || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
           mask_tile(s, pr, at, i0, own, unclean, bad);
+#if EARLY
+        as_operand(p, s);
+        pin(p);
+        pin(dv);
+        products_fence();
+        multiply_columns(dv, p, g_tile);
+        products_commit();
+        products_wait<1>();
+#else
         products_wait<0>();
+#endif
         pin(gx);
+#if STAMP
+        if (m8) MARK(17)
+#endif
 #pragma unroll
         for (int m = 0; m < QUERIES / 8; m++) {
           const float2 term = *(const float2*)(r + m * 8);
@@ -376,12 +424,14 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #endif
           }
         }
+#if !EARLY
         as_operand(p, s);
         pin(p);
         pin(dv);
         products_fence();
         multiply_columns(dv, p, g_tile);
         products_commit();
+#endif
         as_operand(ds, gx);
         pin(ds);
         pin(dk);
@@ -391,44 +441,61 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #if SKEW
         if (n_tiles == begin && which == 0) named_arrive(3, 256);
 #endif
+#if STAMP
+        if (m8) MARK(18)
+#endif
         // The other warpgroup has gone through the tile before: its part of ds is there, and nobody reads the one before that.
         barrier_wait(&sm.done[stage ? stage - 1 : STAGES - 1], phase ^ (int)!stage);
+#if STAMP
+        if (m8) MARK(19)
+#endif
         int offset = ds_offset;
         if (QUERIES == 64) asm volatile("" : "+r"(offset));  // the compiler would keep all of the addresses
 #pragma unroll
         for (int m = 0; m < QUERIES / 16; m++)
           store_matrices(sm.ds[n_tiles & 1] + m / 4 * BLOCK_BYTES(KEYS) + (offset ^ m % 4 * 32), ds[m]);
-#if !LATE
-        publish();
+#if STAMP
+        if (m8) MARK(20)
 #endif
         products_wait<1>();  // p needs no registers any more
+#if STAMP
+        if (m8) MARK(21)
+#endif
         pin(p);
         pin(dv);
         begin_dq(n_tiles - 1);  // for the first tile of all that is there: handed over to nobody
         products_wait<1>();
         pin(ds);
         pin(dk);
+#if STAMP
+        if (m8) MARK(22)
+#endif
         if (n_tiles < end) barrier_wait(&sm.q_full[next], next_phase);
         begin_s(next);  // after the last tile, of whatever is there: a branch would have the compiler wait for all products
         products_wait<1>();
         pin(dq);
-#if !LATE
-        __syncwarp();
-        if (first_lane) barrier_arrive(&sm.done[stage]);
+#if STAMP
+        if (m8) MARK(23)
 #endif
-        if (n_tiles > begin) hand_over(n_tiles - 1);
-#if LATE
+        if (n_tiles > begin) hand_over(n_tiles - 1);  // and publish ds
         else publish();
         __syncwarp();
         if (first_lane) barrier_arrive(&sm.done[stage]);
+#if STAMP
+        if (m8) MARK(24)
 #endif
         products_wait<0>();
         pin(s);
+#if STAMP
+        if (m8) MARK(25)
+#endif
         const int last = stage, last_phase = phase;
         stage = next;
         phase = next_phase;
         if (n_tiles++ == end) {
+          MARK(11)
           barrier_wait(&sm.done[last], last_phase);
+          MARK(12)
           break;
         }
       }
@@ -450,7 +517,9 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
       pin(dq);
       __syncwarp();
       if (first_lane) barrier_arrive(&sm.k_free);
+      MARK(13)
       hand_over(end);
+      MARK(14)
     }
     write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
 #pragma unroll
@@ -458,6 +527,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
 #pragma unroll
       for (int h = 0; h < 4; h++) dk[m][h] *= pr.scale;
     write_rows(dk_out + keys * WIDTH, dk, WIDTH, own, pr.key_length, ds_scale);
+    MARK(15)
   }
 }
 
@@ -498,6 +568,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, work, warp - 1, sm);
   } else {
     registers_take<240>();
-    consume(pr, c, scales, odd, dk, dv, work, sm);
+#if SPLIT
+    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, work, sm);
+    else consume<1>(pr, c, scales, odd, dk, dv, work, sm);
+#else
+    consume<-1>(pr, c, scales, odd, dk, dv, work, sm);
+#endif
   }
 }
