@@ -18,6 +18,9 @@
 
 #define QUERIES (DT + ET > 128 ? 64 : 128)
 #define KEYS 128
+#ifndef SPLIT
+#define SPLIT 1
+#endif
 #ifndef STAGES
 #define STAGES 2  // of q and g
 #define DQS 2
