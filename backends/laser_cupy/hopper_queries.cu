@@ -26,10 +26,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_queries(
   const bool some = tile * QUERIES < at.q_end && last_of(pr, at, tile) >= first_of(pr, tile);
   const int n = FLOAT16 ? scales[2 * at.key + 1] : 0, own = start + threadIdx.x / 32 * 16 + lane / 4;
   sums += (i64)part * (DT * 16) + threadIdx.x;
+  float4 parts_of[DT / 8];
+#pragma unroll
+  for (int m = 0; m < DT / 8; m++) parts_of[m] = some ? __ldcs(sums + m * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
   for (int m = 0; m < DT / 8; m += 2) {
-    float4 even = make_float4(0.f, 0.f, 0.f, 0.f), odd = even;
-    if (some) { even = __ldcs(sums + m * 128); odd = __ldcs(sums + m * 128 + 128); }
+    const float4 even = parts_of[m], odd = parts_of[m + 1];
     const float a[2][4] = {{even.x, even.y, even.z, even.w}, {odd.x, odd.y, odd.z, odd.w}};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
