@@ -80,12 +80,11 @@ __device__ __forceinline__ Place place_of(const Work& w, int index) {
 }
 
 // what all roles do with the work that the producer has drawn
-#define FOR_EACH_DRAWN(threads_of_role)                                                    \
+#define FOR_EACH_DRAWN(arrive)                                                             \
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
     const Place place = sm.drawn[turn % 2];                                                \
-    __syncwarp(threads_of_role);                                                           \
-    if (threadIdx.x % 32 == 0) barrier_arrive(&sm.drawn_free[turn % 2]);                   \
+    arrive(&sm.drawn_free[turn % 2]);                                                      \
     if (place.kv < 0) return;                                                              \
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
 
@@ -144,7 +143,7 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 // the other begins the next.
 __device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, const Work& work, int which, Shared& sm) {
   int n = 0;
-  FOR_EACH_DRAWN(1)
+  FOR_EACH_DRAWN(barrier_arrive)
     for (int member = 0; member < pr.group; member++) {
       const int head = place.kv * pr.group + member;
 #pragma unroll 1
@@ -296,12 +295,11 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
                                         u16* dv_out, const Work& work, Shared& sm) {
   const int which = WHICH < 0 ? warpgroup() - 1 : WHICH, t = threadIdx.x % 4;  // warpgroup 0 has the other roles
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
-  const bool first_lane = threadIdx.x % 32 == 0;
   const float factor = pr.scale * LOG2E;
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
   u32 n_tiles = 0;
   int uses = 0, stage = 0, phase = 0;
-  FOR_EACH_DRAWN(FULL_WARP)
+  FOR_EACH_DRAWN(warp_arrive)
     MARK(0)
     const int own = place.j0 + which * 64 + row;
     const i64 keys = (i64)place.kv * pr.key_length;
@@ -343,8 +341,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
         for (int m = 0; m < DQ_PARTS; m++)
           sm.dq[n % DQS][which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
         publish();
-        __syncwarp();
-        if (first_lane) barrier_arrive(&sm.dq_full[n & 1]);
+        warp_arrive(&sm.dq_full[n & 1]);
       };
       barrier_wait(&sm.k_full, uses % 2);
       MARK(1)
@@ -482,8 +479,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 #endif
         if (n_tiles > begin) hand_over(n_tiles - 1);  // and publish ds
         else publish();
-        __syncwarp();
-        if (first_lane) barrier_arrive(&sm.done[stage]);
+        warp_arrive(&sm.done[stage]);
 #if STAMP
         if (m8) MARK(24)
 #endif
@@ -514,12 +510,10 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
           for (int w = 0; w < 2; w++) dv[m][2 * h + w] *= pr.beta * widen((u16)(x >> 16 * w));
         }
       pin(dv);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&sm.x_free);
+      warp_arrive(&sm.x_free);
       products_wait<0>();
       pin(dq);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&sm.k_free);
+      warp_arrive(&sm.k_free);
       MARK(13)
       hand_over(end);
       MARK(14)
@@ -547,19 +541,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
   if (threadIdx.x == 0) {
     if (shared_address(memory) % 1024) __trap();  // there is no room to spare
     barrier_init(&sm.k_full, 1);
-    barrier_init(&sm.k_free, 8);
+    barrier_init(&sm.k_free, 8 * ARRIVALS);
     barrier_init(&sm.x_full, 1);
-    barrier_init(&sm.x_free, 8);
+    barrier_init(&sm.x_free, 8 * ARRIVALS);
     for (int n = 0; n < STAGES; n++) {
       barrier_init(&sm.q_full[n], 1);
       barrier_init(&sm.g_full[n], 1);
-      barrier_init(&sm.done[n], 8);
+      barrier_init(&sm.done[n], 8 * ARRIVALS);
     }
     for (int n = 0; n < 2; n++) {
-      barrier_init(&sm.dq_full[n], 8);
+      barrier_init(&sm.dq_full[n], 8 * ARRIVALS);
       barrier_init(&sm.dq_free[n], 1);
       barrier_init(&sm.drawn_full[n], 1);
-      barrier_init(&sm.drawn_free[n], 10);
+      barrier_init(&sm.drawn_free[n], 8 * ARRIVALS + 2);
     }
     barrier_init_done();
   }
