@@ -20,7 +20,7 @@ SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more t
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
 L2_BYTES = 24 << 20  # k and X of the heads that run together should fit in this much; backward: q, G and the sums of dq
-HEADS = 6  # at least so many are worked on by turns in the backward pass: key tiles of one wait for each other at first
+HEADS = {False: 6, True: 24}  # at least so many are worked on by turns in the backward pass, without a band and with one
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
 CHUNK = 64  # keys of a block of a pass over the values
@@ -389,7 +389,7 @@ def backward_alone(
     count, parts = x.heads * q_tiles, q_tiles * tiles.queries // 64
     zeros = xp.zeros(count + 1, dtype=xp.int32)
     sums = x.empty(count, tiles.queries * d, dtype=xp.float32)
-    section = max(HEADS, L2_BYTES // (8 * d * q_tiles * tiles.queries * problem.group))
+    section = max(HEADS[problem.band != (None, None)], L2_BYTES // (8 * d * q_tiles * tiles.queries * problem.group))
     g = r.g.reshape(x.heads, problem.query_length, -1)
     operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]

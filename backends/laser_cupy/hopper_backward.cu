@@ -18,13 +18,8 @@
 
 #define QUERIES (DT + ET > 128 ? 64 : 128)
 #define KEYS 128
-#ifndef SPLIT
-#define SPLIT 1
-#endif
-#ifndef STAGES
 #define STAGES 2  // of q and g
-#define DQS 2
-#endif
+#define WAITING (QUERIES == 64)  // whether there are registers for dv's product to run while ds is made, and for taking turns
 #define Q_BYTES (QUERIES * DT * 2)
 #define G_BYTES (QUERIES * ET * 2)
 #define K_BYTES (KEYS * DT * 2)
@@ -32,16 +27,10 @@
 #define ROWS_BYTES (2 * QUERIES * 4)
 #define SUMS (QUERIES * DT)  // floats of a tile of dq
 #define DQ_PARTS (SUMS / 1024)  // groups of 8 columns that a warpgroup makes of it, for 64 queries
-#if STAMP
-__device__ long long stamps[132 * 16 * 32];
-#define MARK(k) if (threadIdx.x == 128 && turn < 16) stamps[(blockIdx.x * 16 + turn) * 32 + (k)] = clock64();
-#else
-#define MARK(k)
-#endif
 #define ALL_ONES (FLOAT16 ? 0x7C00u : 0x7F80u)  // the exponent of what is not finite
 
-// a key tile; kv is negative at the end
-struct alignas(8) Place { int kv, j0; };
+// a key tile, the tiles of queries that see some of its keys, and where the sequences end; kv is negative at the end of work
+struct alignas(8) Place { int kv, j0, first, end, q_end, k_end; };
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 k[K_BYTES];              // [DT/64][KEYS][64]
@@ -49,7 +38,7 @@ struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 q[STAGES][Q_BYTES];      // [DT/64][QUERIES][64]
   u8 g[STAGES][G_BYTES];      // [ET/64][QUERIES][64]
   u8 ds[2][KEYS * QUERIES * 2];  // [QUERIES/64][KEYS][64]
-  float4 dq[DQS][2][DQ_PARTS][128];
+  float4 dq[2][2][DQ_PARTS][128];
   float rows[STAGES][2][QUERIES];  // minus l, r
   u64 k_full, k_free, x_full, x_free;
   u64 q_full[STAGES], g_full[STAGES], done[STAGES];  // done: by all consumers; q and g are free, ds is there
@@ -58,12 +47,6 @@ struct Shared {  // offsets of tiles are multiples of 1024 bytes
   bool odd[KEYS];  // whether a key is not finite
 };
 
-// the tiles of queries that see some key of j0 … j0 + KEYS
-struct Span { int first, end; };
-__device__ __forceinline__ Span span_of(const Problem& p, const Head& at, int j0) {
-  const int first = greatest(0, j0 - p.high) / QUERIES, last = least(at.q_end - 1, j0 + KEYS - 1 - p.low);
-  return {first, j0 < at.k_end && last >= 0 ? greatest(first, last / QUERIES + 1) : first};
-}
 // the first key tile that a tile of queries sees, and the last one; negative where it sees none
 __device__ __forceinline__ int first_of(const Problem& p, int tile) { return greatest(0, tile * QUERIES + p.low) / KEYS; }
 __device__ __forceinline__ int last_of(const Problem& p, const Head& at, int tile) {
@@ -76,7 +59,16 @@ struct Work { int count, blocks, section, tiles; };
 __device__ __forceinline__ Place place_of(const Work& w, int index) {
   const int begin = index / (w.section * w.blocks) * w.section, within = index - begin * w.blocks;
   const int heads = least(w.section, w.count / w.blocks - begin);
-  return {begin + within % heads, within / heads * KEYS};
+  return {begin + within % heads, within / heads * KEYS, 0, 0, 0, 0};
+}
+// with the tiles of queries
+__device__ __forceinline__ void look_at(const Problem& p, Place& place) {
+  const Head at = head_of(p, place.kv * p.group);  // the sequences of the group end where this one's do
+  const int last = least(at.q_end - 1, place.j0 + KEYS - 1 - p.low);
+  place.first = greatest(0, place.j0 - p.high) / QUERIES;
+  place.end = place.j0 < at.k_end && last >= 0 ? greatest(place.first, last / QUERIES + 1) : place.first;
+  place.q_end = at.q_end;
+  place.k_end = at.k_end;
 }
 
 // what all roles do with the work that the producer has drawn
@@ -84,9 +76,9 @@ __device__ __forceinline__ Place place_of(const Work& w, int index) {
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
     const Place place = sm.drawn[turn % 2];                                                \
-    arrive(&sm.drawn_free[turn % 2]);                                                      \
     if (place.kv < 0) return;                                                              \
-    const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
+    __threadfence_block();                                                                 \
+    arrive(&sm.drawn_free[turn % 2]);
 
 // ------------------------------------------------------------------------------------------------------------- roles
 
@@ -102,19 +94,19 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
       place = place_of(work, index);
     } while (index < work.count && flags[place.kv] & OUTSIDE);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
-    if (index >= work.count) place.kv = -1;
+    if (index < work.count) look_at(pr, place);
+    else place.kv = -1;
     sm.drawn[turn % 2] = place;
     barrier_arrive(&sm.drawn_full[turn % 2]);
     if (place.kv < 0) return;
-    const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
-    if (span.first == span.end) continue;
+    if (place.first == place.end) continue;
     tile_fetch<KEYS, DT>(k_map, place.j0, place.kv);
     tile_fetch<KEYS, ET>(v_map, place.j0, place.kv);
     bool begun = false;
     for (int member = 0; member < pr.group; member++) {
       const int head = place.kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = span.end - 1; tile >= span.first; tile--) {
+      for (int tile = place.end - 1; tile >= place.first; tile--) {
         barrier_wait(&sm.done[ring.stage], ring.parity ^ 1);
         u64* bar = &sm.q_full[ring.stage];
         barrier_expect(bar, Q_BYTES + ROWS_BYTES);
@@ -141,23 +133,23 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 
 // Two threads take turns in adding tiles of dq: one waits for the end of an addition, to tell the next block of it, while
 // the other begins the next.
-__device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, const Work& work, int which, Shared& sm) {
+__device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, int tiles, int which, Shared& sm) {
   int n = 0;
   FOR_EACH_DRAWN(barrier_arrive)
     for (int member = 0; member < pr.group; member++) {
       const int head = place.kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = span.end - 1; tile >= span.first; tile--, n++) {
+      for (int tile = place.end - 1; tile >= place.first; tile--, n++) {
         if (n % 2 != which) continue;
         barrier_wait(&sm.dq_full[which], n / 2 % 2);
-        const i64 to = (i64)head * work.tiles + tile;
+        const i64 to = (i64)head * tiles + tile;
         const int rank = place.j0 / KEYS - first_of(pr, tile);
         int seen;
         do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turns + to) : "memory");
         while (seen != rank);
         publish_global();
-        if (rank == 0) floats_write(sums + to * SUMS, sm.dq[which % DQS], SUMS * 4);
-        else floats_add(sums + to * SUMS, sm.dq[which % DQS], SUMS * 4);
+        if (rank == 0) floats_write(sums + to * SUMS, sm.dq[which], SUMS * 4);
+        else floats_add(sums + to * SUMS, sm.dq[which], SUMS * 4);
         floats_read();
         barrier_arrive(&sm.dq_free[which]);
         floats_done();
@@ -186,57 +178,85 @@ __device__ __forceinline__ bool clean_keys(Shared& sm) {
   const int row = (threadIdx.x - 128) / 2, half = threadIdx.x % 2;
   u8* from = sm.k + (DT == 128 ? half * BLOCK_BYTES(KEYS) : half * 64) + row * 128;
   constexpr int PIECES = DT / 16;
-  bool odd = false;
+  constexpr u32 ONES = ALL_ONES * 0x10001u, CARRY = (0x8000u - ALL_ONES) * 0x10001u;
+  u32 all = 0;
 #pragma unroll
   for (int n = 0; n < PIECES; n++) {
-    uint4* at = (uint4*)(from + (n + row) % PIECES * 16);  // neighbours look at different banks
-    const uint4 x = *at;
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-    bool found = false;
-#pragma unroll
-    for (int m = 0; m < 4; m++) found |= (words[m] & ALL_ONES) == ALL_ONES || (words[m] >> 16 & ALL_ONES) == ALL_ONES;
-    if (found) *at = make_uint4(0, 0, 0, 0);  // its product with a query is of no account, nor is p, but must be a number
-    odd |= found;
+    const uint4 x = *(const uint4*)(from + (n + row) % PIECES * 16);  // neighbours look at different banks
+    all |= ((x.x & ONES) + CARRY) | ((x.y & ONES) + CARRY) | ((x.z & ONES) + CARRY) | ((x.w & ONES) + CARRY);
   }
+  bool odd = (all & 0x80008000u) != 0;
   odd |= __shfl_xor_sync(FULL_WARP, (int)odd, 1) != 0;
   if (half == 0) sm.odd[row] = odd;
-  if (odd) publish();
+  if (odd) {  // the whole row: products with queries are then of no account, nor is p, but must be numbers
+    for (int n = 0; n < PIECES; n++) *(uint4*)(from + n * 16) = make_uint4(0, 0, 0, 0);
+    publish();
+  }
   return named_any(2, 256, odd);
 }
 
-// Turns values into X = exp(beta*v) * 2^-c, in place: the same bits as hopper_values makes. 0 where beta*v is not finite, and
-// beyond the values that are seen. All consumers together.
+// X = exp(beta*v) * 2^-c, where `power` has -c as the bits of a power of two; 0 where beta*v is not finite. In place, 8 numbers.
+// FAR: beta*v may be so large that the integer part of its power of two needs more than 22 bits.
+template <bool FAR> __device__ __forceinline__ void exponentials(uint4* at, float beta, const u32 (&power)[8]) {
+  const uint4 from = *at;
+  const u32 words[4] = {from.x, from.y, from.z, from.w};
+  u32 to[4];
+#pragma unroll
+  for (int m = 0; m < 4; m++) {
+    float x[2];
+#pragma unroll
+    for (int w = 0; w < 2; w++) {
+      const float v = widen((u16)(words[m] >> 16 * w)), y = beta * v;
+      const float sum = fmaf(y, LOG2E, 12582912.f);  // 1.5 * 2^23: an integer is in the last bits
+      const float whole = FAR ? rintf(y * LOG2E) : sum - 12582912.f;
+      const u32 steps = FAR ? (u32)(int)whole : float_as_bits(sum);
+      const float part = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(beta, v, -y);
+      x[w] = exp2_fast(part * LOG2E) * bits_as_float((steps << 23) + power[2 * m + w]);
+      x[w] = finite(y) ? x[w] : 0.f;
+    }
+    to[m] = pack(x[0], x[1]);
+  }
+  *at = make_uint4(to[0], to[1], to[2], to[3]);
+}
+
+// Turns values into X in place: as hopper_values makes it. 0 beyond the values that are seen. All consumers together.
 __device__ __forceinline__ void make_x(Shared& sm, const Problem& pr, const int* c, int end, int parity) {
   constexpr int PIECES = ET / 8;
   const int thread = threadIdx.x - 128, piece = thread % PIECES, first = thread / PIECES;
   const bool used = piece * 8 < pr.value_dim;
-  float low[8];
+  u32 power[8] = {};
+  bool far = false;
+  if (used) {
+    const int4 low = *(const int4*)(c + piece * 8), high = *(const int4*)(c + piece * 8 + 4);
+    const int own[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int h = 0; h < 8; h++) low[h] = used ? (float)c[piece * 8 + h] : 0.f;
-  barrier_wait(&sm.x_full, parity);
-#pragma unroll 2
-  for (int row = first; row < KEYS; row += 256 / PIECES) {
-    uint4* at = (uint4*)(sm.x + piece / 8 * BLOCK_BYTES(KEYS) + row * 128 + (piece % 8 ^ row % 8) * 16);
-    const uint4 from = *at;
-    const u32 words[4] = {from.x, from.y, from.z, from.w};
-    u32 to[4];
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-      float x[2];
-#pragma unroll
-      for (int w = 0; w < 2; w++) {
-        const float v = widen((u16)(words[m] >> 16 * w)), y = pr.beta * v, whole = rintf(y * LOG2E);
-        const float part = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(pr.beta, v, -y);
-        const u32 steps = float_as_bits(whole - low[2 * m + w] + 12582912.f);  // an integer in the last bits: 1.5 * 2^23
-        x[w] = exp2_fast(part * LOG2E) * bits_as_float((steps << 23) + 0x3F800000u);
-        x[w] = finite(y) && used && row < end ? x[w] : 0.f;
-      }
-      to[m] = pack(x[0], x[1]);
+    for (int h = 0; h < 8; h++) {
+      power[h] = (u32)(127 - own[h]) << 23;
+      far |= own[h] > 1 << 20 || own[h] < -(1 << 20);  // all values of a channel are at less than 2^7 from its integer
     }
-    *at = make_uint4(to[0], to[1], to[2], to[3]);
   }
+  u8* tile = sm.x + piece / 8 * BLOCK_BYTES(KEYS);
+  const int last = used ? least(end, KEYS) : 0;
+  barrier_wait(&sm.x_full, parity);
+#define PIECE_OF(row) ((uint4*)(tile + (row) * 128 + (piece % 8 ^ (row) % 8) * 16))
+  int row = first;
+  if (far)
+    for (; row < last; row += 256 / PIECES) exponentials<true>(PIECE_OF(row), pr.beta, power);
+#pragma unroll 2
+  for (; row < last; row += 256 / PIECES) exponentials<false>(PIECE_OF(row), pr.beta, power);
+  for (; row < KEYS; row += 256 / PIECES) *PIECE_OF(row) = make_uint4(0, 0, 0, 0);
+#undef PIECE_OF
   publish();
   named_wait(2, 256);
+}
+
+// Four lanes have a pair of columns each of four groups of 8: then each has one group.
+__device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const u32 a = __shfl_xor_sync(FULL_WARP, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? w[2] : w[3], 1);
+  const u32 x[4] = {odd ? a : w[0], odd ? w[1] : a, odd ? b : w[2], odd ? w[3] : b};
+  const u32 c = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), d = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
+  return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
 }
 
 // writes rows of a gradient, [64, 8N] as results of products have it, times 2^n
@@ -244,28 +264,29 @@ template <int N>
 __device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width, int own, int end, int n) {
   const int t = threadIdx.x % 4;
 #pragma unroll
-  for (int m = 0; m < N; m += 2)
+  for (int m = 0; m < N; m += 4)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float x[4] = {d[m][2 * h], d[m][2 * h + 1], d[m + 1][2 * h], d[m + 1][2 * h + 1]};
-#if FLOAT16
+      u32 w[4];
 #pragma unroll
-      for (int w = 0; w < 4; w++) x[w] = scaled(x[w], n);
+      for (int k = 0; k < 4; k++)
+#if FLOAT16
+        w[k] = pack(scaled(d[m + k][2 * h], n), scaled(d[m + k][2 * h + 1], n));
+#else
+        w[k] = pack(d[m + k][2 * h], d[m + k][2 * h + 1]);
 #endif
-      const u32 even = pack(x[0], x[1]), odd = pack(x[2], x[3]);
-      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? even : odd, 1);
-      const int row = own + h * 8, column = (m + t % 2) * 8 + t / 2 * 4;
-      const u32 first = t % 2 ? got : even, second = t % 2 ? odd : got;
+      const uint4 x = one_group(w);
+      const int row = own + h * 8, column = (m + t) * 8;
       // as a branch it would keep the exchanges of lanes from running side by side
-      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
+      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(
                        (int)(row < end && column < width)),
-                   "l"(to + (i64)row * width + column), "r"(first), "r"(second)
+                   "l"(to + (i64)row * width + column), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                    : "memory");
     }
 }
 
 // zeros in place of p where a key is hidden. Where a key is not finite and its query yet has a sum, it had no weight in it.
-__device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Problem& pr, const Head& at, int i0, int own,
+__device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Problem& pr, const Place& at, int i0, int own,
                                           bool unclean, const bool (&bad)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -284,23 +305,23 @@ __device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Prob
       for (int h = 0; h < 4; h++) p[m][h] = bad[h / 2] && p[m][h] == p[m][h] ? 0.f : p[m][h];
 }
 
+// a number that the compiler does not know: it would keep the operands of all products in registers
 template <int WHICH> __device__ __forceinline__ int group_of() {
-  if (WHICH < 0) return warpgroup() - 1;
   int zero;
   asm volatile("mov.u32 %0, 0;" : "=r"(zero));
   return WHICH + zero;
 }
 
 template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
-                                        u16* dv_out, const Work& work, Shared& sm) {
-  const int which = WHICH < 0 ? warpgroup() - 1 : WHICH, t = threadIdx.x % 4;  // warpgroup 0 has the other roles
+                                                             u16* dv_out, Shared& sm) {
+  constexpr int which = WHICH;
+  const int t = threadIdx.x % 4;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
   const float factor = pr.scale * LOG2E;
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
   u32 n_tiles = 0;
   int uses = 0, stage = 0, phase = 0;
   FOR_EACH_DRAWN(warp_arrive)
-    MARK(0)
     const int own = place.j0 + which * 64 + row;
     const i64 keys = (i64)place.kv * pr.key_length;
 #if FLOAT16
@@ -311,13 +332,12 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
     constexpr int g_scale = 0, ds_scale = 0;
 #endif
     float dk[DT / 8][4] = {}, dv[ET / 8][4] = {};
-    if (span.first < span.end) {
-      const Head at = head_of(pr, place.kv * pr.group);  // the sequences of the group end where this one's do
+    if (place.first < place.end) {
       const bool odd_queries = odd[place.kv] & ODD;
       float s[QUERIES / 8][4], gx[QUERIES / 8][4];  // [64 keys, QUERIES]
       float dq[DQ_PARTS][4];                        // [64 queries, DT/2], or all columns of half of the queries
       auto begin_s = [&](int stage) {  // the first products of a tile of queries
-        const int group = group_of<WHICH>();  // anew: the compiler would keep the operands of all products in registers
+        const int group = group_of<WHICH>();
         pin(s);
         products_fence();
         multiply_rows<KEYS, QUERIES, DT>(s, sm.k + group * BLOCK_BYTES(64), sm.q[stage]);
@@ -335,34 +355,28 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
         products_commit();
       };
       auto hand_over = [&](u32 n) {
-        if (DQS == 2) barrier_wait(&sm.dq_free[n & 1], n / 2 % 2 ^ 1);
-        else barrier_wait(&sm.dq_free[n & 1 ^ 1], (n + 1) / 2 % 2 ^ 1);
+        barrier_wait(&sm.dq_free[n & 1], n / 2 % 2 ^ 1);
 #pragma unroll
         for (int m = 0; m < DQ_PARTS; m++)
-          sm.dq[n % DQS][which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
+          sm.dq[n & 1][which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
         publish();
         warp_arrive(&sm.dq_full[n & 1]);
       };
       barrier_wait(&sm.k_full, uses % 2);
-      MARK(1)
       const bool odd_keys = clean_keys(sm), unclean = odd_keys || odd_queries;
       bool bad[2] = {false, false};
       if (odd_keys)
         for (int h = 0; h < 2; h++) bad[h] = sm.odd[which * 64 + row + h * 8];
-      MARK(2)
       barrier_wait(&sm.q_full[stage], phase);
-      MARK(3)
       if (unclean) tile_clean(sm.q[stage], Q_BYTES);
       begin_s(stage);
-      make_x(sm, pr, c + (i64)place.kv * CP, at.k_end - place.j0, uses % 2);
+      make_x(sm, pr, c + (i64)place.kv * CP, place.k_end - place.j0, uses % 2);
       uses++;
-      MARK(4)
       products_wait<0>();
       pin(s);
-      MARK(5)
-      const u32 begin = n_tiles, end = n_tiles + pr.group * (span.end - span.first) - 1;
+      const u32 begin = n_tiles, end = n_tiles + pr.group * (place.end - place.first) - 1;
 #pragma unroll 1
-      for (int tile = span.end - 1;; tile = tile > span.first ? tile - 1 : span.end - 1) {
+      for (int tile = place.end - 1;; tile = tile > place.first ? tile - 1 : place.end - 1) {
         const int i0 = tile * QUERIES, j0 = place.j0;
         const bool wraps = stage == STAGES - 1;
         const int next = wraps ? 0 : stage + 1, next_phase = phase ^ (int)wraps;
@@ -373,18 +387,9 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
           tile_clean(sm.q[next], Q_BYTES);
         }
         u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
-#if SKEW
-        if (n_tiles == begin && which == 1) named_wait(3, 256);
-#endif
-#if STAMP
-        const int in = n_tiles - begin;
-        if (in < 3) MARK(8 + in)
-        const bool m8 = in == 8;
-#endif
+        if (WAITING && WHICH == 1 && n_tiles == begin) named_wait(3, 256);  // half a step behind the other, so that one's products
+        // run while the other takes exponentials
         barrier_wait(&sm.g_full[stage], phase);
-#if STAMP
-        if (m8) MARK(16)
-#endif
         pin(gx);
         products_fence();
         multiply_rows<KEYS, QUERIES, ET>(gx, sm.x + group_of<WHICH>() * BLOCK_BYTES(64), g_tile);
@@ -395,9 +400,9 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 #pragma unroll
           for (int h = 0; h < 4; h++) s[m][h] = exp2_fast(fmaf(s[m][h], factor, h % 2 ? shift.y : shift.x));
         }
-        if (j0 + KEYS > at.k_end || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
-          mask_tile(s, pr, at, i0, own, unclean, bad);
-#if EARLY
+        if (j0 + KEYS > place.k_end || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
+          mask_tile(s, pr, place, i0, own, unclean, bad);
+#if WAITING
         as_operand(p, s);
         pin(p);
         pin(dv);
@@ -409,9 +414,6 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
         products_wait<0>();
 #endif
         pin(gx);
-#if STAMP
-        if (m8) MARK(17)
-#endif
 #pragma unroll
         for (int m = 0; m < QUERIES / 8; m++) {
           const float2 term = *(const float2*)(r + m * 8);
@@ -424,7 +426,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 #endif
           }
         }
-#if !EARLY
+#if !WAITING
         as_operand(p, s);
         pin(p);
         pin(dv);
@@ -438,63 +440,35 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
         products_fence();
         multiply_columns(dk, ds, q_tile);
         products_commit();
-#if SKEW
-        if (n_tiles == begin && which == 0) named_arrive(3, 256);
-#endif
-#if STAMP
-        if (m8) MARK(18)
-#endif
+        if (WAITING && WHICH == 0 && n_tiles == begin) named_arrive(3, 256);
         // The other warpgroup has gone through the tile before: its part of ds is there, and nobody reads the one before that.
         barrier_wait(&sm.done[stage ? stage - 1 : STAGES - 1], phase ^ (int)!stage);
-#if STAMP
-        if (m8) MARK(19)
-#endif
         int offset = ds_offset;
         if (QUERIES == 64) asm volatile("" : "+r"(offset));  // the compiler would keep all of the addresses
 #pragma unroll
         for (int m = 0; m < QUERIES / 16; m++)
           store_matrices(sm.ds[n_tiles & 1] + m / 4 * BLOCK_BYTES(KEYS) + (offset ^ m % 4 * 32), ds[m]);
-#if STAMP
-        if (m8) MARK(20)
-#endif
         products_wait<1>();  // p needs no registers any more
-#if STAMP
-        if (m8) MARK(21)
-#endif
         pin(p);
         pin(dv);
         begin_dq(n_tiles - 1);  // for the first tile of all that is there: handed over to nobody
         products_wait<1>();
         pin(ds);
         pin(dk);
-#if STAMP
-        if (m8) MARK(22)
-#endif
         if (n_tiles < end) barrier_wait(&sm.q_full[next], next_phase);
         begin_s(next);  // after the last tile, of whatever is there: a branch would have the compiler wait for all products
         products_wait<1>();
         pin(dq);
-#if STAMP
-        if (m8) MARK(23)
-#endif
         if (n_tiles > begin) hand_over(n_tiles - 1);  // and publish ds
         else publish();
         warp_arrive(&sm.done[stage]);
-#if STAMP
-        if (m8) MARK(24)
-#endif
         products_wait<0>();
         pin(s);
-#if STAMP
-        if (m8) MARK(25)
-#endif
         const int last = stage, last_phase = phase;
         stage = next;
         phase = next_phase;
         if (n_tiles++ == end) {
-          MARK(11)
           barrier_wait(&sm.done[last], last_phase);
-          MARK(12)
           break;
         }
       }
@@ -510,13 +484,12 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
           for (int w = 0; w < 2; w++) dv[m][2 * h + w] *= pr.beta * widen((u16)(x >> 16 * w));
         }
       pin(dv);
+      publish();  // the reads are over: a barrier alone does not wait for them
       warp_arrive(&sm.x_free);
       products_wait<0>();
       pin(dq);
       warp_arrive(&sm.k_free);
-      MARK(13)
       hand_over(end);
-      MARK(14)
     }
     write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
 #pragma unroll
@@ -524,7 +497,6 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 #pragma unroll
       for (int h = 0; h < 4; h++) dk[m][h] *= pr.scale;
     write_rows(dk_out + keys * WIDTH, dk, WIDTH, own, pr.key_length, ds_scale);
-    MARK(15)
   }
 }
 
@@ -562,14 +534,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     registers_give<24>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &v_map, &g_map, rows, flags, counter, work, sm);
-    else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, work, warp - 1, sm);
+    else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, tiles, warp - 1, sm);
   } else {
     registers_take<240>();
-#if SPLIT
-    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, work, sm);
-    else consume<1>(pr, c, scales, odd, dk, dv, work, sm);
-#else
-    consume<-1>(pr, c, scales, odd, dk, dv, work, sm);
-#endif
+    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, sm);
+    else consume<1>(pr, c, scales, odd, dk, dv, sm);
   }
 }

@@ -30,17 +30,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_queries(
 #pragma unroll
   for (int m = 0; m < DT / 8; m++) parts_of[m] = some ? __ldcs(sums + m * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-  for (int m = 0; m < DT / 8; m += 2) {
-    const float4 even = parts_of[m], odd = parts_of[m + 1];
-    const float a[2][4] = {{even.x, even.y, even.z, even.w}, {odd.x, odd.y, odd.z, odd.w}};
+  for (int m = 0; m < DT / 8; m += 4)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const u32 one = pack(scaled(a[0][2 * h] * pr.scale, n), scaled(a[0][2 * h + 1] * pr.scale, n));
-      const u32 two = pack(scaled(a[1][2 * h] * pr.scale, n), scaled(a[1][2 * h + 1] * pr.scale, n));
-      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? one : two, 1);
-      const int i = own + h * 8, d = (m + t % 2) * 8 + t / 2 * 4;
-      if (i < pr.query_length && d < WIDTH)
-        *(uint2*)(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d) = t % 2 ? make_uint2(got, two) : make_uint2(one, got);
+      u32 w[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float4 x = parts_of[m + k];
+        w[k] = pack(scaled((h ? x.z : x.x) * pr.scale, n), scaled((h ? x.w : x.y) * pr.scale, n));
+      }
+      const uint4 x = one_group(w);
+      const int i = own + h * 8, d = (m + t) * 8;
+      if (i < pr.query_length && d < WIDTH) *(uint4*)(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d) = x;
     }
-  }
 }
