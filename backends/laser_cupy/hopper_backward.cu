@@ -71,14 +71,12 @@ __device__ __forceinline__ void look_at(const Problem& p, Place& place) {
   place.k_end = at.k_end;
 }
 
-// what all roles do with the work that the producer has drawn
-#define FOR_EACH_DRAWN(arrive)                                                             \
+// What all roles do with the work that the producer has drawn. In the end they give it back.
+#define FOR_EACH_DRAWN                                                                     \
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
-    const Place place = sm.drawn[turn % 2];                                                \
-    if (place.kv < 0) return;                                                              \
-    __threadfence_block();                                                                 \
-    arrive(&sm.drawn_free[turn % 2]);
+    const Place& place = sm.drawn[turn % 2];                                               \
+    if (place.kv < 0) return;
 
 // ------------------------------------------------------------------------------------------------------------- roles
 
@@ -135,15 +133,16 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 // the other begins the next.
 __device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, int tiles, int which, Shared& sm) {
   int n = 0;
-  FOR_EACH_DRAWN(barrier_arrive)
+  FOR_EACH_DRAWN
+    const int kv = place.kv, j0 = place.j0, first = place.first, end = place.end;
     for (int member = 0; member < pr.group; member++) {
-      const int head = place.kv * pr.group + member;
+      const int head = kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = place.end - 1; tile >= place.first; tile--, n++) {
+      for (int tile = end - 1; tile >= first; tile--, n++) {
         if (n % 2 != which) continue;
         barrier_wait(&sm.dq_full[which], n / 2 % 2);
         const i64 to = (i64)head * tiles + tile;
-        const int rank = place.j0 / KEYS - first_of(pr, tile);
+        const int rank = j0 / KEYS - first_of(pr, tile);
         int seen;
         do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turns + to) : "memory");
         while (seen != rank);
@@ -157,6 +156,7 @@ __device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, 
         asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns + to), "r"(rank + 1) : "memory");
       }
     }
+    barrier_arrive(&sm.drawn_free[turn % 2]);
   }
 }
 
@@ -321,9 +321,9 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
   u32 n_tiles = 0;
   int uses = 0, stage = 0, phase = 0;
-  FOR_EACH_DRAWN(warp_arrive)
-    const int own = place.j0 + which * 64 + row;
-    const i64 keys = (i64)place.kv * pr.key_length;
+  FOR_EACH_DRAWN
+    const int j0 = place.j0, first_tile = place.first, last_tile = place.end - 1;
+    const int own = j0 + which * 64 + row;
 #if FLOAT16
     const int g_scale = scales[2 * place.kv], ds_scale = scales[2 * place.kv + 1];
     const int steps = g_scale - ds_scale - P_SHIFT;
@@ -332,7 +332,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
     constexpr int g_scale = 0, ds_scale = 0;
 #endif
     float dk[DT / 8][4] = {}, dv[ET / 8][4] = {};
-    if (place.first < place.end) {
+    if (first_tile <= last_tile) {
       const bool odd_queries = odd[place.kv] & ODD;
       float s[QUERIES / 8][4], gx[QUERIES / 8][4];  // [64 keys, QUERIES]
       float dq[DQ_PARTS][4];                        // [64 queries, DT/2], or all columns of half of the queries
@@ -370,14 +370,15 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
       barrier_wait(&sm.q_full[stage], phase);
       if (unclean) tile_clean(sm.q[stage], Q_BYTES);
       begin_s(stage);
-      make_x(sm, pr, c + (i64)place.kv * CP, place.k_end - place.j0, uses % 2);
+      make_x(sm, pr, c + (i64)place.kv * CP, place.k_end - j0, uses % 2);
       uses++;
       products_wait<0>();
       pin(s);
-      const u32 begin = n_tiles, end = n_tiles + pr.group * (place.end - place.first) - 1;
+      const bool tail = j0 + KEYS > place.k_end;
+      const u32 begin = n_tiles, end = n_tiles + pr.group * (last_tile - first_tile + 1) - 1;
 #pragma unroll 1
-      for (int tile = place.end - 1;; tile = tile > place.first ? tile - 1 : place.end - 1) {
-        const int i0 = tile * QUERIES, j0 = place.j0;
+      for (int tile = last_tile;; tile = tile > first_tile ? tile - 1 : last_tile) {
+        const int i0 = tile * QUERIES;
         const bool wraps = stage == STAGES - 1;
         const int next = wraps ? 0 : stage + 1, next_phase = phase ^ (int)wraps;
         const u8 *q_tile = sm.q[stage], *g_tile = sm.g[stage];
@@ -400,7 +401,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 #pragma unroll
           for (int h = 0; h < 4; h++) s[m][h] = exp2_fast(fmaf(s[m][h], factor, h % 2 ? shift.y : shift.x));
         }
-        if (j0 + KEYS > place.k_end || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
+        if (tail || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
           mask_tile(s, pr, place, i0, own, unclean, bad);
 #if WAITING
         as_operand(p, s);
@@ -491,12 +492,14 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
       warp_arrive(&sm.k_free);
       hand_over(end);
     }
+    const i64 keys = (i64)place.kv * pr.key_length;
     write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
 #pragma unroll
     for (int m = 0; m < DT / 8; m++)
 #pragma unroll
       for (int h = 0; h < 4; h++) dk[m][h] *= pr.scale;
     write_rows(dk_out + keys * WIDTH, dk, WIDTH, own, pr.key_length, ds_scale);
+    warp_arrive(&sm.drawn_free[turn % 2]);
   }
 }
 
