@@ -195,24 +195,24 @@ __device__ __forceinline__ bool clean_keys(Shared& sm) {
   return named_any(2, 256, odd);
 }
 
-// X = exp(beta*v) * 2^-c, where `power` has -c as the bits of a power of two; 0 where beta*v is not finite. In place, 8 numbers.
-// FAR: beta*v may be so large that the integer part of its power of two needs more than 22 bits.
-template <bool FAR> __device__ __forceinline__ void exponentials(uint4* at, float beta, const u32 (&power)[8]) {
+// X = exp(beta*v) * 2^-c, where `power` has -c as an exponent of float32; 0 where beta*v is not finite. In place, 8 numbers.
+// `high` and `low` are beta in units of base 2, as the sum of two numbers. FAR: an integer part may need more than 22 bits.
+template <bool FAR> __device__ __forceinline__ void exponentials(uint4* at, float beta, float high, float low, const u32 (&power)[8]) {
   const uint4 from = *at;
   const u32 words[4] = {from.x, from.y, from.z, from.w};
+  const float shifter = 12582912.f;  // 1.5 * 2^23: a sum with it has an integer in its last bits
   u32 to[4];
 #pragma unroll
   for (int m = 0; m < 4; m++) {
     float x[2];
 #pragma unroll
     for (int w = 0; w < 2; w++) {
-      const float v = widen((u16)(words[m] >> 16 * w)), y = beta * v;
-      const float sum = fmaf(y, LOG2E, 12582912.f);  // 1.5 * 2^23: an integer is in the last bits
-      const float whole = FAR ? rintf(y * LOG2E) : sum - 12582912.f;
+      const float v = widen((u16)(words[m] >> 16 * w)), sum = fmaf(v, high, shifter);
+      const float whole = FAR ? rintf(v * high) : sum - shifter;
       const u32 steps = FAR ? (u32)(int)whole : float_as_bits(sum);
-      const float part = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(beta, v, -y);
-      x[w] = exp2_fast(part * LOG2E) * bits_as_float((steps << 23) + power[2 * m + w]);
-      x[w] = finite(y) ? x[w] : 0.f;
+      const float mantissa = exp2_fast(fmaf(v, low, fmaf(v, high, -whole)));
+      const bool there = FAR ? finite(beta * v) : fabsf(whole) < 4e6f;
+      x[w] = there ? bits_as_float(float_as_bits(mantissa) + (steps << 23) + power[2 * m + w]) : 0.f;
     }
     to[m] = pack(x[0], x[1]);
   }
@@ -227,23 +227,24 @@ __device__ __forceinline__ void make_x(Shared& sm, const Problem& pr, const int*
   u32 power[8] = {};
   bool far = false;
   if (used) {
-    const int4 low = *(const int4*)(c + piece * 8), high = *(const int4*)(c + piece * 8 + 4);
-    const int own[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    const int4 one = *(const int4*)(c + piece * 8), two = *(const int4*)(c + piece * 8 + 4);
+    const int own[8] = {one.x, one.y, one.z, one.w, two.x, two.y, two.z, two.w};
 #pragma unroll
     for (int h = 0; h < 8; h++) {
-      power[h] = (u32)(127 - own[h]) << 23;
+      power[h] = (u32)-own[h] << 23;
       far |= own[h] > 1 << 20 || own[h] < -(1 << 20);  // all values of a channel are at less than 2^7 from its integer
     }
   }
   u8* tile = sm.x + piece / 8 * BLOCK_BYTES(KEYS);
   const int last = used ? least(end, KEYS) : 0;
+  const float high = pr.beta * LOG2E, low = fmaf(pr.beta, LOG2E, -high) + pr.beta * 1.92596299e-8f;  // what LOG2E lacks of log2(e)
   barrier_wait(&sm.x_full, parity);
 #define PIECE_OF(row) ((uint4*)(tile + (row) * 128 + (piece % 8 ^ (row) % 8) * 16))
   int row = first;
   if (far)
-    for (; row < last; row += 256 / PIECES) exponentials<true>(PIECE_OF(row), pr.beta, power);
+    for (; row < last; row += 256 / PIECES) exponentials<true>(PIECE_OF(row), pr.beta, high, low, power);
 #pragma unroll 2
-  for (; row < last; row += 256 / PIECES) exponentials<false>(PIECE_OF(row), pr.beta, power);
+  for (; row < last; row += 256 / PIECES) exponentials<false>(PIECE_OF(row), pr.beta, high, low, power);
   for (; row < KEYS; row += 256 / PIECES) *PIECE_OF(row) = make_uint4(0, 0, 0, 0);
 #undef PIECE_OF
   publish();
