@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,30 +61,44 @@ def test_registers_fit_what_a_block_is_launched_with() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("length", [100, 300])
-def test_rows_that_are_left_to_the_portable_kernel(
-    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "options"), [("float16", {"beta": -1.5}), ("bfloat16", {"window_size": (70, 3)})])
+def test_rows_that_the_hopper_kernel_leaves(
+    dtype: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They are right to a rounding, in any order, whatever is beside them; others are not written."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
     monkeypatch.setenv("LASER_EMULATOR_CACHE", str(tmp_path))
-    x = np.random.default_rng(0).standard_normal((1, 2, length, 16)).astype(np.float16)
-    problem, inputs = laser_core._problem.describe(x, x, x, is_causal=True)
-    whole = emulated.EMULATED.forward(problem, inputs)
-    rows = (np.random.default_rng(1).random((2, length)) < 0.3) & (np.arange(length) < 80)
-    words = np.zeros((2, -(-length // 16)), dtype=np.uint32)
-    for head, i in np.argwhere(rows):
-        words[head, i // 16] |= np.uint32(1 << (i % 8 * 4 + i % 16 // 8))
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, h, 300, n)).astype(kind) for h, n in ((4, 40), (2, 40), (2, 24)))
+    v[:, :, 200:, 0] = 5.0
+    problem, inputs = laser_core._problem.describe(q, k, v, is_causal=True, **options)
+    rows = rng.random((4, 300)) < np.asarray([0.3, 0.9, 0.0, 0.05])[:, None]
 
-    def special(self: object, x: host.Call, out: object, residual: np.ndarray, lse: np.ndarray) -> object:
-        residual[...] = 7.0
-        lse[...] = 7.0
-        v = host.values(x)
-        v.rest[:, 128:] = np.nan  # hopper_forward.cu asks for the first 128 keys: no others may be looked at
-        return v, words
+    def special(self: host.Machine, x: host.Call, out: Any, residual: Any, lse: Any) -> host.Values:
+        residual[...], lse[...] = 7.0, 7.0
+        v, few = host.values(x), np.full((4, 300), -1, dtype=np.int32)
+        for head in range(4):
+            chosen = rng.permutation(np.flatnonzero(rows[head]))
+            few[head, : len(chosen)] = chosen
+        counts = rows.sum(axis=1).astype(np.int32)
+        x.run("forward_few", 2, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, np.int32(4), np.int32(2))
+        return v
 
     monkeypatch.setattr(emulated._Machine, "special_forward", special)
-    some = emulated.EMULATED.forward(problem, inputs)
-    np.testing.assert_array_equal(some.residual[0][0], np.where(rows[..., None], whole.residual[0], 7.0))
-    np.testing.assert_array_equal(some.lse[0], np.where(rows, whole.lse[0], 7.0))
+    found = emulated.EMULATED.forward(problem, inputs)
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
+    o, l = laser_core.laser_attention(*arrays, is_causal=True, **options, return_lse=True, backend="reference")
+    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    np.testing.assert_allclose(found.residual[0], np.where(rows[..., None], o, 7.0), atol=2 * unit)
+    np.testing.assert_allclose(found.lse, np.where(rows, l, 7.0), atol=1e-5)
+    if "window_size" in options:  # these see nothing but 5
+        np.testing.assert_allclose(found.residual[0][0, :, 275:, 0][rows[:, 275:]], 5.0, rtol=unit / 16)
+    before = rows.copy()
+    rows &= rng.random((4, 300)) < 0.5
+    fewer = emulated.EMULATED.forward(problem, inputs)
+    np.testing.assert_array_equal(fewer.residual[0][0], np.where(rows[..., None], found.residual[0][0], 7.0))
+    assert before.sum() > rows.sum() > 0
 
 
 BUILDS = (
@@ -93,9 +108,9 @@ BUILDS = (
     hopper.BackwardTiles(False, 128, 128),
     hopper.BackwardTiles(True, 64, 64),
 )
-STACK = {False: 32, True: 80}  # bytes, forward and backward: what is needed once per tile of keys can wait there
-WAITS = {False: 4, True: 7}  # for products: one for each that is written; short of registers, the compiler waits for every one
-RELOADS = 12  # from the stack, between the backward loop's first wait and its last
+STACK = 96  # bytes: what is needed once per tile can wait there
+WAITS = {False: 5, True: 14}  # for products, as many as are written: short of registers, the compiler waits for each
+RELOADS = 12  # from the stack, in the loop of a warpgroup backward
 
 
 @pytest.mark.parametrize("tiles", BUILDS, ids=str)
@@ -122,13 +137,14 @@ def test_they_compile(tiles: hopper.Operands, tmp_path: Path, monkeypatch: pytes
     usage = subprocess.run([report, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
     backward = isinstance(tiles, hopper.BackwardTiles)
     for stack in re.findall(r"STACK:(\d+)", usage):
-        assert int(stack) <= STACK[backward], usage
+        assert int(stack) <= STACK, usage
     code = subprocess.run([disassemble, "-c", str(path)], capture_output=True, text=True, check=True).stdout
     if not tiles.shared:
         return
-    for instruction in ("HGMMA", "UTMALDG.3D", "SYNCS", "USETMAXREG", *(("UBLKRED", "STSM") if backward else ())):
+    for instruction in ("HGMMA", "UTMALDG.3D", "SYNCS", "USETMAXREG", "STSM", "UBLKRED" if backward else "UTMASTG"):
         assert instruction in code
-    between = code.split("WARPGROUP.DEPBAR")
-    assert len(between) - 1 <= WAITS[backward]
+    assert code.count("WARPGROUP.DEPBAR") <= WAITS[backward]
     if backward:
-        assert len(re.findall(r"\b(?:LDL|STL)\b", "".join(between[2:-2]))) <= RELOADS
+        between = code.split("WARPGROUP.DEPBAR")
+        for loop in (between[1:6], between[8:13]):  # a warpgroup has seven waits: one before its loop, one after it
+            assert len(re.findall(r"\b(?:LDL|STL)\b", "".join(loop))) <= RELOADS

@@ -17,8 +17,8 @@ LARGEST_DIM = 256
 _EXACT = ("values", "forward_exact")
 PARTS = {  # what is compiled together, when it is needed: files, which may hold kernels of others too, and kernels
     "forward": (
-        (*_EXACT, "forward"),
-        ("value_range", "value_decide", "value_exp", "forward", "forward_exact"),
+        (*_EXACT, "forward", "forward_few"),
+        ("value_range", "value_decide", "value_exp", "forward", "forward_exact", "forward_few"),
     ),
     "backward": (
         (*_EXACT, "rows", "backward", "backward_exact"),
@@ -161,6 +161,7 @@ class Build:
             "value_range": 8 * THREADS,
             "forward": self.bytes * (2 * self.keys * (d + x) + (0 if self.held_queries else self.queries * d)),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
+            "forward_few": self._few,
             "row_scales": 4 * THREADS,
             "backward_keys": self.bytes * BLOCK * (d + x) + walked,
             "backward_values": self.bytes * BLOCK * (d + x) + walked,
@@ -171,6 +172,15 @@ class Build:
             "backward_queries_exact": 4 * (self.padded + THREADS),
             "backward_keys_exact": 4 * (self.padded + 2 * THREADS),
         }.get(kernel, 0)
+
+    @property
+    def _few(self) -> int:
+        """Of forward_few.cu: tiles of q and k, two of x, one of rest, weights, and what is known of rows."""
+        if not self.narrow or self.expm1 or max(self.padded, self.value_dim) > 128:
+            return 0
+        d, x, keys = self.padded + _PAD, self.value_dim + _PAD, 32
+        tiles = max(2 * ((64 + keys) * d + 3 * keys * x), 4 * 64 * (self.value_dim + 4))
+        return tiles + 2 * 64 * (keys + _PAD) + 4 * (64 + 64 + THREADS)
 
     @property
     def largest(self) -> int:

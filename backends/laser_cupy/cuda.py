@@ -69,9 +69,7 @@ class _Machine:
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)
 
-    def special_forward(
-        self, x: host.Call, out: Array, residual: Array, lse: Array
-    ) -> tuple[host.Values, Array] | None:
+    def special_forward(self, x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values | None:
         return hopper.forward(x, out, residual, lse) if self._hopper_serves(x.problem) else None
 
     def special_backward(

@@ -1,7 +1,7 @@
 // The exact path, for heads outside the fast range: the definition in float32, every sum about its own greatest term.
 //
 // An exponential for each query, key and channel: slow, and meant to be rare. A block takes a row at a time. Heads inside
-// the fast range return at once; those that hold NaN or infinity are computed too, but only what is not finite is
+// the fast range are passed over; those that hold NaN or infinity are computed too, but only what is not finite is
 // written, so that what does not see it keeps its bits.
 
 // <q, k> for one key, with q in shared memory as float32
@@ -24,20 +24,16 @@ __device__ __forceinline__ float natural_score(const Problem& p, const Head& at,
   return finite(product) && bias < INF ? (score(p, product, slope) + bias) / UNIT : NOT_A_NUMBER;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
-    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int workers) {
-  const Problem p = THE_PROBLEM;
-  SHARED_MEMORY(raw);
+// the rows begin, begin + step, … of a head
+__device__ __forceinline__ void exact_rows(const Problem& p, const Head& at, int flag, const element* q, const element* k, const element* v,
+                                           element* out, float* residual, float* lse, int begin, int step, u8* raw) {
   float* row = (float*)raw;      // [DP] the query
   float* weights = row + DP;     // [THREADS] s - m
   float* room = weights + THREADS;
-  const Head at = head_of(p, blockIdx.x / workers);
-  const int flag = flags[at.key];
-  if (!flag) return;
   k += (i64)at.key * p.key_length * WIDTH;
   v += (i64)at.key * p.key_length * p.value_dim;
   const int tid = threadIdx.x;
-  for (int i = blockIdx.x % workers; i < p.query_length; i += workers) {
+  for (int i = begin; i < p.query_length; i += step) {
     const i64 to = (i64)at.query * p.query_length + i;
     load_row(row, q + to * WIDTH, WIDTH);
     __syncthreads();
@@ -101,5 +97,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
       }
     }
     __syncthreads();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
+    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int heads,
+    int workers) {
+  const Problem p = THE_PROBLEM;
+  SHARED_MEMORY(raw);
+  bool any = false;
+  for (int n = threadIdx.x; n < heads / p.group; n += THREADS) any |= flags[n] != 0;
+  if (!__syncthreads_or(any)) return;
+  for (int n = 0; n < heads; n++) {  // of all rows of all heads every block has the same share
+    const int flag = flags[n / p.group], begin = (int)((blockIdx.x + (i64)n * (workers - p.query_length % workers)) % workers);
+    if (flag) exact_rows(p, head_of(p, n), flag, q, k, v, out, residual, lse, begin, workers, raw);
   }
 }

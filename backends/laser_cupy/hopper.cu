@@ -109,6 +109,18 @@ __device__ __forceinline__ void bytes_copy(void* to, const void* from, int bytes
                "l"(from), "r"(bytes), "r"(shared_address(bar)) : "memory");
 }
 
+// begins to write a tile to rows [row, row + ROWS) of matrix `head`; one thread, after publish() of those that filled it.
+// What is outside of the matrix is not written.
+template <int ROWS, int CELLS>
+__device__ __forceinline__ void tile_write(const TensorMap* map, const u8* tile, int row, int head) {
+#pragma unroll
+  for (int n = 0; n < CELLS / 64; n++)
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+                 "r"(shared_address(tile + n * BLOCK_BYTES(ROWS))), "r"(n * 64), "r"(row), "r"(head)
+                 : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 // begins to write floats from shared to global memory, or to add them to what is there
 __device__ __forceinline__ void floats_write(float* to, const void* from, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
@@ -119,7 +131,7 @@ __device__ __forceinline__ void floats_add(float* to, const void* from, int byte
                "r"(bytes) : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// waits until these have read shared memory, or have been done
+// waits until all that this thread has begun to write has been read from shared memory, or is done
 __device__ __forceinline__ void floats_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void floats_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

@@ -19,12 +19,15 @@ CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
-L2_BYTES = 24 << 20  # k and X of the heads that run together should fit in this much; backward: q, G and the sums of dq
+L2_BYTES = 24 << 20  # q, G and the sums of dq of the heads that run together backward should fit in this much
 HEADS = {False: 6, True: 24}  # at least so many are worked on by turns in the backward pass, without a band and with one
+BEHIND = 2048  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
+VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
+FEW_WORKERS = 2  # blocks for each multiprocessor, which have room side by side
 
 
 def why_not(problem: Problem) -> str | None:
@@ -60,7 +63,7 @@ class Operands:
     columns: int
     value_dim: int
 
-    SOURCES: ClassVar[tuple[str, ...]] = (*COMMON, "hopper_passes.cu")
+    SOURCES: ClassVar[tuple[str, ...]] = (*COMMON, "hopper.cu", "hopper_values.cu", "hopper_passes.cu")
     ALLOWED: ClassVar[dict[str, Any]] = {"columns": range(8, 129, 8), "value_dim": range(16, 129, 16)}
 
     def __post_init__(self) -> None:
@@ -123,7 +126,7 @@ class ForwardTiles(Operands):
 
     # of a producer's and of a consumer's thread; together no more than a block is launched with
     REGISTERS: ClassVar = {2: (40, 232), 3: (32, 160)}
-    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_forward.cu")
+    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_values.cu", "hopper_forward.cu")
     ALLOWED: ClassVar = Operands.ALLOWED | {
         "consumers": (2, 3),
         "keys": (64, 128),
@@ -142,8 +145,8 @@ class ForwardTiles(Operands):
         """The tiles for a problem: docs/cuda-hopper-log.md says what they rest on."""
         build, half = Build.of(problem), problem.dtype == "float16"
         small = max(build.columns, build.value_dim) <= 64
-        tiles = cls(half, build.columns, build.value_dim, turns=True)
-        return dataclasses.replace(tiles, consumers=3, stages=4, lazy=0 if half else 8) if small else tiles
+        tiles = cls(half, build.columns, build.value_dim, turns=True, lazy=0 if half else 8)
+        return dataclasses.replace(tiles, consumers=3, stages=4) if small else tiles
 
     @property
     def queries(self) -> int:
@@ -159,7 +162,7 @@ class ForwardTiles(Operands):
     def shared(self) -> int:
         """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
         d, e = self.widths
-        return 2 * (self.queries * d + self.stages * self.keys * (d + e)) + 8 * (7 + 4 * self.stages) + 1024
+        return 2 * (self.queries + self.stages * self.keys) * (d + e) + VALUE_ROOM + 8 * (7 + 4 * self.stages) + 1024
 
     @property
     def values(self) -> dict[str, int]:
@@ -233,17 +236,22 @@ def tensor_map(x: Array, rows: int, half: bool) -> Any:
     Raises:
         RuntimeError: The driver refuses.
     """
-    heads, length, width = x.shape
+    return _tensor_map(x.data.ptr, x.shape, rows, half)
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_map(pointer: int, shape: tuple[int, int, int], rows: int, half: bool) -> Any:
+    heads, length, width = shape
     room = np.zeros(192, dtype=np.uint8)
     start = -room.ctypes.data % 64
     sizes = (ctypes.c_uint64 * 3)(width, length, heads)
     strides = (ctypes.c_uint64 * 2)(2 * width, 2 * width * length)
     box, steps = (ctypes.c_uint32 * 3)(64, rows, 1), (ctypes.c_uint32 * 3)(1, 1, 1)
     kind, plain, swizzle, promotion, zeros = (6 if half else 9), 0, 3, 2, 0  # float16, bfloat16; 128 bytes; 128 bytes
-    to, data = ctypes.c_void_p(room.ctypes.data + start), ctypes.c_void_p(x.data.ptr)
+    to, data = ctypes.c_void_p(room.ctypes.data + start), ctypes.c_void_p(pointer)
     error = _encode()(to, kind, 3, data, sizes, strides, box, steps, plain, swizzle, promotion, zeros)
     if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for a matrix of {tuple(x.shape)}")
+        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for a matrix of {shape}")
     return room[start : start + 128].view("V128")
 
 
@@ -258,65 +266,68 @@ def _run(
     function((grid,), (threads,), (*x.common, *arguments), shared_mem=shared)
 
 
-def values(x: host.Call) -> tuple[host.Values, Array]:
-    """The value pass, in which ``rest`` is room for :func:`rest_of_values`; and zeros, for the keys that need it."""
+def values(x: host.Call) -> host.Values:
+    """The value pass."""
     xp, heads, keys, width = x.machine.xp, x.key_value_heads, x.problem.key_length, x.build.value_dim
     blocks = -(-keys // CHUNK)
-    zeros = xp.zeros(heads * (2 * width + 2), dtype=xp.int32)
-    flags, needed, ranges = zeros[:heads], zeros[heads : 2 * heads], zeros[2 * heads :]
+    zeros = xp.zeros(heads * (2 * width + 1), dtype=xp.int32)
+    flags, ranges = zeros[:heads], zeros[heads:]
     c, hard = x.empty(heads, width, dtype=xp.int32), x.empty(heads, dtype=xp.int32)
     made = x.empty(heads, keys, width)
     sizes = (np.int32(blocks), np.int32(CHUNK))
     _run(x, _passes(x), "hopper_values", heads * blocks, x.v, flags, ranges, made, *sizes)
     _run(x, _passes(x), "hopper_decide", heads, ranges, c, flags, hard)
-    again = (x.v, c, hard, made, np.int32(0), np.int32(WORKERS))
-    _run(x, _passes(x), "hopper_values_again", heads * WORKERS, *again)
-    return host.Values(made, made, c, flags), needed
+    _run(x, _passes(x), "hopper_values_again", heads * WORKERS, x.v, c, hard, made, np.int32(WORKERS))
+    return host.Values(made, made, c, flags)
 
 
-def rest_of_values(x: host.Call, v: host.Values, needed: Array) -> host.Values:
-    """The same with what the rounding of X loses, of the first ``needed`` keys of each head."""
-    rest = x.empty(*v.x.shape)
-    again = (x.v, v.c, needed, rest, np.int32(1), np.int32(WORKERS))
-    _run(x, _passes(x), "hopper_values_again", v.x.shape[0] * WORKERS, *again)
-    return v._replace(rest=rest)
-
-
-def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> tuple[host.Values, Array]:
+def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values:
     """The value pass, and the output of heads inside the fast range.
 
     Returns:
-        What the value pass makes, and a word for each 16 rows: those in which few keys carry the weight, which are
-        left to the portable kernel.
+        What the value pass makes.
     """
-    v, needed = values(x)
-    few = forward_alone(x, v, out, residual, lse, needed)
-    return rest_of_values(x, v, needed), few
+    v, counts, few = forward_alone(x, out, residual, lse)
+    workers = FEW_WORKERS * x.machine.processors
+    sizes = (np.int32(x.heads), np.int32(workers))
+    x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, *sizes)
+    return v
 
 
 def forward_alone(
-    x: host.Call,
-    v: host.Values,
-    out: Array,
-    residual: Array | None,
-    lse: Array,
-    needed: Array,
-    tiles: ForwardTiles | None = None,
-) -> Array:
-    """The forward kernel: the words of :func:`forward`, and how many keys of each head they need exactly."""
-    xp, problem = x.machine.xp, x.problem
+    x: host.Call, out: Array, residual: Any, lse: Array, tiles: ForwardTiles | None = None
+) -> tuple[host.Values, Array, Array]:
+    """The forward kernel, which makes X too where that is hidden behind its products.
+
+    Returns:
+        What the value pass makes, how many rows of each head are left to ``forward_few``, because few keys carry their
+        weight, and which.
+    """
+    xp, problem, kv_heads, width = x.machine.xp, x.problem, x.key_value_heads, x.build.value_dim
     tiles = tiles or ForwardTiles.of(problem)
-    few = x.empty(x.heads, -(-problem.query_length // 16), dtype=xp.uint32)
-    counter = xp.zeros(1, dtype=xp.int32)
     blocks = -(-problem.query_length // tiles.queries)
-    grid = min(x.heads * blocks, x.machine.processors)
-    section = max(1, L2_BYTES // (2 * problem.key_length * sum(tiles.widths))) * problem.group
-    maps = [tensor_map(a, rows, tiles.half) for a, rows in ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys))]
-    scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section, x.heads)))
-    outputs = (out, host.NOTHING if residual is None else residual, lse, few, needed, counter)
-    arguments = (*maps, v.c, v.flags, *outputs, *scalars)
-    _run(x, tiles, "hopper_forward", grid, *arguments, threads=tiles.threads, shared=tiles.shared)
-    return few
+    # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
+    section = -(-x.machine.processors // (blocks * problem.group))
+    zeros = xp.zeros(3 * kv_heads + x.heads + 2, dtype=xp.int32)
+    flags, done, ready = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(3))
+    counts, work, runs = zeros[3 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
+    few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
+    if problem.group * problem.query_length >= BEHIND:
+        made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
+        v, first, ranges = host.Values(made, made, c, flags), min(section, kv_heads), x.empty(kv_heads, 2, width)
+        ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
+    else:
+        v, first, ranges = values(x), -1, host.NOTHING
+    of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
+    operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
+    passes = (x.v, v.x, ranges, v.c, v.flags, done, ready, runs, np.int32(first))
+    outputs = (residual, lse, few, counts, work)
+    scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
+    arguments = (*maps, *passes, *outputs, *scalars)
+    shape = {"threads": tiles.threads, "shared": tiles.shared}
+    _run(x, tiles, "hopper_forward", x.machine.processors, *arguments, **shape)
+    return v, counts, few
 
 
 def backward(
@@ -330,7 +341,7 @@ def backward(
     if isinstance(forward.residual, tuple):
         v = host.Values(host.NOTHING, host.NOTHING, *forward.residual[1:])
     else:  # of a pass by other kernels
-        v, _ = values(x)
+        v = values(x)
     tiles = BackwardTiles.of(x.problem)
     r, odd = rows(x, v, forward, d_out, d_lse, tiles)
     backward_alone(x, v, r, odd, dq, dk, dv, tiles)

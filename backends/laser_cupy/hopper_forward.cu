@@ -5,20 +5,27 @@
 // tile j + 1, then that of the weights of tile j with x, and makes the weights of the former while the latter runs: the
 // tensor cores are busy while exponentials are taken. Key tiles go from the last to the first.
 //
-// Rows in which few keys carry the weight are left to the portable kernel, which adds what the rounding of X lost: here it
-// would cost every row registers. `few` has a word for 16 rows: bit 4 * (row % 8) + row / 8; `needed` how
-// many keys of a head those rows see.
+// X of the first heads is made by all warps before these roles begin, that of the others by the three idle warps of the
+// producer's warpgroup (hopper_values.cu). A producer waits until X of its head is there. It cannot wait for ever: a block
+// has a multiprocessor for itself and there are no more blocks than those, so all of them run, and who makes X never waits.
+//
+// Rows in which few keys carry the weight are left to forward_few.cu, which adds what the rounding of X lost: here it would
+// cost every row registers. `few` [B*Hq, Lq] lists them for each head, and `counts` [B*Hq], zero before, says how many.
 
 #define TILE (64 * CONSUMERS)  // queries
-#define FEW (4.f * (1 << P_SHIFT))
+#define FEW (2.f * (1 << P_SHIFT))  // one key has more than half of the weight
+#define FEW_KEYS 16                 // or fewer are seen
 #define Q_BYTES (64 * DT * 2)  // of a consumer
 #define K_BYTES (KEYS * DT * 2)
 #define X_BYTES (KEYS * ET * 2)
+#define O_BYTES (16 * ET * 2)  // of a warp
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 q[CONSUMERS][Q_BYTES];  // [DT/64][64][64]
   u8 k[STAGES][K_BYTES];     // [DT/64][KEYS][64]
   u8 x[STAGES][X_BYTES];     // [ET/64][KEYS][64]
+  u8 o[CONSUMERS * 4][O_BYTES];  // [ET/64][16][64]
+  ValueRoom values;
   u64 q_full, q_free, k_full[STAGES], k_free[STAGES], x_full[STAGES], x_free[STAGES], drawn_full[2], drawn_free[2];
   int drawn[2];
 };
@@ -92,19 +99,28 @@ __device__ __forceinline__ float log2_split(float a, int& n) {
 }
 
 __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* x_map,
-                                        const int* flags, int* counter, int heads, int tiles, int section, Shared& sm) {
+                                        const ValuePass& pass, int* counter, int heads, int tiles, int section, Shared& sm) {
   Ring<STAGES> ring;
-  int turn = 0;
-  for (int uses = 0;; turn++) {
-    const int index = DYNAMIC ? atomicAdd(counter, 1) : blockIdx.x + turn * gridDim.x;
+  for (int turn = 0, uses = 0, n = 0;; turn++) {
+    int index;
+    Place place = {};
+    bool outside;
+    do {  // a head outside the fast range is left to the exact path
+      index = DYNAMIC ? atomicAdd(counter, 1) : blockIdx.x + n++ * gridDim.x;
+      outside = false;
+      if (index < heads * tiles) {
+        place = place_of(index, tiles, heads, section);
+        wait_for_values(pass, place.head / pr.group);
+        outside = __ldcg(pass.flags + place.head / pr.group) & OUTSIDE;
+      }
+    } while (outside);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
     sm.drawn[turn % 2] = index;
     barrier_arrive(&sm.drawn_full[turn % 2]);
     if (index >= heads * tiles) return;
-    const Place place = place_of(index, tiles, heads, section);
     const Head at = head_of(pr, place.head);
     const Span span = span_of(pr, at, place.i0);
-    if (flags[at.key] & OUTSIDE || span.first == span.end) continue;
+    if (span.first == span.end) continue;
     barrier_wait(&sm.q_free, uses++ % 2 ^ 1);
     barrier_expect(&sm.q_full, CONSUMERS * Q_BYTES);
 #pragma unroll 1
@@ -122,10 +138,10 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
   }
 }
 
-// o, its float32 form, l and the rows in which few keys carry the weight, from acc, m and l of 64 rows
+// o, its float32 form, l and the list of rows in which few keys carry the weight, from acc, m and l of 64 rows
 __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float (&acc)[ET / 8][4], const Row (&state)[2],
-                                       float factor, int own, const int2 (&c)[ET / 8], u16* out, float* residual,
-                                       float* lse, u32* few, int* needed) {
+                                       float factor, int own, const int2 (&c)[ET / 8], const TensorMap* o_map, u8* tile,
+                                       float* residual, float* lse, int* few, int* counts) {
   const int t = threadIdx.x % 4;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
   float log_l[2];
@@ -136,55 +152,60 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
   for (int h = 0; h < 2; h++) {
     const float sum = row_sum(state[h].l);
     seen[h] = sum != 0.f;
-    carried[h] = seen[h] && sum < FEW * exp2_fast((state[h].top - state[h].m) * factor);
+    const int i = own + h * 8, keys = least(at.k_end, i + pr.high + 1) - greatest(0, i + pr.low);
+    carried[h] = sum > 0.f && (keys < FEW_KEYS || sum < FEW * exp2_fast((state[h].top - state[h].m) * factor));
     log_l[h] = log2_split(seen[h] ? sum : 1.f, n_l[h]);
     if (sum != sum) log_l[h] = NOT_A_NUMBER;
-    const int i = own + h * 8;
     row[h] = i < pr.query_length ? (i64)at.query * pr.query_length + i : -1;
     if (t == 0 && row[h] >= 0) lse[row[h]] = seen[h] ? fmaf(state[h].m, factor, (float)(n_l[h] - P_SHIFT) + log_l[h]) * LN2 : -INF;
   }
-  const u32 some = __ballot_sync(FULL_WARP, t < 2 && (t == 0 ? carried[0] : carried[1]));
-  const int strip = (own - threadIdx.x % 32 / 4) / 16, strips = (pr.query_length + 15) / 16;
-  if (threadIdx.x % 32 == 0 && strip < strips) {
-    few[(i64)at.query * strips + strip] = some;
-    // the portable kernel has 128 queries in a block at most, and 64 keys in a tile: what it reads has to be finite
-    if (some) atomicMax(needed + at.key, (least(at.k_end, (strip * 16 | 127) + 1 + pr.high) + 63) / 64 * 64);
+  const bool listed = t < 2 && row[t % 2] >= 0 && carried[t % 2];
+  const u32 some = __ballot_sync(FULL_WARP, listed), lane = threadIdx.x % 32;
+  if (some) {
+    const int start = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(counts + at.query, __popc(some)) : 0, 0);
+    if (listed) few[(i64)at.query * pr.query_length + start + __popc(some & (1u << lane) - 1)] = own + t * 8;
   }
+  u32 one = 0x3F800000u;
+  asm volatile("" : "+r"(one));  // in a register: the exponent is exchanged in one instruction
 #pragma unroll
-  for (int n = 0; n < ET / 8; n += 2) {
+  for (int n = 0; n < ET / 8; n++)
 #pragma unroll
-    for (int part = 0; part < 2; part++)
+    for (int r = 0; r < 4; r++) {
+      const u32 bits = float_as_bits(acc[n][r]);
+      const int h = r / 2, whole = (int)(bits >> 23) + ((r % 2 ? c[n].y : c[n].x) - 127 - n_l[h]);
+      u32 mantissa;
+      asm("lop3.b32 %0, %1, 0x7FFFFF, %2, 0xEA;" : "=r"(mantissa) : "r"(bits), "r"(one));  // bits & 0x7FFFFF | one
+      const float o = ((float)whole + (log2_fast(bits_as_float(mantissa)) - log_l[h])) * per_beta;
+      acc[n][r] = acc[n][r] == 0.f ? minus_infinity : o;
+    }
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
-        int n_a;
-        const float a = acc[n + part][r], log_a = log2_split(a, n_a);
-        const int h = r / 2, whole = n_a - n_l[h] + (r % 2 ? c[n + part].y : c[n + part].x);
-        const float o = a == 0.f ? minus_infinity : ((float)whole + (log_a - log_l[h])) * per_beta;
-        acc[n + part][r] = seen[h] ? o : 0.f;
-      }
-    const int even_lane = t % 2 == 0, four = (n + t % 2) * 8 + t / 2 * 4;
+  for (int h = 0; h < 2; h++)
+    if (!seen[h])
+#pragma unroll
+      for (int n = 0; n < ET / 8; n++) acc[n][2 * h] = acc[n][2 * h + 1] = 0.f;
+  // a warp writes its 16 rows by the copy engine
+  u32 packed[ET / 16][4];
+  as_operand(packed, acc);
+  if (lane == 0) floats_read();  // the rows before
+  __syncwarp();
+  const int offset = matrices_offset(0);
+#pragma unroll
+  for (int n = 0; n < ET / 16; n++) store_matrices(tile + n / 4 * BLOCK_BYTES(16) + (offset ^ n % 4 * 32), packed[n]);
+  publish();
+  __syncwarp();
+  if (lane == 0) tile_write<16, ET>(o_map, tile, own, at.query);
+  if (!residual) return;
+#pragma unroll
+  for (int n = 0; n < ET / 8; n++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const u32 even = pack(acc[n][2 * h], acc[n][2 * h + 1]), odd = pack(acc[n + 1][2 * h], acc[n + 1][2 * h + 1]);
-      // two lanes swap halves, so that each has four adjacent channels
-      const u32 got = __shfl_xor_sync(FULL_WARP, even_lane ? odd : even, 1);
-      if (row[h] >= 0 && four < pr.value_dim)
-        *(uint2*)(out + row[h] * pr.value_dim + four) = even_lane ? make_uint2(even, got) : make_uint2(got, odd);
+      const int two = n * 8 + t * 2;
+      if (row[h] >= 0 && two < pr.value_dim)
+        *(float2*)(residual + row[h] * pr.value_dim + two) = make_float2(acc[n][2 * h], acc[n][2 * h + 1]);
     }
-    if (!residual) continue;
-#pragma unroll
-    for (int part = 0; part < 2; part++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int two = (n + part) * 8 + t * 2;
-        if (row[h] >= 0 && two < pr.value_dim)
-          *(float2*)(residual + row[h] * pr.value_dim + two) = make_float2(acc[n + part][2 * h], acc[n + part][2 * h + 1]);
-      }
-  }
 }
 
-__device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* flags, u16* out, float* residual, float* lse,
-                                        u32* few, int* needed, int heads, int tiles, int section, Shared& sm) {
+__device__ __forceinline__ void consume(const Problem& pr, const int* c, const TensorMap* o_map, float* residual, float* lse, int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
   const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -193,48 +214,59 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
   if (TURNS && which == CONSUMERS - 1) named_arrive(1, 256);
   auto turn_begins = [&] { if (TURNS) named_wait(1 + which, 256); };
   auto turn_ends = [&] { if (TURNS) named_arrive(1 + (which + 1) % CONSUMERS, 256); };
-  for (int turn = 0, uses = 0;; turn++) {
+  float s[KEYS / 8][4];
+  u32 p[KEYS / 16][4];
+  int uses = 0;
+  auto drawn = [&](int turn) {
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);
     const int index = sm.drawn[turn % 2];
     __syncwarp();
     if (first_lane) barrier_arrive(&sm.drawn_free[turn % 2]);
-    if (index >= heads * tiles) return;
+    return index;
+  };
+  // begins the first scores of a tile of queries, if there are some; otherwise the product is of no use
+  auto begin_scores = [&](int index) {
+    if (index < heads * tiles) {
+      const Place place = place_of(index, tiles, heads, section);
+      const Span span = span_of(pr, head_of(pr, place.head), place.i0);
+      if (span.first < span.end) {
+        barrier_wait(&sm.q_full, uses++ % 2);
+        barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
+      }
+    }
+    turn_begins();
+    pin(s);
+    products_fence();
+    multiply_rows<64, KEYS, DT>(s, sm.q[which], sm.k[k_ring.stage]);
+    products_commit();
+    turn_ends();
+  };
+  int index = drawn(0);
+  begin_scores(index);
+  products_wait<0>();
+  pin(s);
+#pragma unroll 1
+  for (int turn = 1; index < heads * tiles; turn++) {
     const Place place = place_of(index, tiles, heads, section);
     const Head at = head_of(pr, place.head);
     const Span span = span_of(pr, at, place.i0);
-    if (flags[at.key] & OUTSIDE) continue;
     const int own = place.i0 + row, i0 = place.i0 + which * 64, i1 = least(i0 + 64, pr.query_length);
     float acc[ET / 8][4] = {}, shrink[2];
     Row state[2];
     int2 own_c[ET / 8];
-    auto load_c = [&] {
-#pragma unroll
-      for (int n = 0; n < ET / 8; n++) {
-        const int e = n * 8 + threadIdx.x % 4 * 2;
-        own_c[n] = e < EP ? *(const int2*)(c + (i64)at.key * CP + e) : make_int2(0, 0);
-      }
-    };
-    if (span.first == span.end) load_c();
-    else {
-      float s[KEYS / 8][4];
-      u32 p[KEYS / 16][4];
+    const bool some = span.first < span.end;
+    if (some) {
       auto weights = [&](int tile) {  // p from s
         const int j0 = tile * KEYS;
         if (!all_visible(pr, at, i0, i1, j0, j0 + KEYS)) mask_tile(s, pr, at, own, j0);
         return weigh(s, state, shrink, factor);
       };
-      barrier_wait(&sm.q_full, uses++ % 2);
-      barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
-      turn_begins();
-      pin(s);
-      products_fence();
-      multiply_rows<64, KEYS, DT>(s, sm.q[which], sm.k[k_ring.stage]);
-      products_commit();
-      turn_ends();
-      products_wait<0>();
-      pin(s);
-      if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
-      k_ring.next();
+      auto scores_made = [&](int tile) {
+        if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
+        if (first_lane && tile == span.first) barrier_arrive(&sm.q_free);
+        k_ring.next();
+      };
+      scores_made(span.end - 1);
       weights(span.end - 1);
       as_operand(p, s);
 #pragma unroll 1
@@ -253,8 +285,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
         turn_ends();
         products_wait<1>();
         pin(s);
-        if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
-        k_ring.next();
+        scores_made(tile);
         const bool shrinks = weights(tile);
         products_wait<0>();
         pin(acc);
@@ -268,27 +299,38 @@ __device__ __forceinline__ void consume(const Problem& pr, const int* c, const i
             for (int r = 0; r < 4; r++) acc[n][r] *= shrink[r / 2];
         as_operand(p, s);
       }
-      if (first_lane) barrier_arrive(&sm.q_free);
       barrier_wait(&sm.x_full[x_ring.stage], x_ring.parity);
       pin(acc);
       pin(p);
       products_fence();
       multiply_columns(acc, p, sm.x[x_ring.stage]);
       products_commit();
-      load_c();  // while these products run
-      products_wait<0>();
-      pin(acc);
+    }
+#pragma unroll
+    for (int n = 0; n < ET / 8; n++) {  // while these products run
+      const int e = n * 8 + threadIdx.x % 4 * 2;
+      own_c[n] = e < EP ? __ldcg((const int2*)(c + (i64)at.key * CP + e)) : make_int2(0, 0);
+    }
+    index = drawn(turn);
+    begin_scores(index);
+    products_wait<1>();
+    pin(acc);
+    if (some) {
       if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
       x_ring.next();
     }
-    finish(pr, at, acc, state, factor, own, own_c, out, residual, lse, few, needed);
+    finish(pr, at, acc, state, factor, own, own_c, o_map, sm.o[threadIdx.x / 32 - 4], residual, lse, few, counts);
+    products_wait<0>();
+    pin(s);
   }
+  if (first_lane) floats_done();
 }
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const int* c, const int* flags, u16* out, float* residual, float* lse,
-    u32* few, int* needed, int* counter, int heads, int tiles, int section) {
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u16* ranges, int* c, int* flags, int* done, int* ready, int* next,
+    int first, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
+  const ValuePass pass = {v, x, ranges, c, flags, done, ready, next, first};
   const Problem pr = THE_PROBLEM;
   extern __shared__ u8 memory[];
   Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
@@ -307,12 +349,14 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
     }
     barrier_init_done();
   }
+  first_values(pr, pass);
   __syncthreads();
   if (threadIdx.x < 128) {
     registers_give<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, flags, counter, heads, tiles, section, sm);
+    if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &x_map, pass, counter, heads, tiles, section, sm);
+    if (threadIdx.x >= 32) more_values(pr, pass, heads / pr.group, sm.values.v[threadIdx.x / 32 - 1]);
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    consume(pr, c, flags, out, residual, lse, few, needed, heads, tiles, section, sm);
+    consume(pr, c, &o_map, residual, lse, few, counts, heads, tiles, section, sm);
   }
 }

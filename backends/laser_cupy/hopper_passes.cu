@@ -1,43 +1,8 @@
 // What comes before the Hopper kernels: passes over values, queries and keys that take as long as reading and writing them.
-//
-// values.cu reads the values twice: c has to be known before X = exp(beta*v) * 2^-c is written. Here X is written with c = 0
-// at once, and again for the heads where that is not in range: c is in no bit of the result. What the rounding of X loses
-// (`rest`) is needed where few keys carry a row, and made for the keys of such rows alone, when these are known.
 
 #define VECTORS (EP / 8)                // of a row of values, 16 bytes each
 #define ROWS (THREADS / VECTORS)        // of values that a block reads at once
 #define LANES (WIDTH > 64 || EP > 64 ? 16 : 8)  // of a row in hopper_terms
-#if FLOAT16
-#define EASY_LOW -14.f  // bits of X with c = 0 that are in range
-#define EASY_HIGH 15.f
-#else
-#define EASY_LOW -49.f
-#define EASY_HIGH 49.f
-#endif
-
-struct alignas(16) Eight {
-  u32 x[4];
-  __device__ __forceinline__ float operator[](int n) const { return widen((u16)(x[n / 2] >> n % 2 * 16)); }
-};
-__device__ __forceinline__ Eight rounded(const float (&x)[8]) {
-  return {{pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])}};
-}
-
-// numbers as integers of the same order, all above 0
-__device__ __forceinline__ u32 ordered(float x) {
-  const u32 bits = float_as_bits(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
-
-// exp(beta*v) * 2^-c, or the rest of it after rounding; 0 where beta*v is not finite
-__device__ __forceinline__ float value_of(float v, float beta, int c, bool rest) {
-  const float y = beta * v;
-  int n;
-  const float mantissa = split_exp(y, fmaf(beta, v, -y), n), steps = 1 << 21;  // 11 bits of what is left
-  const float x = rest ? scaled(rintf((mantissa - rounded(mantissa)) * steps) / steps, n - c + REST_SHIFT) : scaled(mantissa, n - c);
-  return finite(y) ? x : 0.f;
-}
 
 // X [B*Hkv, Lk, EP] with c = 0, and the greatest beta*v and -beta*v of each channel: ranges [B*Hkv, 2, EP], zero before
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
@@ -46,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
   __shared__ float room[2][ROWS * EP];
   const int kv = blockIdx.x / blocks, start = blockIdx.x % blocks * chunk, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
   const Head at = head_of(p, kv * p.group);
+  const Base base = base_of(p.beta);
   float most[2][8];
   for (int h = 0; h < 8; h++) most[0][h] = most[1][h] = -INF;
   bool odd = false;
@@ -60,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
 #pragma unroll
     for (int h = 0; h < 8; h++) {
       const float y = p.beta * from[h];
-      to[h] = inside ? value_of(from[h], p.beta, 0, false) : 0.f;
+      to[h] = inside ? value_of(from[h], p.beta, base, 0) : 0.f;
       odd |= !(y < INF);
       if (inside && finite(y)) { most[0][h] = fmaxf(most[0][h], y); most[1][h] = fmaxf(most[1][h], -y); }
     }
@@ -83,39 +49,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_decide(PROBLEM, const u32* ranges, int* c, int* flags, int* hard) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x, e = threadIdx.x;
-  const float reach = fminf(MAX_BITS, SUM_BITS - log2f((float)greatest(p.key_length, 1)));
-  bool outside = false, easy = true;
-  int own = 0;
-  if (e < EP && ranges[(i64)kv * 2 * EP + e]) {
-    const float high = number(ranges[(i64)kv * 2 * EP + e]), low = -number(ranges[((i64)kv * 2 + 1) * EP + e]);
-    outside = !((high - low) * LOG2E <= reach);
-    easy = low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH;
-    own = outside ? 0 : (int)rintf(fminf(fmaxf((0.5f * low + 0.5f * high) * LOG2E, -1e9f), 1e9f));
-  }
-  const bool any_outside = __syncthreads_or(outside), any_hard = __syncthreads_or(!easy);
-  if (e < EP) c[(i64)kv * CP + e] = any_hard ? own : 0;
+  Choice own = {false, true, 0};
+  if (e < EP && ranges[(i64)kv * 2 * EP + e]) own = choose(p, number(ranges[(i64)kv * 2 * EP + e]), -number(ranges[((i64)kv * 2 + 1) * EP + e]));
+  const bool any_outside = __syncthreads_or(own.outside), any_hard = __syncthreads_or(!own.easy);
+  if (e < EP) c[(i64)kv * CP + e] = any_hard ? own.c : 0;
   if (e) return;
   if (any_outside) atomicOr(flags + kv, OUTSIDE);
   hard[kv] = any_hard && !any_outside;
 }
 
-// X with c, of hard heads; or the rest of X, of the first `needed` keys of a head. Mostly there is little to do: `workers`
-// blocks for a head.
+// X with c, of hard heads. Mostly there is nothing to do: `workers` blocks for a head.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
-    PROBLEM, const u16* v, const int* c, const int* needed, u16* x, int rest, int workers) {
+    PROBLEM, const u16* v, const int* c, const int* hard, u16* x, int workers) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x / workers, own = threadIdx.x / VECTORS, e = threadIdx.x % VECTORS * 8;
-  const int needs = rest ? least(needed[kv], p.key_length) : needed[kv] ? p.key_length : 0;
-  if (own >= ROWS) return;
+  if (own >= ROWS || !hard[kv]) return;
   const Head at = head_of(p, kv * p.group);
-  for (int j = blockIdx.x % workers * ROWS + own; j < needs; j += workers * ROWS) {
+  const Base base = base_of(p.beta);
+  for (int j = blockIdx.x % workers * ROWS + own; j < p.key_length; j += workers * ROWS) {
     const i64 row = (i64)kv * p.key_length + j;
     const bool inside = j < at.k_end && e < p.value_dim;
     Eight from = {};
     if (inside) from = *(const Eight*)(v + row * p.value_dim + e);
     float to[8];
 #pragma unroll
-    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, c[(i64)kv * CP + e + h], rest) : 0.f;
+    for (int h = 0; h < 8; h++) to[h] = inside ? value_of(from[h], p.beta, base, c[(i64)kv * CP + e + h]) : 0.f;
     *(Eight*)(x + row * EP + e) = rounded(to);
   }
 }

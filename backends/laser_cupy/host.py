@@ -15,7 +15,8 @@ from laser_core._gradient import no_gradients
 
 from .build import BLOCK, THREADS, Build
 
-WORKERS = 64  # blocks for each head of the exact path
+WORKERS = 4  # blocks for each multiprocessor of a kernel that mostly has nothing to do
+EXACT = 64  # blocks for each head of the exact path of gradients
 CHUNK = 128  # keys of a block of the value pass, and queries of one of dβ
 BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
 FAR = 2**30  # a band edge that is beyond every position
@@ -36,11 +37,11 @@ class Machine(Protocol):
     def aligned(self, x: Array) -> bool:
         """Whether the memory of ``x`` begins at a multiple of 16 bytes."""
 
-    def special_forward(self, x: Call, out: Array, residual: Array, lse: Array) -> tuple[Values, Array] | None:
+    def special_forward(self, x: Call, out: Array, residual: Array, lse: Array) -> Values | None:
         """The value pass and the heads inside the fast range by kernels for this machine alone, if some serve the call.
 
         Returns:
-            What the value pass makes, and a word for each 16 rows with the rows that are left to the portable kernel.
+            What the value pass makes.
         """
 
     def special_backward(
@@ -205,13 +206,15 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     out = x.empty(*problem.out_shape)
     residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
-    blocks = -(-problem.query_length // x.build.queries)
     special = machine.special_forward(x, out, residual, lse)
-    v, left = special or (values(x), NOTHING)
-    x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, left)
-    workers = min(WORKERS, problem.query_length)
-    x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
-    kept = (residual, v.c, v.flags) if special else residual  # the special kernels backward make X from them
+    v = special or values(x)
+    if special is None:
+        blocks = -(-problem.query_length // x.build.queries)
+        x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, NOTHING)
+    workers = min(WORKERS * machine.processors, x.heads * problem.query_length)
+    sizes = (np.int32(x.heads), np.int32(workers))
+    x.run("forward_exact", workers, x.q, x.k, x.v, v.flags, out, residual, lse, *sizes)
+    kept = residual if special is None else (residual, v.c, v.flags)  # the special kernels backward make X from them
     return Forward(out, lse, kept if keep else None)
 
 
@@ -273,7 +276,7 @@ def backward(
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
-    workers = WORKERS if given.beta is not None else 4 * machine.processors  # the former have room for dβ
+    workers = EXACT if given.beta is not None else WORKERS * machine.processors  # the former have room for dβ
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
         shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers))
