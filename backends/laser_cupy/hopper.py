@@ -20,7 +20,7 @@ SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more t
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
 L2_BYTES = 24 << 20  # q, G and the sums of dq of the heads that run together backward should fit in this much
-HEADS = {False: 6, True: 24}  # at least so many are worked on by turns in the backward pass, without a band and with one
+HEADS = {False: 6, True: 24}  # worked on by turns backward, at least: without a band of keys and with one
 BEHIND = 2048  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS = ("-std=c++17", "-arch=sm_90a")
