@@ -67,11 +67,15 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", help="bfloat16, float16, float32; default: all")
     parser.add_argument("--tool", action="append", help=f"{', '.join(TOOLS)}; default: all")
     parser.add_argument("--bare", action="store_true", help="run the problems here, under no tool")
+    parser.add_argument("--every-lane", action="store_true", help="barriers that racecheck follows")
     arguments = parser.parse_args()
     dtypes = arguments.dtype or ["bfloat16", "float16", "float32"]
     if arguments.bare:
         import cupy
+        from laser_cupy import hopper
 
+        if arguments.every_lane:
+            hopper.OPTIONS = (*hopper.OPTIONS, "-DEVERY_LANE=1")
         cupy.cuda.set_allocator(None)
         for dtype in dtypes:
             for problem in PROBLEMS:
@@ -81,8 +85,9 @@ def main() -> int:
     subprocess.run(bare, check=True)
     found = 0
     for tool in arguments.tool or TOOLS:
+        every = ["--every-lane"] if tool == "racecheck" else []  # it does not follow what __syncwarp orders
         done = subprocess.run(
-            ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--print-limit=3", *bare],
+            ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--print-limit=3", *bare, *every],
             capture_output=True,
             text=True,
         )
