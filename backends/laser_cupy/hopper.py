@@ -207,6 +207,11 @@ class BackwardTiles(Operands):
         exchanged = 2 * 2 * self.KEYS * self.queries + 2 * 4 * self.queries * d
         return operands + exchanged + 4 * 2 * 2 * self.queries + 8 * 20 + self.KEYS
 
+    @property
+    def values(self) -> dict[str, int]:
+        """The definitions by name."""
+        return super().values | {"SHARED_BYTES": self.shared}
+
 
 @functools.cache
 def kernel(tiles: Operands, name: str, device: int) -> Any:

@@ -29,8 +29,8 @@
 #define DQ_PARTS (SUMS / 1024)  // groups of 8 columns that a warpgroup makes of it, for 64 queries
 #define ALL_ONES (FLOAT16 ? 0x7C00u : 0x7F80u)  // the exponent of what is not finite
 
-// a key tile, the tiles of queries that see some of its keys, and where the sequences end; kv is negative at the end of work
-struct alignas(8) Place { int kv, j0, first, end, q_end, k_end; };
+// a key tile; kv is negative at the end
+struct alignas(8) Place { int kv, j0; };
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 k[K_BYTES];              // [DT/64][KEYS][64]
@@ -46,7 +46,14 @@ struct Shared {  // offsets of tiles are multiples of 1024 bytes
   Place drawn[2];
   bool odd[KEYS];  // whether a key is not finite
 };
+static_assert(sizeof(Shared) <= SHARED_BYTES, "hopper.py has another size of it");
 
+// the tiles of queries that see some key of j0 … j0 + KEYS
+struct Span { int first, end; };
+__device__ __forceinline__ Span span_of(const Problem& p, const Head& at, int j0) {
+  const int first = greatest(0, j0 - p.high) / QUERIES, last = least(at.q_end - 1, j0 + KEYS - 1 - p.low);
+  return {first, j0 < at.k_end && last >= 0 ? greatest(first, last / QUERIES + 1) : first};
+}
 // the first key tile that a tile of queries sees, and the last one; negative where it sees none
 __device__ __forceinline__ int first_of(const Problem& p, int tile) { return greatest(0, tile * QUERIES + p.low) / KEYS; }
 __device__ __forceinline__ int last_of(const Problem& p, const Head& at, int tile) {
@@ -59,24 +66,17 @@ struct Work { int count, blocks, section, tiles; };
 __device__ __forceinline__ Place place_of(const Work& w, int index) {
   const int begin = index / (w.section * w.blocks) * w.section, within = index - begin * w.blocks;
   const int heads = least(w.section, w.count / w.blocks - begin);
-  return {begin + within % heads, within / heads * KEYS, 0, 0, 0, 0};
-}
-// with the tiles of queries
-__device__ __forceinline__ void look_at(const Problem& p, Place& place) {
-  const Head at = head_of(p, place.kv * p.group);  // the sequences of the group end where this one's do
-  const int last = least(at.q_end - 1, place.j0 + KEYS - 1 - p.low);
-  place.first = greatest(0, place.j0 - p.high) / QUERIES;
-  place.end = place.j0 < at.k_end && last >= 0 ? greatest(place.first, last / QUERIES + 1) : place.first;
-  place.q_end = at.q_end;
-  place.k_end = at.k_end;
+  return {begin + within % heads, within / heads * KEYS};
 }
 
-// What all roles do with the work that the producer has drawn. In the end they give it back.
-#define FOR_EACH_DRAWN                                                                     \
+// what all roles do with the work that the producer has drawn
+#define FOR_EACH_DRAWN(arrive)                                                             \
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
-    const Place& place = sm.drawn[turn % 2];                                               \
-    if (place.kv < 0) return;
+    const Place place = sm.drawn[turn % 2];                                                \
+    if (place.kv < 0) return;                                                              \
+    arrive(&sm.drawn_free[turn % 2]);                                                      \
+    const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
 
 // ------------------------------------------------------------------------------------------------------------- roles
 
@@ -92,19 +92,19 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
       place = place_of(work, index);
     } while (index < work.count && flags[place.kv] & OUTSIDE);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
-    if (index < work.count) look_at(pr, place);
-    else place.kv = -1;
+    if (index >= work.count) place.kv = -1;
     sm.drawn[turn % 2] = place;
     barrier_arrive(&sm.drawn_full[turn % 2]);
     if (place.kv < 0) return;
-    if (place.first == place.end) continue;
+    const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
+    if (span.first == span.end) continue;
     tile_fetch<KEYS, DT>(k_map, place.j0, place.kv);
     tile_fetch<KEYS, ET>(v_map, place.j0, place.kv);
     bool begun = false;
     for (int member = 0; member < pr.group; member++) {
       const int head = place.kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = place.end - 1; tile >= place.first; tile--) {
+      for (int tile = span.end - 1; tile >= span.first; tile--) {
         barrier_wait(&sm.done[ring.stage], ring.parity ^ 1);
         u64* bar = &sm.q_full[ring.stage];
         barrier_expect(bar, Q_BYTES + ROWS_BYTES);
@@ -131,18 +131,17 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 
 // Two threads take turns in adding tiles of dq: one waits for the end of an addition, to tell the next block of it, while
 // the other begins the next.
-__device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, int tiles, int which, Shared& sm) {
+__device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, const Work& work, int which, Shared& sm) {
   int n = 0;
-  FOR_EACH_DRAWN
-    const int kv = place.kv, j0 = place.j0, first = place.first, end = place.end;
+  FOR_EACH_DRAWN(barrier_arrive)
     for (int member = 0; member < pr.group; member++) {
-      const int head = kv * pr.group + member;
+      const int head = place.kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = end - 1; tile >= first; tile--, n++) {
+      for (int tile = span.end - 1; tile >= span.first; tile--, n++) {
         if (n % 2 != which) continue;
         barrier_wait(&sm.dq_full[which], n / 2 % 2);
-        const i64 to = (i64)head * tiles + tile;
-        const int rank = j0 / KEYS - first_of(pr, tile);
+        const i64 to = (i64)head * work.tiles + tile;
+        const int rank = place.j0 / KEYS - first_of(pr, tile);
         int seen;
         do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turns + to) : "memory");
         while (seen != rank);
@@ -156,7 +155,6 @@ __device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, 
         asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns + to), "r"(rank + 1) : "memory");
       }
     }
-    barrier_arrive(&sm.drawn_free[turn % 2]);
   }
 }
 
@@ -265,29 +263,28 @@ template <int N>
 __device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width, int own, int end, int n) {
   const int t = threadIdx.x % 4;
 #pragma unroll
-  for (int m = 0; m < N; m += 4)
+  for (int m = 0; m < N; m += 2)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      u32 w[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++)
+      float x[4] = {d[m][2 * h], d[m][2 * h + 1], d[m + 1][2 * h], d[m + 1][2 * h + 1]};
 #if FLOAT16
-        w[k] = pack(scaled(d[m + k][2 * h], n), scaled(d[m + k][2 * h + 1], n));
-#else
-        w[k] = pack(d[m + k][2 * h], d[m + k][2 * h + 1]);
+#pragma unroll
+      for (int w = 0; w < 4; w++) x[w] = scaled(x[w], n);
 #endif
-      const uint4 x = one_group(w);
-      const int row = own + h * 8, column = (m + t) * 8;
+      const u32 even = pack(x[0], x[1]), odd = pack(x[2], x[3]);
+      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? even : odd, 1);
+      const int row = own + h * 8, column = (m + t % 2) * 8 + t / 2 * 4;
+      const u32 first = t % 2 ? got : even, second = t % 2 ? odd : got;
       // as a branch it would keep the exchanges of lanes from running side by side
-      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}\n" ::"r"(
+      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
                        (int)(row < end && column < width)),
-                   "l"(to + (i64)row * width + column), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                   "l"(to + (i64)row * width + column), "r"(first), "r"(second)
                    : "memory");
     }
 }
 
 // zeros in place of p where a key is hidden. Where a key is not finite and its query yet has a sum, it had no weight in it.
-__device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Problem& pr, const Place& at, int i0, int own,
+__device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Problem& pr, const Head& at, int i0, int own,
                                           bool unclean, const bool (&bad)[2]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -314,7 +311,7 @@ template <int WHICH> __device__ __forceinline__ int group_of() {
 }
 
 template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
-                                                             u16* dv_out, Shared& sm) {
+                                        u16* dv_out, const Work& work, Shared& sm) {
   constexpr int which = WHICH;
   const int t = threadIdx.x % 4;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
@@ -322,9 +319,9 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
   u32 n_tiles = 0;
   int uses = 0, stage = 0, phase = 0;
-  FOR_EACH_DRAWN
-    const int j0 = place.j0, first_tile = place.first, last_tile = place.end - 1;
-    const int own = j0 + which * 64 + row;
+  FOR_EACH_DRAWN(warp_arrive)
+    const int own = place.j0 + which * 64 + row;
+    const i64 keys = (i64)place.kv * pr.key_length;
 #if FLOAT16
     const int g_scale = scales[2 * place.kv], ds_scale = scales[2 * place.kv + 1];
     const int steps = g_scale - ds_scale - P_SHIFT;
@@ -333,7 +330,8 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
     constexpr int g_scale = 0, ds_scale = 0;
 #endif
     float dk[DT / 8][4] = {}, dv[ET / 8][4] = {};
-    if (first_tile <= last_tile) {
+    if (span.first < span.end) {
+      const Head at = head_of(pr, place.kv * pr.group);  // the sequences of the group end where this one's do
       const bool odd_queries = odd[place.kv] & ODD;
       float s[QUERIES / 8][4], gx[QUERIES / 8][4];  // [64 keys, QUERIES]
       float dq[DQ_PARTS][4];                        // [64 queries, DT/2], or all columns of half of the queries
@@ -371,15 +369,14 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
       barrier_wait(&sm.q_full[stage], phase);
       if (unclean) tile_clean(sm.q[stage], Q_BYTES);
       begin_s(stage);
-      make_x(sm, pr, c + (i64)place.kv * CP, place.k_end - j0, uses % 2);
+      make_x(sm, pr, c + (i64)place.kv * CP, at.k_end - place.j0, uses % 2);
       uses++;
       products_wait<0>();
       pin(s);
-      const bool tail = j0 + KEYS > place.k_end;
-      const u32 begin = n_tiles, end = n_tiles + pr.group * (last_tile - first_tile + 1) - 1;
+      const u32 begin = n_tiles, end = n_tiles + pr.group * (span.end - span.first) - 1;
 #pragma unroll 1
-      for (int tile = last_tile;; tile = tile > first_tile ? tile - 1 : last_tile) {
-        const int i0 = tile * QUERIES;
+      for (int tile = span.end - 1;; tile = tile > span.first ? tile - 1 : span.end - 1) {
+        const int i0 = tile * QUERIES, j0 = place.j0;
         const bool wraps = stage == STAGES - 1;
         const int next = wraps ? 0 : stage + 1, next_phase = phase ^ (int)wraps;
         const u8 *q_tile = sm.q[stage], *g_tile = sm.g[stage];
@@ -389,8 +386,8 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
           tile_clean(sm.q[next], Q_BYTES);
         }
         u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
-        if (WAITING && WHICH == 1 && n_tiles == begin) named_wait(3, 256);  // half a step behind the other, so that one's products
-        // run while the other takes exponentials
+        // half a step behind the other, so that one's products run while the other takes exponentials
+        if (WAITING && WHICH == 1 && n_tiles == begin) named_wait(3, 256);
         barrier_wait(&sm.g_full[stage], phase);
         pin(gx);
         products_fence();
@@ -402,8 +399,8 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 #pragma unroll
           for (int h = 0; h < 4; h++) s[m][h] = exp2_fast(fmaf(s[m][h], factor, h % 2 ? shift.y : shift.x));
         }
-        if (tail || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
-          mask_tile(s, pr, place, i0, own, unclean, bad);
+        if (j0 + KEYS > at.k_end || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
+          mask_tile(s, pr, at, i0, own, unclean, bad);
 #if WAITING
         as_operand(p, s);
         pin(p);
@@ -493,14 +490,12 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
       warp_arrive(&sm.k_free);
       hand_over(end);
     }
-    const i64 keys = (i64)place.kv * pr.key_length;
     write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
 #pragma unroll
     for (int m = 0; m < DT / 8; m++)
 #pragma unroll
       for (int h = 0; h < 4; h++) dk[m][h] *= pr.scale;
     write_rows(dk_out + keys * WIDTH, dk, WIDTH, own, pr.key_length, ds_scale);
-    warp_arrive(&sm.drawn_free[turn % 2]);
   }
 }
 
@@ -538,10 +533,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     registers_give<24>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &v_map, &g_map, rows, flags, counter, work, sm);
-    else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, tiles, warp - 1, sm);
+    else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, work, warp - 1, sm);
   } else {
     registers_take<240>();
-    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, sm);
-    else consume<1>(pr, c, scales, odd, dk, dv, sm);
+    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, work, sm);
+    else consume<1>(pr, c, scales, odd, dk, dv, work, sm);
   }
 }
