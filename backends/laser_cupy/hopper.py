@@ -23,7 +23,7 @@ L2_BYTES = 24 << 20  # q, G and the sums of dq of the heads that run together ba
 HEADS = {False: 6, True: 24}  # worked on by turns backward, at least: without a band of keys and with one
 BEHIND = 2048  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
 COMMON = ("hardware.cu", "common.cu")
-OPTIONS = ("-std=c++17", "-arch=sm_90a")
+OPTIONS: tuple[str, ...] = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
