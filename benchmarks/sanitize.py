@@ -29,6 +29,9 @@ PROBLEMS: tuple[dict[str, Any], ...] = (
     {"d": 24, "e": 40, "lq": 65, "lk": 129, "is_causal": True},
     {"d": 64, "e": 64, "lq": 300, "lk": 300, "is_causal": True},
     {"d": 128, "e": 128, "lq": 200, "lk": 333},
+    {"d": 128, "e": 128, "lq": 150, "lk": 260, "is_causal": "bottom_right", "odd": True},  # from here on: Hopper's
+    {"d": 64, "e": 64, "lq": 200, "lk": 300, "key_value_seq_lengths": (300, 0)},
+    {"d": 64, "e": 128, "lq": 140, "lk": 70, "sigma": 100.0},
 )
 
 
@@ -100,11 +103,20 @@ def main() -> int:
     parser.add_argument("--tool", action="append", help=f"{', '.join(TOOLS)}; default: all")
     parser.add_argument("--problem", action="append", type=int, help=f"0 to {len(PROBLEMS) - 1}; default: all")
     parser.add_argument("--bare", action="store_true", help="run the problems here, under no tool")
+    parser.add_argument("--every-lane", action="store_true", help="barriers that racecheck follows")
     arguments = parser.parse_args()
     dtypes = arguments.dtype or ["bfloat16", "float16", "float32"]
     problems = arguments.problem or range(len(PROBLEMS))
     if arguments.bare:
-        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        if arguments.backend == "cupy-cuda":
+            import cupy
+            from laser_cupy import hopper
+
+            if arguments.every_lane:
+                hopper.OPTIONS = (*hopper.OPTIONS, "-DEVERY_LANE=1")
+            cupy.cuda.set_allocator(None)
+        else:
+            os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         for dtype in dtypes:
             for number in problems:
                 run(arguments.backend, dtype, **PROBLEMS[number])
@@ -114,8 +126,9 @@ def main() -> int:
     subprocess.run(bare, check=True)
     found = 0
     for tool in arguments.tool or TOOLS:
+        every = ["--every-lane"] if tool == "racecheck" else []  # it does not follow what __syncwarp orders
         done = subprocess.run(
-            ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--print-limit=3", *bare],
+            ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--print-limit=3", *bare, *every],
             capture_output=True,
             text=True,
         )

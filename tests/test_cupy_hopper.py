@@ -49,8 +49,8 @@ def test_tiles_are_validated() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             hopper.ForwardTiles(**({"half": False, "columns": 128, "value_dim": 128} | wrong))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="shared memory of a block: got "):
-        hopper.BackwardTiles(False, 128, 128, stages=4)
+    with pytest.raises(ValueError, match="value_dim: got 136"):
+        hopper.BackwardTiles(False, 128, 136)
 
 
 def test_registers_fit_what_a_block_is_launched_with() -> None:
@@ -90,14 +90,14 @@ def test_rows_that_the_hopper_kernel_leaves(
     arrays = [x.astype(np.float64) for x in (q, k, v)]
     o, l = laser_core.laser_attention(*arrays, is_causal=True, **options, return_lse=True, backend="reference")
     unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
-    np.testing.assert_allclose(found.residual, np.where(rows[..., None], o, 7.0), atol=2 * unit)
+    np.testing.assert_allclose(found.residual[0], np.where(rows[..., None], o, 7.0), atol=2 * unit)
     np.testing.assert_allclose(found.lse, np.where(rows, l, 7.0), atol=1e-5)
     if "window_size" in options:  # these see nothing but 5
-        np.testing.assert_allclose(found.residual[0, :, 275:, 0][rows[:, 275:]], 5.0, rtol=unit / 16)
+        np.testing.assert_allclose(found.residual[0][0, :, 275:, 0][rows[:, 275:]], 5.0, rtol=unit / 16)
     before = rows.copy()
     rows &= rng.random((4, 300)) < 0.5
     fewer = emulated.EMULATED.forward(problem, inputs)
-    np.testing.assert_array_equal(fewer.residual[0], np.where(rows[..., None], found.residual[0], 7.0))
+    np.testing.assert_array_equal(fewer.residual[0][0], np.where(rows[..., None], found.residual[0][0], 7.0))
     assert before.sum() > rows.sum() > 0
 
 
@@ -106,10 +106,11 @@ BUILDS = (
     hopper.ForwardTiles(True, 128, 128, turns=True),
     hopper.ForwardTiles(False, 64, 64, consumers=3, stages=4, turns=True, lazy=8),
     hopper.BackwardTiles(False, 128, 128),
-    hopper.BackwardTiles(True, 64, 64, stages=3),
+    hopper.BackwardTiles(True, 64, 64),
 )
-STACK = {False: 112, True: 32}  # bytes, forward and backward: what is needed once per tile of queries can wait there
-WAITS = {False: 5, True: 4}  # for products, as many as are written: short of registers, the compiler waits for each
+STACK = {False: 112, True: 96}  # bytes, forward and backward: what is needed once per tile can wait there
+WAITS = {False: 5, True: 14}  # for products, as many as are written: short of registers, the compiler waits for each
+RELOADS = 10  # of the stack in a loop backward: each may miss the L1 cache, which waiting for turns empties
 
 
 @pytest.mark.parametrize("tiles", BUILDS, ids=str)
@@ -143,3 +144,7 @@ def test_they_compile(tiles: hopper.Operands, tmp_path: Path, monkeypatch: pytes
     for instruction in ("HGMMA", "UTMALDG.3D", "SYNCS", "USETMAXREG", "STSM", "UBLKRED" if backward else "UTMASTG"):
         assert instruction in code
     assert code.count("WARPGROUP.DEPBAR") <= WAITS[backward]
+    if backward:
+        between = code.split("WARPGROUP.DEPBAR")
+        for loop in (between[1:6], between[8:13]):  # a warpgroup has seven waits: one before its loop, one after it
+            assert len(re.findall(r"\b(?:LDL|STL)\b", "".join(loop))) <= RELOADS

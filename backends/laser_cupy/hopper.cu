@@ -34,6 +34,16 @@ __device__ __forceinline__ void barrier_arrive(u64* bar) {
 __device__ __forceinline__ void barrier_expect(u64* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
+// Arrives for a warp: what its lanes have done is over for whoever waits. One lane does, after all of them; under racecheck,
+// which does not follow that order through __syncwarp, every lane does.
+#ifndef EVERY_LANE
+#define EVERY_LANE 0
+#endif
+#define ARRIVALS (EVERY_LANE ? 32 : 1)  // of a warp
+__device__ __forceinline__ void warp_arrive(u64* bar) {
+  if (!EVERY_LANE) __syncwarp();
+  if (EVERY_LANE || threadIdx.x % 32 == 0) barrier_arrive(bar);
+}
 // waits for the end of the phase of this parity; the phase before the first one counts as ended, with parity 1
 __device__ __forceinline__ void barrier_wait(u64* bar, int parity) {
   asm volatile(
@@ -83,6 +93,14 @@ __device__ __forceinline__ void tile_copy(u8* tile, const TensorMap* map, int ro
             shared_address(tile + n * BLOCK_BYTES(ROWS))),
         "l"(map), "r"(shared_address(bar)), "r"(n * 64), "r"(row), "r"(head)
         : "memory");
+}
+
+// begins to bring them into the L2 cache
+template <int ROWS, int CELLS> __device__ __forceinline__ void tile_fetch(const TensorMap* map, int row, int head) {
+#pragma unroll
+  for (int n = 0; n < CELLS / 64; n++)
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(n * 64), "r"(row), "r"(head)
+                 : "memory");
 }
 
 // the same for adjacent bytes, a multiple of 16

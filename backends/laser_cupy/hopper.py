@@ -19,9 +19,11 @@ CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
 WARPGROUP = 128
 SHARED = 227 << 10  # bytes that a block may have
+L2_BYTES = 24 << 20  # q, G and the sums of dq of the heads that run together backward should fit in this much
+HEADS = {False: 6, True: 24}  # worked on by turns backward, at least: without a band of keys and with one
 BEHIND = 1024  # queries that read a key/value head, from which on its X is made in the background of the forward kernel
 COMMON = ("hardware.cu", "common.cu")
-OPTIONS = ("-std=c++17", "-arch=sm_90a")
+OPTIONS: tuple[str, ...] = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
@@ -180,35 +182,35 @@ class ForwardTiles(Operands):
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles(Operands):
-    """What is compiled into the backward kernels: ``stages`` tiles of 64 queries in shared memory, of 128 keys one."""
+    """What is compiled into the backward kernels."""
 
-    stages: int = 2
-
-    QUERIES: ClassVar = 64
     KEYS: ClassVar = 128
     THREADS: ClassVar = 3 * WARPGROUP
     SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_backward.cu", "hopper_queries.cu")
-    ALLOWED: ClassVar = Operands.ALLOWED | {"stages": range(2, 9)}
 
     @classmethod
     def of(cls, problem: Problem) -> BackwardTiles:
         """The tiles for a problem."""
         build = Build.of(problem)
-        small = max(build.columns, build.value_dim) <= 64
-        return cls(problem.dtype == "float16", build.columns, build.value_dim, stages=3 if small else 2)
+        return cls(problem.dtype == "float16", build.columns, build.value_dim)
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return 64 if sum(self.widths) > 128 else 128
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
+        """Bytes of shared memory of a block."""
         d, e = self.widths
-        operands = 2 * (self.KEYS + self.stages * self.QUERIES) * (d + e)
-        exchanged = 2 * 2 * self.KEYS * self.QUERIES + 4 * self.QUERIES * d
-        return operands + exchanged + 4 * 2 * self.QUERIES * self.stages + 8 * (10 + 2 * self.stages) + self.KEYS + 1024
+        operands = 2 * (self.KEYS + 2 * self.queries) * (d + e)
+        exchanged = 2 * 2 * self.KEYS * self.queries + 2 * 4 * self.queries * d
+        return operands + exchanged + 4 * 2 * 2 * self.queries + 8 * 20 + self.KEYS
 
     @property
     def values(self) -> dict[str, int]:
         """The definitions by name."""
-        return super().values | {"STAGES": self.stages}
+        return super().values | {"SHARED_BYTES": self.shared}
 
 
 @functools.cache
@@ -339,48 +341,57 @@ def backward(
     """The gradients of heads inside the fast range.
 
     Returns:
-        What the passes make.
+        What the passes make; X is not among it: the kernel makes its own.
     """
-    v = values(x)
+    if isinstance(forward.residual, tuple):
+        v = host.Values(host.NOTHING, host.NOTHING, *forward.residual[1:])
+    else:  # of a pass by other kernels
+        v = values(x)
     tiles = BackwardTiles.of(x.problem)
-    r, records = rows(x, v, forward, d_out, d_lse, tiles)
-    backward_alone(x, v, r, records, dq, dk, dv, tiles)
+    r, odd = rows(x, v, forward, d_out, d_lse, tiles)
+    backward_alone(x, v, r, odd, dq, dk, dv, tiles)
     return v, r
 
 
 def rows(
     x: host.Call, v: host.Values, forward: Forward, d_out: Array, d_lse: Array | None, tiles: BackwardTiles
 ) -> tuple[host.Rows, Array]:
-    """The passes over queries and keys, and the records of queries that the backward kernel reads."""
+    """The passes over queries and keys.
+
+    Returns:
+        What they make, with ``r`` as the records of queries that the backward kernel reads; and (B·Hkv,), flags of
+        which one says that a query that reads a head may be not finite.
+    """
     xp, problem, heads = x.machine.xp, x.problem, x.heads
-    q_tiles = -(-problem.query_length // tiles.QUERIES)
-    records = x.empty(heads * q_tiles, 2, tiles.QUERIES, dtype=xp.float32)
+    q_tiles = -(-problem.query_length // tiles.queries)
+    records = x.empty(heads * q_tiles, 2, tiles.queries, dtype=xp.float32)
     if tiles.half:  # G has a scale that is known after a pass over all of it
-        r = host.rows(x, v, forward, d_out, d_lse)
+        flags = v.flags.copy()
+        r = host.rows(x, v._replace(flags=flags), forward, d_out, d_lse)
         _run(x, tiles, "hopper_rows", heads * q_tiles, r.l, r.r, r.scales, records, np.int32(q_tiles))
-        return r, records
+        return r._replace(r=records), flags
     do = host.matrix(x.machine, d_out, problem.value_dim)
-    o = host.matrix(x.machine, forward.out if forward.residual is None else forward.residual, problem.value_dim)
+    o = host.matrix(x.machine, host.unrounded(forward), problem.value_dim)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = host.NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     count = heads * problem.query_length
     l, g = x.empty(count, dtype=xp.float32), x.empty(count, x.build.value_dim)
+    odd = xp.zeros(x.key_value_heads, dtype=xp.int32)
     marks = x.empty(x.key_value_heads * problem.key_length, dtype=xp.float32)
     lanes = 16 if max(x.build.columns, x.build.value_dim) > 64 else 8
-    grid = -(-heads * q_tiles * tiles.QUERIES * lanes // THREADS)
-    sizes = (np.int32(q_tiles), np.int32(tiles.QUERIES))
-    _run(x, _passes(x), "hopper_terms", grid, x.q, o, do, lse, dl, v.c, v.flags, l, records, g, *sizes)
+    grid = -(-heads * q_tiles * tiles.queries * lanes // THREADS)
+    sizes = (np.int32(q_tiles), np.int32(tiles.queries))
+    _run(x, _passes(x), "hopper_terms", grid, x.q, o, do, lse, dl, v.c, v.flags, odd, l, records, g, *sizes)
     blocks = -(-problem.key_length // THREADS)
     _run(x, _passes(x), "hopper_marks", x.key_value_heads * blocks, x.k, v.flags, marks, np.int32(blocks))
-    scales = xp.zeros((x.key_value_heads, 2), dtype=xp.int32)
-    return host.Rows(o, do, dl, l, records, g, marks, scales), records
+    return host.Rows(o, do, dl, l, records, g, marks, host.NOTHING), odd
 
 
 def backward_alone(
     x: host.Call,
     v: host.Values,
     r: host.Rows,
-    records: Array,
+    odd: Array,
     dq: Array,
     dk: Array,
     dv: Array,
@@ -389,15 +400,17 @@ def backward_alone(
     """The backward kernel, and what its sums are turned into dq by."""
     xp, problem = x.machine.xp, x.problem
     tiles = tiles or BackwardTiles.of(problem)
-    q_tiles, k_tiles = -(-problem.query_length // tiles.QUERIES), -(-problem.key_length // tiles.KEYS)
-    count, work = x.heads * q_tiles, x.key_value_heads * k_tiles
+    (d, _), heads = tiles.widths, x.key_value_heads
+    q_tiles, k_tiles = -(-problem.query_length // tiles.queries), -(-problem.key_length // tiles.KEYS)
+    count, parts = x.heads * q_tiles, q_tiles * tiles.queries // 64
     zeros = xp.zeros(count + 1, dtype=xp.int32)
-    sums = x.empty(count, tiles.QUERIES * tiles.widths[0], dtype=xp.float32)
+    sums = x.empty(count, tiles.queries * d, dtype=xp.float32)
+    section = max(HEADS[problem.band != (None, None)], L2_BYTES // (8 * d * q_tiles * tiles.queries * problem.group))
     g = r.g.reshape(x.heads, problem.query_length, -1)
-    operands = ((x.q, tiles.QUERIES), (x.k, tiles.KEYS), (v.x, tiles.KEYS), (g, tiles.QUERIES))
+    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    side = (v.c, records, r.scales, v.flags, sums, zeros[:count], zeros[count:], dk, dv)
-    sizes = (np.int32(work), np.int32(k_tiles), np.int32(q_tiles))
-    blocks, shape = min(work, x.machine.processors), {"threads": tiles.THREADS, "shared": tiles.shared}
-    _run(x, tiles, "hopper_backward", blocks, *maps, x.v, *side, *sizes, **shape)
-    _run(x, tiles, "hopper_queries", count, sums, r.scales, v.flags, dq, np.int32(q_tiles))
+    side = (v.c, r.r, r.scales, v.flags, odd, sums, zeros[:count], zeros[count:], dk, dv)
+    sizes = map(np.int32, (heads * k_tiles, k_tiles, min(section, heads), q_tiles))
+    blocks, shape = min(heads * k_tiles, x.machine.processors), {"threads": tiles.THREADS, "shared": tiles.shared}
+    _run(x, tiles, "hopper_backward", blocks, *maps, *side, *sizes, **shape)
+    _run(x, tiles, "hopper_queries", x.heads * parts, sums, r.scales, v.flags, dq, np.int32(parts))

@@ -1,39 +1,52 @@
 // Backward on Hopper: what backward.cu computes, in one kernel for dq, dk and dv.
 //
-//     p = exp(s - l)    ds = p * (G·Xᵀ + r)    dv = beta * exp(beta*v) * (pᵀ·G)    dk = dsᵀ·Q    dq = ds·K
+//     p = exp(s - l)    ds = p * (G·Xᵀ + r)    dv = beta * X * (pᵀ·G)    dk = dsᵀ·Q    dq = ds·K
 //
-// A block owns 128 keys, a warpgroup 64 of them, and walks over tiles of 64 queries. Scores are computed transposed,
-// [keys, queries], so that pᵀ and dsᵀ are left operands in registers as they come; dk and dv stay in registers. ds goes
-// through shared memory, because dq sums over the keys of both warpgroups, each of which makes half of its columns.
+// A block owns 128 keys, a warpgroup 64 of them, and walks over tiles of queries. It makes X of its values itself, in shared
+// memory, once. Scores are computed transposed, [keys, queries], so that pᵀ and dsᵀ are left operands in registers as they
+// come; dk and dv stay in registers. ds goes through shared memory, because dq sums over the keys of both warpgroups, each of
+// which makes half of it. dq of a tile is made in the step after it, so that no warpgroup waits for the other's ds, and the
+// scores of the next tile are begun before it is handed over.
 //
 // dq of a tile of queries is a sum over blocks. Its parts are added in global memory by the copy engine, in one order, so
 // that every run gives the same bits: `turns` has a counter for each tile of queries, and the key tiles take their turns
-// from the last one to the first. Blocks draw their work in that order too, so a block waits only for blocks that have
-// begun, and all go through the queries upwards: whoever comes first in the order is ahead in time as well.
-// In `sums` a tile of dq lies as the threads have it: [half of the columns][DT/16][128 threads][4].
+// from the first one to the last. Blocks draw their work in that order too, so a block waits only for blocks that have
+// begun, and all go through the queries downwards: whoever comes first in the order is ahead in time as well, and with a
+// causal mask the longest walks come first. Some heads are worked on by turns: the fewer key tiles of a head run at a time,
+// the fewer follow one another at a distance; yet what they read and add to should stay in the L2 cache.
+// In `sums` a tile of dq lies as the threads have it: [half][columns of a half / 8][128 threads][4].
 
-#define QUERIES 64
+#define QUERIES (DT + ET > 128 ? 64 : 128)
 #define KEYS 128
+#define STAGES 2  // of q and g
+#define WAITING (QUERIES == 64)  // whether there are registers for dv's product to run while ds is made, and for taking turns
 #define Q_BYTES (QUERIES * DT * 2)
 #define G_BYTES (QUERIES * ET * 2)
 #define K_BYTES (KEYS * DT * 2)
 #define X_BYTES (KEYS * ET * 2)
 #define ROWS_BYTES (2 * QUERIES * 4)
 #define SUMS (QUERIES * DT)  // floats of a tile of dq
+#define DQ_PARTS (SUMS / 1024)  // groups of 8 columns that a warpgroup makes of it, for 64 queries
 #define ALL_ONES (FLOAT16 ? 0x7C00u : 0x7F80u)  // the exponent of what is not finite
+
+// a key tile; kv is negative at the end
+struct alignas(8) Place { int kv, j0; };
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 k[K_BYTES];              // [DT/64][KEYS][64]
-  u8 x[X_BYTES];              // [ET/64][KEYS][64]
+  u8 x[X_BYTES];              // [ET/64][KEYS][64], values at first
   u8 q[STAGES][Q_BYTES];      // [DT/64][QUERIES][64]
   u8 g[STAGES][G_BYTES];      // [ET/64][QUERIES][64]
-  u8 ds[2][KEYS * 128];       // [KEYS][64 queries]
-  float4 dq[2][DT / 16][128];
+  u8 ds[2][KEYS * QUERIES * 2];  // [QUERIES/64][KEYS][64]
+  float4 dq[2][2][DQ_PARTS][128];
   float rows[STAGES][2][QUERIES];  // minus l, r
-  u64 keys_full, keys_free, full[STAGES], free[STAGES], dq_full[2], dq_free, drawn_full[2], drawn_free[2];
-  int drawn[2];
+  u64 k_full, k_free, x_full, x_free;
+  u64 q_full[STAGES], g_full[STAGES], done[STAGES];  // done: by all consumers; q and g are free, ds is there
+  u64 dq_full[2], dq_free[2], drawn_full[2], drawn_free[2];
+  Place drawn[2];
   bool odd[KEYS];  // whether a key is not finite
 };
+static_assert(sizeof(Shared) <= SHARED_BYTES, "hopper.py has another size of it");
 
 // the tiles of queries that see some key of j0 … j0 + KEYS
 struct Span { int first, end; };
@@ -41,59 +54,74 @@ __device__ __forceinline__ Span span_of(const Problem& p, const Head& at, int j0
   const int first = greatest(0, j0 - p.high) / QUERIES, last = least(at.q_end - 1, j0 + KEYS - 1 - p.low);
   return {first, j0 < at.k_end && last >= 0 ? greatest(first, last / QUERIES + 1) : first};
 }
-// the last key tile that a tile of queries sees; negative where it sees none
+// the first key tile that a tile of queries sees, and the last one; negative where it sees none
+__device__ __forceinline__ int first_of(const Problem& p, int tile) { return greatest(0, tile * QUERIES + p.low) / KEYS; }
 __device__ __forceinline__ int last_of(const Problem& p, const Head& at, int tile) {
   const int last = least(at.k_end - 1, tile * QUERIES + QUERIES - 1 + p.high);
   return last < 0 ? -1 : last / KEYS;
 }
 
-// Work: key tiles, the last of a head first
-struct Place { int kv, j0; };
-__device__ __forceinline__ Place place_of(int index, int blocks) {
-  return {index / blocks, (blocks - 1 - index % blocks) * KEYS};
+// Work: the key tiles of `section` heads, the first ones of all of them before the second ones, and so on
+struct Work { int count, blocks, section, tiles; };
+__device__ __forceinline__ Place place_of(const Work& w, int index) {
+  const int begin = index / (w.section * w.blocks) * w.section, within = index - begin * w.blocks;
+  const int heads = least(w.section, w.count / w.blocks - begin);
+  return {begin + within % heads, within / heads * KEYS};
 }
 
-// What all roles do with the work that the producer has drawn: nothing for heads outside the fast range
-#define FOR_EACH_DRAWN(threads_of_role)                                                    \
+// what all roles do with the work that the producer has drawn
+#define FOR_EACH_DRAWN(arrive)                                                             \
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
-    const int index = sm.drawn[turn % 2];                                                  \
-    __syncwarp(threads_of_role);                                                           \
-    if (threadIdx.x % 32 == 0) barrier_arrive(&sm.drawn_free[turn % 2]);                   \
-    if (index >= work) return;                                                             \
-    const Place place = place_of(index, blocks);                                           \
-    if (flags[place.kv] & OUTSIDE) continue;                                               \
+    const Place place = sm.drawn[turn % 2];                                                \
+    if (place.kv < 0) return;                                                              \
+    arrive(&sm.drawn_free[turn % 2]);                                                      \
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
 
 // ------------------------------------------------------------------------------------------------------------- roles
 
-__device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* x_map,
-                                        const TensorMap* g_map, const float* rows, const int* flags, int* counter, int work,
-                                        int blocks, int tiles, Shared& sm) {
+__device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
+                                        const TensorMap* g_map, const float* rows, const int* flags, int* counter,
+                                        const Work& work, Shared& sm) {
   Ring<STAGES> ring;
   for (int turn = 0, uses = 0;; turn++) {
-    const int index = atomicAdd(counter, 1);
+    int index;
+    Place place;
+    do {  // heads outside the fast range are left to others
+      index = atomicAdd(counter, 1);
+      place = place_of(work, index);
+    } while (index < work.count && flags[place.kv] & OUTSIDE);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
-    sm.drawn[turn % 2] = index;
+    if (index >= work.count) place.kv = -1;
+    sm.drawn[turn % 2] = place;
     barrier_arrive(&sm.drawn_full[turn % 2]);
-    if (index >= work) return;
-    const Place place = place_of(index, blocks);
-    if (flags[place.kv] & OUTSIDE) continue;
+    if (place.kv < 0) return;
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
     if (span.first == span.end) continue;
-    barrier_wait(&sm.keys_free, uses++ % 2 ^ 1);
-    barrier_expect(&sm.keys_full, K_BYTES + X_BYTES);
-    tile_copy<KEYS, DT>(sm.k, k_map, place.j0, place.kv, &sm.keys_full);
-    tile_copy<KEYS, ET>(sm.x, x_map, place.j0, place.kv, &sm.keys_full);
+    tile_fetch<KEYS, DT>(k_map, place.j0, place.kv);
+    tile_fetch<KEYS, ET>(v_map, place.j0, place.kv);
+    bool begun = false;
     for (int member = 0; member < pr.group; member++) {
       const int head = place.kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = span.first; tile < span.end; tile++) {
-        barrier_wait(&sm.free[ring.stage], ring.parity ^ 1);
-        u64* bar = &sm.full[ring.stage];
-        barrier_expect(bar, Q_BYTES + G_BYTES + ROWS_BYTES);
+      for (int tile = span.end - 1; tile >= span.first; tile--) {
+        barrier_wait(&sm.done[ring.stage], ring.parity ^ 1);
+        u64* bar = &sm.q_full[ring.stage];
+        barrier_expect(bar, Q_BYTES + ROWS_BYTES);
         tile_copy<QUERIES, DT>(sm.q[ring.stage], q_map, tile * QUERIES, head, bar);
-        bytes_copy(sm.rows[ring.stage], rows + ((i64)head * tiles + tile) * 2 * QUERIES, ROWS_BYTES, bar);
+        bytes_copy(sm.rows[ring.stage], rows + ((i64)head * work.tiles + tile) * 2 * QUERIES, ROWS_BYTES, bar);
+        if (!begun) {
+          barrier_wait(&sm.x_free, uses % 2 ^ 1);
+          barrier_expect(&sm.x_full, X_BYTES);
+          tile_copy<KEYS, ET>(sm.x, v_map, place.j0, place.kv, &sm.x_full);
+          barrier_wait(&sm.k_free, uses % 2 ^ 1);
+          barrier_expect(&sm.k_full, K_BYTES);
+          tile_copy<KEYS, DT>(sm.k, k_map, place.j0, place.kv, &sm.k_full);
+          uses++;
+          begun = true;
+        }
+        bar = &sm.g_full[ring.stage];
+        barrier_expect(bar, G_BYTES);
         tile_copy<QUERIES, ET>(sm.g[ring.stage], g_map, tile * QUERIES, head, bar);
         ring.next();
       }
@@ -103,26 +131,25 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 
 // Two threads take turns in adding tiles of dq: one waits for the end of an addition, to tell the next block of it, while
 // the other begins the next.
-__device__ __forceinline__ void add(const Problem& pr, const int* flags, float* sums, int* turns, int work, int blocks, int tiles,
-                                    int which, Shared& sm) {
+__device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, const Work& work, int which, Shared& sm) {
   int n = 0;
-  FOR_EACH_DRAWN(1)
+  FOR_EACH_DRAWN(barrier_arrive)
     for (int member = 0; member < pr.group; member++) {
-      const Head at = head_of(pr, place.kv * pr.group + member);
+      const int head = place.kv * pr.group + member;
 #pragma unroll 1
-      for (int tile = span.first; tile < span.end; tile++, n++) {
+      for (int tile = span.end - 1; tile >= span.first; tile--, n++) {
         if (n % 2 != which) continue;
         barrier_wait(&sm.dq_full[which], n / 2 % 2);
-        const i64 to = (i64)at.query * tiles + tile;
-        const int rank = last_of(pr, at, tile) - place.j0 / KEYS;
+        const i64 to = (i64)head * work.tiles + tile;
+        const int rank = place.j0 / KEYS - first_of(pr, tile);
         int seen;
         do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turns + to) : "memory");
         while (seen != rank);
         publish_global();
-        if (rank == 0) floats_write(sums + to * SUMS, sm.dq, SUMS * 4);
-        else floats_add(sums + to * SUMS, sm.dq, SUMS * 4);
+        if (rank == 0) floats_write(sums + to * SUMS, sm.dq[which], SUMS * 4);
+        else floats_add(sums + to * SUMS, sm.dq[which], SUMS * 4);
         floats_read();
-        barrier_arrive(&sm.dq_free);
+        barrier_arrive(&sm.dq_free[which]);
         floats_done();
         publish_global();
         asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turns + to), "r"(rank + 1) : "memory");
@@ -143,30 +170,92 @@ __device__ __forceinline__ void tile_clean(u8* tile, int bytes) {
   named_wait(2, 256);
 }
 
-// Whether some key is not finite, and which: sm.odd. All consumers together; two threads look at a row.
-__device__ __forceinline__ bool find_odd(Shared& sm) {
+// Puts zeros for what is not finite among the keys. Whether there was some; which: sm.odd. All consumers together; two threads
+// look at a row.
+__device__ __forceinline__ bool clean_keys(Shared& sm) {
   const int row = (threadIdx.x - 128) / 2, half = threadIdx.x % 2;
-  const u8* from = sm.k + (DT == 128 ? half * BLOCK_BYTES(KEYS) : half * 64) + row * 128;
+  u8* from = sm.k + (DT == 128 ? half * BLOCK_BYTES(KEYS) : half * 64) + row * 128;
   constexpr int PIECES = DT / 16;
-  bool odd = false;
+  constexpr u32 ONES = ALL_ONES * 0x10001u, CARRY = (0x8000u - ALL_ONES) * 0x10001u;
+  u32 all = 0;
 #pragma unroll
   for (int n = 0; n < PIECES; n++) {
     const uint4 x = *(const uint4*)(from + (n + row) % PIECES * 16);  // neighbours look at different banks
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int m = 0; m < 4; m++) odd |= (words[m] & ALL_ONES) == ALL_ONES || (words[m] >> 16 & ALL_ONES) == ALL_ONES;
+    all |= ((x.x & ONES) + CARRY) | ((x.y & ONES) + CARRY) | ((x.z & ONES) + CARRY) | ((x.w & ONES) + CARRY);
   }
+  bool odd = (all & 0x80008000u) != 0;
   odd |= __shfl_xor_sync(FULL_WARP, (int)odd, 1) != 0;
   if (half == 0) sm.odd[row] = odd;
+  if (odd) {  // the whole row: products with queries are then of no account, nor is p, but must be numbers
+    for (int n = 0; n < PIECES; n++) *(uint4*)(from + n * 16) = make_uint4(0, 0, 0, 0);
+    publish();
+  }
   return named_any(2, 256, odd);
 }
 
-// exp(y) * 2^-c for heads inside the fast range, 0 where y is not finite; for what is not rounded to X
-__device__ __forceinline__ float value_of(float y, int c) {
-  const float shift = 12582912.f;  // 1.5 * 2^23: a sum with it is rounded to an integer, which is in its last bits
-  const float sum = fmaf(y, LOG2E, shift), whole = sum - shift;
-  const float x = exp2_fast(fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) * LOG2E);
-  return finite(y) ? x * bits_as_float((float_as_bits(sum) - float_as_bits(shift) - c + 127) << 23) : 0.f;
+// X = exp(beta*v) * 2^-c, where `power` has -c as an exponent of float32; 0 where beta*v is not finite. In place, 8 numbers.
+// `high` and `low` are beta in units of base 2, as the sum of two numbers. FAR: an integer part may need more than 22 bits.
+template <bool FAR> __device__ __forceinline__ void exponentials(uint4* at, float beta, float high, float low, const u32 (&power)[8]) {
+  const uint4 from = *at;
+  const u32 words[4] = {from.x, from.y, from.z, from.w};
+  const float shifter = 12582912.f;  // 1.5 * 2^23: a sum with it has an integer in its last bits
+  u32 to[4];
+#pragma unroll
+  for (int m = 0; m < 4; m++) {
+    float x[2];
+#pragma unroll
+    for (int w = 0; w < 2; w++) {
+      const float v = widen((u16)(words[m] >> 16 * w)), sum = fmaf(v, high, shifter);
+      const float whole = FAR ? rintf(v * high) : sum - shifter;
+      const u32 steps = FAR ? (u32)(int)whole : float_as_bits(sum);
+      const float mantissa = exp2_fast(fmaf(v, low, fmaf(v, high, -whole)));
+      const bool there = FAR ? finite(beta * v) : fabsf(whole) < 4e6f;
+      x[w] = there ? bits_as_float(float_as_bits(mantissa) + (steps << 23) + power[2 * m + w]) : 0.f;
+    }
+    to[m] = pack(x[0], x[1]);
+  }
+  *at = make_uint4(to[0], to[1], to[2], to[3]);
+}
+
+// Turns values into X in place: as hopper_values makes it. 0 beyond the values that are seen. All consumers together.
+__device__ __forceinline__ void make_x(Shared& sm, const Problem& pr, const int* c, int end, int parity) {
+  constexpr int PIECES = ET / 8;
+  const int thread = threadIdx.x - 128, piece = thread % PIECES, first = thread / PIECES;
+  const bool used = piece * 8 < pr.value_dim;
+  u32 power[8] = {};
+  bool far = false;
+  if (used) {
+    const int4 one = *(const int4*)(c + piece * 8), two = *(const int4*)(c + piece * 8 + 4);
+    const int own[8] = {one.x, one.y, one.z, one.w, two.x, two.y, two.z, two.w};
+#pragma unroll
+    for (int h = 0; h < 8; h++) {
+      power[h] = (u32)-own[h] << 23;
+      far |= own[h] > 1 << 20 || own[h] < -(1 << 20);  // all values of a channel are at less than 2^7 from its integer
+    }
+  }
+  u8* tile = sm.x + piece / 8 * BLOCK_BYTES(KEYS);
+  const int last = used ? least(end, KEYS) : 0;
+  const float high = pr.beta * LOG2E, low = fmaf(pr.beta, LOG2E, -high) + pr.beta * 1.92596299e-8f;  // what LOG2E lacks of log2(e)
+  barrier_wait(&sm.x_full, parity);
+#define PIECE_OF(row) ((uint4*)(tile + (row) * 128 + (piece % 8 ^ (row) % 8) * 16))
+  int row = first;
+  if (far)
+    for (; row < last; row += 256 / PIECES) exponentials<true>(PIECE_OF(row), pr.beta, high, low, power);
+#pragma unroll 2
+  for (; row < last; row += 256 / PIECES) exponentials<false>(PIECE_OF(row), pr.beta, high, low, power);
+  for (; row < KEYS; row += 256 / PIECES) *PIECE_OF(row) = make_uint4(0, 0, 0, 0);
+#undef PIECE_OF
+  publish();
+  named_wait(2, 256);
+}
+
+// Four lanes have a pair of columns each of four groups of 8: then each has one group.
+__device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const u32 a = __shfl_xor_sync(FULL_WARP, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? w[2] : w[3], 1);
+  const u32 x[4] = {odd ? a : w[0], odd ? w[1] : a, odd ? b : w[2], odd ? w[3] : b};
+  const u32 c = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), d = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
+  return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
 }
 
 // writes rows of a gradient, [64, 8N] as results of products have it, times 2^n
@@ -185,7 +274,12 @@ __device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width,
       const u32 even = pack(x[0], x[1]), odd = pack(x[2], x[3]);
       const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? even : odd, 1);
       const int row = own + h * 8, column = (m + t % 2) * 8 + t / 2 * 4;
-      if (row < end && column < width) *(uint2*)(to + (i64)row * width + column) = t % 2 ? make_uint2(got, odd) : make_uint2(even, got);
+      const u32 first = t % 2 ? got : even, second = t % 2 ? odd : got;
+      // as a branch it would keep the exchanges of lanes from running side by side
+      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
+                       (int)(row < end && column < width)),
+                   "l"(to + (i64)row * width + column), "r"(first), "r"(second)
+                   : "memory");
     }
 }
 
@@ -209,71 +303,96 @@ __device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Prob
       for (int h = 0; h < 4; h++) p[m][h] = bad[h / 2] && p[m][h] == p[m][h] ? 0.f : p[m][h];
 }
 
-__device__ __forceinline__ void consume(const Problem& pr, const u16* v, const int* c,
-                                        const int* scales, const int* flags, u16* dk_out, u16* dv_out, int work, int blocks,
-                                        Shared& sm) {
-  const int which = warpgroup() - 1, t = threadIdx.x % 4;  // warpgroup 0 has the other roles
+// a number that the compiler does not know: it would keep the operands of all products in registers
+template <int WHICH> __device__ __forceinline__ int group_of() {
+  int zero;
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+  return WHICH + zero;
+}
+
+template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
+                                        u16* dv_out, const Work& work, Shared& sm) {
+  constexpr int which = WHICH;
+  const int t = threadIdx.x % 4;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
-  const bool first_lane = threadIdx.x % 32 == 0;
   const float factor = pr.scale * LOG2E;
   const int ds_offset = matrices_offset(which * 64 + threadIdx.x % 128 / 32 * 16);
-  Ring<STAGES> ring;
-  int n_tiles = 0, uses = 0;
-  FOR_EACH_DRAWN(FULL_WARP)
+  u32 n_tiles = 0;
+  int uses = 0, stage = 0, phase = 0;
+  FOR_EACH_DRAWN(warp_arrive)
     const int own = place.j0 + which * 64 + row;
     const i64 keys = (i64)place.kv * pr.key_length;
-    const int g_scale = scales[2 * place.kv], ds_scale = scales[2 * place.kv + 1];
 #if FLOAT16
+    const int g_scale = scales[2 * place.kv], ds_scale = scales[2 * place.kv + 1];
     const int steps = g_scale - ds_scale - P_SHIFT;
     const float in = scaled(1.f, steps / 2), in2 = scaled(1.f, steps - steps / 2);  // in range, both
+#else
+    constexpr int g_scale = 0, ds_scale = 0;
 #endif
     float dk[DT / 8][4] = {}, dv[ET / 8][4] = {};
     if (span.first < span.end) {
-      barrier_wait(&sm.keys_full, uses++ % 2);
-      const bool odd_keys = find_odd(sm), unclean = odd_keys || flags[place.kv] & ODD;
-      bool bad[2] = {false, false};
-      if (odd_keys) {
-        for (int h = 0; h < 2; h++) bad[h] = sm.odd[which * 64 + row + h * 8];
-        tile_clean(sm.k, K_BYTES);
-      }
       const Head at = head_of(pr, place.kv * pr.group);  // the sequences of the group end where this one's do
-      float s[QUERIES / 8][4], gx[QUERIES / 8][4];       // [64 keys, 64 queries]
-      float dq[DT / 16][4];                              // [64 queries, DT/2]
-      auto begin_s = [&] {  // the first products of the next tile of queries
-        const int group = warpgroup() - 1;  // anew: the compiler would keep the operands of all products in registers
-        barrier_wait(&sm.full[ring.stage], ring.parity);
-        if (unclean) tile_clean(sm.q[ring.stage], Q_BYTES);
+      const bool odd_queries = odd[place.kv] & ODD;
+      float s[QUERIES / 8][4], gx[QUERIES / 8][4];  // [64 keys, QUERIES]
+      float dq[DQ_PARTS][4];                        // [64 queries, DT/2], or all columns of half of the queries
+      auto begin_s = [&](int stage) {  // the first products of a tile of queries
+        const int group = group_of<WHICH>();
         pin(s);
         products_fence();
-        multiply_rows<KEYS, QUERIES, DT>(s, sm.k + group * BLOCK_BYTES(64), sm.q[ring.stage]);
+        multiply_rows<KEYS, QUERIES, DT>(s, sm.k + group * BLOCK_BYTES(64), sm.q[stage]);
         products_commit();
       };
-      auto begin_gx = [&] {
+      auto begin_dq = [&](u32 n) {  // of the n-th tile
+        const int group = group_of<WHICH>();
+        constexpr bool WHOLE = QUERIES == 128;
+        const u64 left = operand_transposed(sm.ds[n & 1] + (WHOLE ? group * BLOCK_BYTES(KEYS) : 0), 0);
+        const u64 right = operand_transposed(sm.k + (WHOLE ? 0 : group * (DT == 128 ? BLOCK_BYTES(KEYS) : 64)), 0);
+        pin(dq);
+        products_fence();
+#pragma unroll
+        for (int m = 0; m < KEYS / 16; m++) product<1, 1>(dq, moved(left, m * 2048), moved(right, m * 2048), m > 0);
+        products_commit();
+      };
+      auto hand_over = [&](u32 n) {
+        barrier_wait(&sm.dq_free[n & 1], n / 2 % 2 ^ 1);
+#pragma unroll
+        for (int m = 0; m < DQ_PARTS; m++)
+          sm.dq[n & 1][which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
+        publish();
+        warp_arrive(&sm.dq_full[n & 1]);
+      };
+      barrier_wait(&sm.k_full, uses % 2);
+      const bool odd_keys = clean_keys(sm), unclean = odd_keys || odd_queries;
+      bool bad[2] = {false, false};
+      if (odd_keys)
+        for (int h = 0; h < 2; h++) bad[h] = sm.odd[which * 64 + row + h * 8];
+      barrier_wait(&sm.q_full[stage], phase);
+      if (unclean) tile_clean(sm.q[stage], Q_BYTES);
+      begin_s(stage);
+      make_x(sm, pr, c + (i64)place.kv * CP, at.k_end - place.j0, uses % 2);
+      uses++;
+      products_wait<0>();
+      pin(s);
+      const u32 begin = n_tiles, end = n_tiles + pr.group * (span.end - span.first) - 1;
+#pragma unroll 1
+      for (int tile = span.end - 1;; tile = tile > span.first ? tile - 1 : span.end - 1) {
+        const int i0 = tile * QUERIES, j0 = place.j0;
+        const bool wraps = stage == STAGES - 1;
+        const int next = wraps ? 0 : stage + 1, next_phase = phase ^ (int)wraps;
+        const u8 *q_tile = sm.q[stage], *g_tile = sm.g[stage];
+        const float *minus_l = sm.rows[stage][0] + t * 2, *r = sm.rows[stage][1] + t * 2;
+        if (unclean && n_tiles < end) {
+          barrier_wait(&sm.q_full[next], next_phase);
+          tile_clean(sm.q[next], Q_BYTES);
+        }
+        u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
+        // half a step behind the other, so that one's products run while the other takes exponentials
+        if (WAITING && WHICH == 1 && n_tiles == begin) named_wait(3, 256);
+        barrier_wait(&sm.g_full[stage], phase);
         pin(gx);
         products_fence();
-        multiply_rows<KEYS, QUERIES, ET>(gx, sm.x + (warpgroup() - 1) * BLOCK_BYTES(64), sm.g[ring.stage]);
+        multiply_rows<KEYS, QUERIES, ET>(gx, sm.x + group_of<WHICH>() * BLOCK_BYTES(64), g_tile);
         products_commit();
-      };
-      auto hand_over = [&](int n) {  // dq of the n-th tile
-        barrier_wait(&sm.dq_free, n % 2 ^ 1);
-#pragma unroll
-        for (int m = 0; m < DT / 16; m++) sm.dq[which][m][threadIdx.x % 128] = make_float4(dq[m][0], dq[m][1], dq[m][2], dq[m][3]);
-        publish();
-        __syncwarp();
-        if (first_lane) barrier_arrive(&sm.dq_full[n % 2]);
-      };
-      begin_s();
-      begin_gx();
-      const int end = n_tiles + pr.group * (span.end - span.first);
-#pragma unroll 1
-      for (int tile = span.first;; tile = tile + 1 < span.end ? tile + 1 : span.first) {
-        const int i0 = tile * QUERIES, j0 = place.j0;
-        const u8 *q_tile = sm.q[ring.stage], *g_tile = sm.g[ring.stage];
-        const float *minus_l = sm.rows[ring.stage][0] + t * 2, *r = sm.rows[ring.stage][1] + t * 2;
-        u8* ds_tile = sm.ds[n_tiles % 2];
-        u32 p[QUERIES / 16][4], ds[QUERIES / 16][4];
-        products_wait<1>();
-        pin(s);
 #pragma unroll
         for (int m = 0; m < QUERIES / 8; m++) {
           const float2 shift = *(const float2*)(minus_l + m * 8);
@@ -282,6 +401,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const u16* v, const i
         }
         if (j0 + KEYS > at.k_end || j0 - (i0 + QUERIES - 1) < pr.low || j0 + KEYS - 1 - i0 > pr.high || unclean)
           mask_tile(s, pr, at, i0, own, unclean, bad);
+#if WAITING
         as_operand(p, s);
         pin(p);
         pin(dv);
@@ -289,6 +409,9 @@ __device__ __forceinline__ void consume(const Problem& pr, const u16* v, const i
         multiply_columns(dv, p, g_tile);
         products_commit();
         products_wait<1>();
+#else
+        products_wait<0>();
+#endif
         pin(gx);
 #pragma unroll
         for (int m = 0; m < QUERIES / 8; m++) {
@@ -302,93 +425,118 @@ __device__ __forceinline__ void consume(const Problem& pr, const u16* v, const i
 #endif
           }
         }
+#if !WAITING
+        as_operand(p, s);
+        pin(p);
+        pin(dv);
+        products_fence();
+        multiply_columns(dv, p, g_tile);
+        products_commit();
+#endif
         as_operand(ds, gx);
-#pragma unroll
-        for (int m = 0; m < QUERIES / 16; m++) store_matrices(ds_tile + (ds_offset ^ m * 32), ds[m]);
-        publish();
         pin(ds);
         pin(dk);
         products_fence();
         multiply_columns(dk, ds, q_tile);
         products_commit();
-        named_wait(1, 256);  // ds of both warpgroups is there
-        const u64 left = operand_transposed(ds_tile, 0);
-        const u64 right = operand_transposed(sm.k + (warpgroup() - 1) * (DT == 128 ? BLOCK_BYTES(KEYS) : 64), 0);
-        pin(dq);
-        products_fence();
+        if (WAITING && WHICH == 0 && n_tiles == begin) named_arrive(3, 256);
+        // The other warpgroup has gone through the tile before: its part of ds is there, and nobody reads the one before that.
+        barrier_wait(&sm.done[stage ? stage - 1 : STAGES - 1], phase ^ (int)!stage);
+        int offset = ds_offset;
+        if (QUERIES == 64) asm volatile("" : "+r"(offset));  // the compiler would keep all of the addresses
 #pragma unroll
-        for (int m = 0; m < KEYS / 16; m++) product<1, 1>(dq, moved(left, m * 2048), moved(right, m * 2048), m > 0);
-        products_commit();
-        products_wait<0>();
-        pin(dq);
-        pin(dk);
-        pin(dv);
+        for (int m = 0; m < QUERIES / 16; m++)
+          store_matrices(sm.ds[n_tiles & 1] + m / 4 * BLOCK_BYTES(KEYS) + (offset ^ m % 4 * 32), ds[m]);
+        products_wait<1>();  // p needs no registers any more
         pin(p);
+        pin(dv);
+        begin_dq(n_tiles - 1);  // for the first tile of all that is there: handed over to nobody
+        products_wait<1>();
         pin(ds);
-        __syncwarp();  // all lanes have read their rows
-        if (first_lane) barrier_arrive(&sm.free[ring.stage]);
-        ring.next();
-        if (++n_tiles == end) break;
-        begin_s();
-        hand_over(n_tiles - 1);  // while these products run
-        begin_gx();
+        pin(dk);
+        if (n_tiles < end) barrier_wait(&sm.q_full[next], next_phase);
+        begin_s(next);  // after the last tile, of whatever is there: a branch would have the compiler wait for all products
+        products_wait<1>();
+        pin(dq);
+        if (n_tiles > begin) hand_over(n_tiles - 1);  // and publish ds
+        else publish();
+        warp_arrive(&sm.done[stage]);
+        products_wait<0>();
+        pin(s);
+        const int last = stage, last_phase = phase;
+        stage = next;
+        phase = next_phase;
+        if (n_tiles++ == end) {
+          barrier_wait(&sm.done[last], last_phase);
+          break;
+        }
       }
-      if (first_lane) barrier_arrive(&sm.keys_free);
-      hand_over(n_tiles - 1);
+      begin_dq(end);
+      // meanwhile dv; all lanes have their X before it is given back
+      const u8* x_row = sm.x + (which * 64 + row) * 128 + t * 4;
+#pragma unroll
+      for (int m = 0; m < ET / 8; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const u32 x = *(const u32*)(x_row + m / 8 * BLOCK_BYTES(KEYS) + h * 1024 + (m % 8 ^ row % 8) * 16);
+#pragma unroll
+          for (int w = 0; w < 2; w++) dv[m][2 * h + w] *= pr.beta * widen((u16)(x >> 16 * w));
+        }
+      pin(dv);
+      publish();  // the reads are over: a barrier alone does not wait for them
+      warp_arrive(&sm.x_free);
+      products_wait<0>();
+      pin(dq);
+      warp_arrive(&sm.k_free);
+      hand_over(end);
     }
+    write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
 #pragma unroll
     for (int m = 0; m < DT / 8; m++)
 #pragma unroll
       for (int h = 0; h < 4; h++) dk[m][h] *= pr.scale;
-    const int* own_c = c + (i64)place.kv * CP;
     write_rows(dk_out + keys * WIDTH, dk, WIDTH, own, pr.key_length, ds_scale);
-#pragma unroll
-    for (int m = 0; m < ET / 8; m++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int j = own + h * 8, e = m * 8 + t * 2;
-        if (j >= pr.key_length || e >= pr.value_dim) continue;
-        const u32 both = *(const u32*)(v + (keys + j) * pr.value_dim + e);
-#pragma unroll
-        for (int w = 0; w < 2; w++) dv[m][2 * h + w] *= pr.beta * value_of(pr.beta * widen((u16)(both >> 16 * w)), own_c[e + w]);
-      }
-    write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
   }
 }
 
+// odd [B*Hkv]: flags; ODD where a query that reads a head may be not finite. turns [heads, tiles]: zeros
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap g_map, const u16* v, const int* c,
-    const float* rows, const int* scales, const int* flags, float* sums, int* turns,
-    int* counter, u16* dk, u16* dv, int work, int blocks, int tiles) {
+    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap g_map, const int* c, const float* rows,
+    const int* scales, const int* flags, const int* odd, float* sums, int* turns, int* counter, u16* dk, u16* dv, int count,
+    int blocks, int section, int tiles) {
   const Problem pr = THE_PROBLEM;
-  extern __shared__ u8 memory[];
-  Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
+  const Work work = {count, blocks, section, tiles};
+  extern __shared__ __align__(1024) u8 memory[];
+  Shared& sm = *(Shared*)memory;
   if (threadIdx.x == 0) {
-    barrier_init(&sm.keys_full, 1);
-    barrier_init(&sm.keys_free, 8);
+    if (shared_address(memory) % 1024) __trap();  // there is no room to spare
+    barrier_init(&sm.k_full, 1);
+    barrier_init(&sm.k_free, 8 * ARRIVALS);
+    barrier_init(&sm.x_full, 1);
+    barrier_init(&sm.x_free, 8 * ARRIVALS);
     for (int n = 0; n < STAGES; n++) {
-      barrier_init(&sm.full[n], 1);
-      barrier_init(&sm.free[n], 8);
+      barrier_init(&sm.q_full[n], 1);
+      barrier_init(&sm.g_full[n], 1);
+      barrier_init(&sm.done[n], 8 * ARRIVALS);
     }
     for (int n = 0; n < 2; n++) {
-      barrier_init(&sm.dq_full[n], 8);
+      barrier_init(&sm.dq_full[n], 8 * ARRIVALS);
+      barrier_init(&sm.dq_free[n], 1);
       barrier_init(&sm.drawn_full[n], 1);
-      barrier_init(&sm.drawn_free[n], 10);
+      barrier_init(&sm.drawn_free[n], 8 * ARRIVALS + 2);
     }
-    barrier_init(&sm.dq_free, 1);
     barrier_init_done();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
     registers_give<24>();
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x == 0)
-      produce(pr, &q_map, &k_map, &x_map, &g_map, rows, flags, counter, work, blocks, tiles, sm);
-    else if (threadIdx.x % 32 == 0 && warp < 3)
-      add(pr, flags, sums, turns, work, blocks, tiles, warp - 1, sm);
+    if (threadIdx.x == 0) produce(pr, &q_map, &k_map, &v_map, &g_map, rows, flags, counter, work, sm);
+    else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, work, warp - 1, sm);
   } else {
     registers_take<240>();
-    consume(pr, v, c, scales, flags, dk, dv, work, blocks, sm);
+    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, work, sm);
+    else consume<1>(pr, c, scales, odd, dk, dv, work, sm);
   }
 }

@@ -81,11 +81,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
 // bfloat16: what row_terms of backward.cu makes, and the records [heads, tiles][2][tile] of minus l and r that the Hopper
 // kernel reads. LANES lanes for a row.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, int* flags, float* l,
-    float* rows, u16* g, int tiles, int tile) {
+    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    int* odd, float* l, float* rows, u16* g, int tiles, int tile) {
   const Problem p = THE_PROBLEM;
-  const i64 n = ((i64)blockIdx.x * THREADS + threadIdx.x) / LANES;
-  const int lane = threadIdx.x % LANES, e = lane * 8, query = (int)(n / (tiles * tile)), i = (int)(n % (tiles * tile));
+  constexpr int PER_BLOCK = THREADS / LANES;  // rows; it divides a tile
+  const u32 blocks = (u32)(tiles * tile) / PER_BLOCK;
+  const int lane = threadIdx.x % LANES, e = lane * 8, query = (int)(blockIdx.x / blocks);
+  const int i = (int)(blockIdx.x % blocks) * PER_BLOCK + threadIdx.x / LANES;
   const Head at = head_of(p, query);
   const i64 row = (i64)query * p.query_length + i;
   const bool there = i < p.query_length;
@@ -98,26 +100,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
     mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
   }
-  if (there && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
+  int shift[8] = {};
+  if (e < EP) {
+    const int4 low = *(const int4*)(c + (i64)at.key * CP + e), high = *(const int4*)(c + (i64)at.key * CP + e + 4);
+    shift[0] = low.x; shift[1] = low.y; shift[2] = low.z; shift[3] = low.w;
+    shift[4] = high.x; shift[5] = high.y; shift[6] = high.z; shift[7] = high.w;
+  }
+  const float own_lse = there ? lse[row] : -INF;
+  // a query that is not finite and sees a key has no log-sum-exp; those without one are few
+  if (there && !finite(own_lse) && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
   const float inverse = 1.f / p.beta;
-  float sum = 0.f;
-  u32 seen = 0;  // bits: q is not finite, o or do is not, do is not zero
+  float sum = 0.f, odd_o = 0.f, odd_q = 0.f;  // NaN where something is not finite
 #pragma unroll
   for (int h = 0; h < 8; h++) {
-    const float one = from[h], y = -p.beta * mean[h];
-    int exponent;
-    const float mantissa = split_exp(y, fmaf(-p.beta, mean[h], -y), exponent);
-    to[h] = one * scaled(mantissa, exponent + (e < EP ? c[(i64)at.key * CP + e + h] : 0)) * inverse;
+    const float one = from[h], y = -p.beta * mean[h], whole = rintf(y * LOG2E);
+    const float part = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(-p.beta, mean[h], -y);
+    // in range in live rows, since o lies between values. The integer is in the last bits of its sum with 1.5 * 2^23
+    const float steps = fminf(127.f, fmaxf(-126.f, whole + (float)shift[h])) + 12582912.f;
+    to[h] = one * (exp2_fast(part * LOG2E) * bits_as_float((float_as_bits(steps) << 23) + 0x3F800000u)) * inverse;
     sum = fmaf(one, inverse, sum);
-    seen |= (finite(of_q[h]) ? 0 : 1) | (finite(mean[h]) && finite(one) ? 0 : 2) | (one != 0.f ? 4 : 0);
-    if (one == 0.f) to[h] = 0.f;
+    odd_o = fmaf(one, 0.f, fmaf(mean[h], 0.f, odd_o));
+    odd_q = fmaf(of_q[h], 0.f, odd_q);
   }
+  // bits: q is not finite, o or do is not, do is not zero
+  u32 seen = (odd_q == 0.f ? 0 : 1) | (odd_o == 0.f ? 0 : 2) | ((from.x[0] | from.x[1] | from.x[2] | from.x[3]) & 0x7FFF7FFFu ? 4 : 0);
 #pragma unroll
   for (int m = 1; m < LANES; m *= 2) {
     sum += __shfl_xor_sync(FULL_WARP, sum, m);
     seen |= __shfl_xor_sync(FULL_WARP, seen, m);
   }
-  const float dl = d_lse && there ? d_lse[row] : 0.f, own_lse = there ? lse[row] : -INF;
+  const float dl = d_lse && there ? d_lse[row] : 0.f;
   const bool nothing = own_lse == -INF || (!(seen & 4) && dl == 0.f);
   const bool broken = (seen & 3) || !finite(own_lse) || !finite(dl), live = !nothing && !broken;
   const float own_l = nothing ? INF : broken ? NOT_A_NUMBER : own_lse * LOG2E;
@@ -130,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
   record[tile] = live ? dl - sum : 0.f;
   if (!there) return;
   l[row] = own_l;
-  if ((seen & 1) || (!nothing && broken)) atomicOr(flags + at.key, ODD);
+  if ((seen & 1) || (!nothing && broken)) odd[at.key] = ODD;
 }
 
 // NaN for keys that are not finite, otherwise 0, of heads outside the fast range: what the exact kernels read

@@ -8,34 +8,39 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_rows(
   const Head at = head_of(pr, blockIdx.x / tiles);
   const int i = blockIdx.x % tiles * QUERIES + threadIdx.x % QUERIES;
   const i64 row = (i64)at.query * pr.query_length + i;
-  float* to = rows + (i64)blockIdx.x * 2 * QUERIES + threadIdx.x;
-  if (threadIdx.x < QUERIES) *to = i < at.q_end ? P_SHIFT - l[row] : -INF;
-  else *to = i < at.q_end ? scaled(r[row], FLOAT16 ? -P_SHIFT - scales[2 * at.key + 1] : 0) : 0.f;
+  float* to = rows + (i64)blockIdx.x * 2 * QUERIES;
+  const int n = threadIdx.x % QUERIES;
+  if (threadIdx.x < QUERIES) to[n] = i < at.q_end ? P_SHIFT - l[row] : -INF;
+  if (THREADS == QUERIES || threadIdx.x >= QUERIES)
+    to[QUERIES + n] = i < at.q_end ? scaled(r[row], FLOAT16 ? -P_SHIFT - scales[2 * at.key + 1] : 0) : 0.f;
 }
 
-// dq from its sums
+// dq from its sums: a block for 64 queries. The last ones first, which the backward kernel has left in the L2 cache.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_queries(
-    PROBLEM, const float4* sums, const int* scales, const int* flags, u16* dq, int tiles) {
+    PROBLEM, const float4* sums, const int* scales, const int* flags, u16* dq, int parts) {
   const Problem pr = THE_PROBLEM;
-  const Head at = head_of(pr, blockIdx.x / tiles);
-  if (flags[at.key] & OUTSIDE) return;
-  const int tile = blockIdx.x % tiles, lane = threadIdx.x % 32, t = lane % 4, last = last_of(pr, at, tile);
-  const bool some = tile * QUERIES < at.q_end && last >= greatest(0, tile * QUERIES + pr.low) / KEYS;
-  const int n = scales[2 * at.key + 1], own = tile * QUERIES + threadIdx.x / 32 * 16 + lane / 4;
-  sums += (i64)blockIdx.x * (SUMS / 4) + threadIdx.x;
+  const int part = gridDim.x - 1 - blockIdx.x, start = part % parts * 64;
+  const Head at = head_of(pr, part / parts);
+  if (flags[at.key] & OUTSIDE || start >= pr.query_length) return;
+  const int tile = start / QUERIES, lane = threadIdx.x % 32, t = lane % 4;
+  const bool some = tile * QUERIES < at.q_end && last_of(pr, at, tile) >= first_of(pr, tile);
+  const int n = FLOAT16 ? scales[2 * at.key + 1] : 0, own = start + threadIdx.x / 32 * 16 + lane / 4;
+  sums += (i64)part * (DT * 16) + threadIdx.x;
+  float4 parts_of[DT / 8];
 #pragma unroll
-  for (int m = 0; m < DT / 8; m += 2) {
-    float4 even = make_float4(0.f, 0.f, 0.f, 0.f), odd = even;
-    if (some) { even = sums[m * 128]; odd = sums[m * 128 + 128]; }
-    const float a[2][4] = {{even.x, even.y, even.z, even.w}, {odd.x, odd.y, odd.z, odd.w}};
+  for (int m = 0; m < DT / 8; m++) parts_of[m] = some ? __ldcs(sums + m * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int m = 0; m < DT / 8; m += 4)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const u32 one = pack(scaled(a[0][2 * h] * pr.scale, n), scaled(a[0][2 * h + 1] * pr.scale, n));
-      const u32 two = pack(scaled(a[1][2 * h] * pr.scale, n), scaled(a[1][2 * h + 1] * pr.scale, n));
-      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? one : two, 1);
-      const int i = own + h * 8, d = (m + t % 2) * 8 + t / 2 * 4;
-      if (i < pr.query_length && d < WIDTH)
-        *(uint2*)(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d) = t % 2 ? make_uint2(got, two) : make_uint2(one, got);
+      u32 w[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float4 x = parts_of[m + k];
+        w[k] = pack(scaled((h ? x.z : x.x) * pr.scale, n), scaled((h ? x.w : x.y) * pr.scale, n));
+      }
+      const uint4 x = one_group(w);
+      const int i = own + h * 8, d = (m + t) * 8;
+      if (i < pr.query_length && d < WIDTH) *(uint4*)(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d) = x;
     }
-  }
 }

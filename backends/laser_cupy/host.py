@@ -206,15 +206,22 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     out = x.empty(*problem.out_shape)
     residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
-    v = machine.special_forward(x, out, residual, lse)
-    if v is None:
-        v = values(x)
+    special = machine.special_forward(x, out, residual, lse)
+    v = special or values(x)
+    if special is None:
         blocks = -(-problem.query_length // x.build.queries)
         x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, NOTHING)
     workers = min(WORKERS * machine.processors, x.heads * problem.query_length)
     sizes = (np.int32(x.heads), np.int32(workers))
     x.run("forward_exact", workers, x.q, x.k, x.v, v.flags, out, residual, lse, *sizes)
-    return Forward(out, lse, residual if keep else None)
+    kept = residual if special is None else (residual, v.c, v.flags)  # the special kernels backward make X from them
+    return Forward(out, lse, kept if keep else None)
+
+
+def unrounded(forward: Forward) -> Array:
+    """The output in float32."""
+    kept = forward.residual[0] if isinstance(forward.residual, tuple) else forward.residual
+    return forward.out if kept is None else kept
 
 
 class Rows(NamedTuple):
@@ -234,7 +241,7 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     """The passes over queries and over keys."""
     xp, build, problem = x.machine.xp, x.build, x.problem
     do = matrix(x.machine, d_out, problem.value_dim)
-    o = matrix(x.machine, forward.out if forward.residual is None else forward.residual, problem.value_dim)
+    o = matrix(x.machine, unrounded(forward), problem.value_dim)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
@@ -269,10 +276,10 @@ def backward(
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
-    workers = [min(EXACT, n) for n in (problem.query_length, problem.key_length)]
+    workers = EXACT if given.beta is not None else WORKERS * machine.processors  # the former have room for dβ
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
-        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
+        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
     made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
     v, r = made or _with_rows(x, forward, d_out, d_lse)
@@ -284,8 +291,9 @@ def backward(
             x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
         x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
     exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
-    x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
-    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, dbetas[1], np.int32(workers[1]))
+    sizes = (np.int32(x.key_value_heads), np.int32(workers))
+    x.run("backward_queries_exact", workers, *exact, dq, *sizes)
+    x.run("backward_keys_exact", workers, *exact, dk, dv, dbetas[1], *sizes)
 
     dq = dq[..., : problem.head_dim].reshape(given.query.shape)
     dk, dv = (

@@ -157,7 +157,7 @@ def _same(base: Results, changed: Results, why: str) -> list[Finding]:
 def isolation_of_rows(subject: Subject, data: Data) -> list[Finding]:
     """Anything in the last keys: queries that do not see them keep the bits of their results and of their gradients.
 
-    NaN and ∞ in keys and in values; and other values, such that the range of a channel stays below 20 nats.
+    NaN and ∞ in keys and in values; and other values, such that a channel stays well inside the range of its dtype.
     """
     base = subject.gradients(data)
     found = judged(data, base)
@@ -166,7 +166,8 @@ def isolation_of_rows(subject: Subject, data: Data) -> list[Finding]:
     late[-count:] = True
     untouched = ~(visible(data) & late).any(axis=-1)
     shape = data.arrays["value"].shape
-    others = [(fill(Fill("normal", 1, shift), "late", shape, data.dtype), f"N({shift}, 1)") for shift in (0, 8)]
+    shifts = (0, 4 if data.dtype == "float16" else 8)
+    others = [(fill(Fill("normal", 1, shift), "late", shape, data.dtype), f"N({shift}, 1)") for shift in shifts]
     contents = [(argument, what) for argument in ("key", "value") for what in (math.nan, math.inf, -math.inf)]
     for argument, what, name in (*((a, w, str(w)) for a, w in contents), *(("value", *other) for other in others)):
         x = data.arrays[argument]
