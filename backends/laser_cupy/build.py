@@ -18,7 +18,7 @@ _EXACT = ("values", "forward_exact")
 PARTS = {  # what is compiled together, when it is needed: files, which may hold kernels of others too, and kernels
     "forward": (
         (*_EXACT, "forward"),
-        ("value_range", "value_decide", "value_exp", "forward", "forward_exact"),
+        ("value_exp", "value_decide", "value_again", "forward", "forward_exact"),
     ),
     "backward": (
         (*_EXACT, "rows", "backward", "backward_exact"),
@@ -79,7 +79,7 @@ class Build:
             ("columns", range(8, LARGEST_DIM + 1, 8) if self.narrow else range(4, LARGEST_DIM + 1, 4)),
             ("value_dim", range(16, LARGEST_DIM + 1, 16)),
             ("strips", (1, 2)),
-            ("keys", (16, 32, 64)),
+            ("keys", (16, 32, 64, 128)),
             ("resident", (1, 2, 3)),
             ("inner", (16, 32)),
             ("stages", (1, 2)),
@@ -102,7 +102,7 @@ class Build:
             cap=problem.logits_soft_cap is not None,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, resident=3) if build.wide <= 64 and build.padded <= 64 else build
+            return dataclasses.replace(build, strips=2)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -135,11 +135,6 @@ class Build:
         return self.padded + self.wide > 256
 
     @property
-    def held_queries(self) -> bool:
-        """Whether the queries of the forward pass stay in registers."""
-        return self.narrow and self.strips == 1 and self.keys == 64 and self.padded <= 128
-
-    @property
     def queries(self) -> int:
         """Queries of a block of the forward pass."""
         return 64 * self.strips
@@ -158,8 +153,8 @@ class Build:
         d, x = self.padded + _PAD, self.wide + _PAD
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
         return {
-            "value_range": 8 * THREADS,
-            "forward": self.bytes * (2 * self.keys * (d + x) + (0 if self.held_queries else self.queries * d)),
+            "value_exp": 8 * THREADS * (16 // self.bytes),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)), 4 * BLOCK * (self.wide + 4)),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "row_scales": 4 * THREADS,
             "backward_keys": self.bytes * BLOCK * (d + x) + walked,

@@ -68,6 +68,7 @@ struct Problem {
         key_lengths, mask, mask_b, mask_h, mask_i, mask_j, bias, bias_wide, bias_b, bias_h, bias_i, bias_j       \
   }
 
+template <bool VALUE> struct Flag { static constexpr bool value = VALUE; };
 struct alignas(8) Two { float x[2]; };
 __device__ __forceinline__ void store_two(float* to, float first, float second) { *(Two*)to = {first, second}; }
 

@@ -1,12 +1,11 @@
 // Forward: flash attention over (q, k, X), and o from the row's result at the end (values.cu has the forms of X).
 //
 // A block of 4 warps owns QUERIES queries, a warp 16 * STRIPS of them, and walks over tiles of KEYS keys. acc, m and l stay
-// in float32 registers. While the weights of a tile are made, the scores of the next one are, and K of the one after it and
-// X of the next one are on their way. m may be up to SLACK bits behind the greatest score of its row: what it is subtracted
-// from cancels, and acc is scaled rarely.
+// in float32 registers, and the weights of a tile take the place of its scores. X of a tile is on its way during the product
+// of q and k, and k of the next one during the rest. m may be up to SLACK bits behind the greatest score of its row: what it
+// is subtracted from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
-#define HELD_Q (!FLOAT32 && STRIPS == 1 && KEYS == 64 && DP <= 128)  // q stays in registers
 
 // acc [16 * STRIPS, XP] += p [16 * STRIPS, KEYS] · x [KEYS, XP]
 __device__ __forceinline__ void add_product(float (&acc)[STRIPS][XP / 8][4], const Left (&p)[STRIPS][KEYS / 16],
@@ -39,13 +38,44 @@ __device__ __forceinline__ float output_of(float exp_form, float expm1_form, con
   return split_log(exp_form, EXP ? c[e] : 0) * inverse;
 }
 
+// o of 16 rows from `results` [16, XP], and whether a row has seen nothing
+__device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, const float* results, int i0, const int* c, u32 rows,
+                                           element* out, float* residual) {
+  const float inverse_of_beta = inverse_of(pr.beta);
+  const bool even = pr.value_dim % 2 == 0;
+#pragma unroll 2
+  for (int n = threadIdx.x % 32; n < 16 * (EP / 2); n += 32) {
+    const int r = n / (EP / 2), e = n % (EP / 2) * 2, i = i0 + r;
+    if (i >= pr.query_length || e >= pr.value_dim || !(rows >> 4 * (r % 8) + r / 8 & 1)) continue;
+    float o[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float* from = results + r * (XP + 4) + e + h;
+      const float beta = EXP && EXPM1 && e + h < pr.value_dim ? beta_of(pr, at.h, e + h) : pr.beta;
+      o[h] = from[XP - e - h] != 0.f ? 0.f : output_of(from[0], from[XP - EP], c, e + h, beta, EXP && EXPM1 ? inverse_of(beta) : inverse_of_beta);
+    }
+    const i64 to = ((i64)at.query * pr.query_length + i) * pr.value_dim + e;
+    if (even) {
+      store_pair(out + to, o[0], o[1]);
+      if (residual) store_two(residual + to, o[0], o[1]);
+    } else {
+      for (int h = 0; h < 2; h++)
+        if (e + h < pr.value_dim) {
+          out[to + h] = narrow(o[h]);
+          if (residual) residual[to + h] = o[h];
+        }
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
-    PROBLEM, const element* q, const element* k, const element* x, const element* rest, const int* c, const int* flags,
-    element* out, float* residual, float* lse, const u32* wanted) {
+    PROBLEM, const element* q, const element* k, const element* v, const element* x, const int* c,
+    const int* flags, element* out, float* residual, float* lse, const u32* wanted) {
   const Problem pr = THE_PROBLEM;
   SHARED_MEMORY(raw);
-  element* k_tiles = (element*)raw;                      // two of [KEYS, DP]
-  element* x_tiles = k_tiles + 2 * KEYS * (DP + PAD);    // two of [KEYS, XP]
+  element* q_tile = (element*)raw;                   // [QUERIES, DP]
+  element* k_tile = q_tile + QUERIES * (DP + PAD);   // [KEYS, DP]
+  element* x_tile = k_tile + KEYS * (DP + PAD);      // [KEYS, XP]
   const int blocks = (pr.query_length + QUERIES - 1) / QUERIES;
   const Head at = head_of(pr, blockIdx.x / blocks);
   if (flags[at.key] & OUTSIDE) return;
@@ -63,110 +93,73 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   q += (i64)at.query * pr.query_length * WIDTH;
   k += keys * WIDTH;
   x += keys * XP;
-  rest += keys * XP;
+  v += keys * pr.value_dim;
 
   float acc[STRIPS][XP / 8][4] = {};
-  float m[STRIPS][2], l[STRIPS][2], total[STRIPS][4] = {};  // total: the sum of the rounded weights
-  for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) { m[w][h] = -INF; l[w][h] = 0.f; }
+  float m[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
+  for (int w = 0; w < STRIPS; w++) m[w][0] = m[w][1] = -INF;
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
-  const bool ordered = !CAP && pr.scale > 0.f;  // scores are products times one factor, in their order
-  auto k_tile = [&](int tile) { return k_tiles + (tile - first) % 2 * KEYS * (DP + PAD); };
-  auto x_tile = [&](int tile) { return x_tiles + (tile - first) % 2 * KEYS * (XP + PAD); };
-  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile(tile), k, tile * KEYS, at.k_end); };
-  auto begin_x = [&](int tile) { if (tile < end) tile_begin<KEYS, XP, XP>(x_tile(tile), x, tile * KEYS, at.k_end); };
-
-  // q where the second tile of k will be, or beside the others
-  element* q_tile = HELD_Q ? k_tile(first + 1) : x_tiles + 2 * KEYS * (XP + PAD);  // [QUERIES, DP]
+  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
   begin_k(first);
   copy_wait();
   __syncthreads();
-#if HELD_Q
-  Left held[DP / 16];
-#pragma unroll
-  for (int d = 0; d < DP / 16; d++) load_a(held[d], q_tile + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
-#endif
 
-  // s += a part of q · kᵀ: the columns d * 16 … d * 16 + 15
-  auto add_scores = [&](float (&s)[STRIPS][KEYS / 8][4], const element* tile, int d) {
-    Left a[STRIPS];
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++) {
-#if HELD_Q
-      a[w] = held[d];
-#else
-      load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
-#endif
-    }
-#pragma unroll
-    for (int j = 0; j < KEYS / 16; j++) {
-      Right b;
-      load_b(b, tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
-    }
-  };
-  float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
-  if (first < end) {
-#pragma unroll
-    for (int d = 0; d < DP / 16; d++) add_scores(s, k_tile(first), d);
-  }
-  __syncthreads();  // nobody reads q any more
-  begin_k(first + 1);
-  begin_x(first);
-  copy_wait();
-  __syncthreads();
-
-  Left p[STRIPS][KEYS / 16];
-  bool few[STRIPS][2], any_few = false;
+  // PLAIN: scores are products times one factor, in their order, and what is seen are columns from one to another
+  auto walk = [&](auto plain) {
+    const float factor = plain.value ? pr.scale * UNIT : 1.f;
   for (int tile = first; tile < end; tile++) {
     const int j0 = tile * KEYS;
-    begin_k(tile + 2);
-    begin_x(tile + 1);
+    tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
+    float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+#pragma unroll
+    for (int d = 0; d < DP / 16; d++) {
+      Left a[STRIPS];
+#pragma unroll
+      for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+      for (int j = 0; j < KEYS / 16; j++) {
+        Right b;
+        load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
+      }
+    }
+    copy_wait();
+    __syncthreads();  // x is there, and nobody reads k any more
+    begin_k(tile + 1);
 
-    // A product of q and k that is not finite makes NaN of a row that sees it, and nothing of one that does not. Where
-    // few keys carry a row, the rounding of X does not average out; each row decides that for itself, so that its bits
-    // do not depend on its neighbours.
-    const bool whole = all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS);
-    const bool direct = ordered && !at.mask && !at.bias;
-    const float factor = direct ? pr.scale * UNIT : 1.f;
+    if constexpr (!plain.value) {
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++) {
-      if (whole && direct) {
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-          for (int r = 0; r < 4; r++) l[w][r / 2] = fmaf(s[w][j][r], 0.f, l[w][r / 2]);
-      } else if (direct) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int i = own + w * 16 + h * 8, from = i + pr.low - j0, to = i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1;
-#pragma unroll
-          for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-              const int column = j * 8 + t * 2 + r;
-              float& one = s[w][j][2 * h + r];
-              const bool seen = column >= from && column <= to;
-              l[w][h] = seen ? fmaf(one, 0.f, l[w][h]) : l[w][h];
-              one = seen ? one : -INF;
-            }
-        }
-      } else {
+      for (int w = 0; w < STRIPS; w++)
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
           for (int r = 0; r < 4; r++) {
-            float slope, bias;
+            float slope, bias, &one = s[w][j][r];
             const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
-            l[w][r / 2] = seen ? fmaf(s[w][j][r], 0.f, fmaf(bias, 0.f, l[w][r / 2])) : l[w][r / 2];
-            s[w][j][r] = seen ? score(pr, s[w][j][r], slope) + bias : -INF;
+            l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
+            one = seen ? score(pr, one, slope) + bias : -INF;
           }
-      }
+    } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
+#pragma unroll
+      for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int i = own + w * 16 + h * 8, from = i + pr.low - j0 - t * 2;
+          const int to = (i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1) - t * 2;
+#pragma unroll
+          for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              float& one = s[w][j][2 * h + r];
+              one = j * 8 + r >= from && j * 8 + r <= to ? one : -INF;
+            }
+        }
     }
+
     float minus_m[STRIPS][2], ahead[STRIPS][2];
     bool grows = false;
 #pragma unroll
@@ -189,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
           const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
           m[w][h] = next;
           l[w][h] *= shrink;
-          total[w][2 * h] *= shrink;
+          total[w][h] *= shrink;
 #pragma unroll
           for (int e = 0; e < XP / 8; e++) {
             acc[w][e][2 * h] *= shrink;
@@ -202,115 +195,86 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #pragma unroll
       for (int h = 0; h < 2; h++) minus_m[w][h] = P_SHIFT - (m[w][h] == -INF ? 0.f : m[w][h]);
 
-    // The weights of this tile, step by step with the scores of the next one: exponentials and products overlap. Beyond the
-    // last tile the scores are of no use, but of numbers that are there.
-    float next_s[STRIPS][KEYS / 8][4] = {};
-    constexpr int STEPS = DP / 16 > KEYS / 16 ? DP / 16 : KEYS / 16;
+    Left p[STRIPS][KEYS / 16];
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      if (step < DP / 16) add_scores(next_s, k_tile(tile + 1), step);
+    for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-      for (int j = step * (KEYS / 16) / STEPS; j < (step + 1) * (KEYS / 16) / STEPS; j++)
+      for (int j = 0; j < KEYS / 16; j++) {
 #pragma unroll
-        for (int w = 0; w < STRIPS; w++) {
-#pragma unroll
-          for (int r = 0; r < 8; r++) {
-            float& one = s[w][2 * j + r / 4][r % 4];
-            one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
-            l[w][r % 4 / 2] += one;
-          }
-          left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
+        for (int r = 0; r < 8; r++) {
+          float& one = s[w][2 * j + r / 4][r % 4];
+          one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
+          l[w][r % 4 / 2] += one;
         }
-    }
+        left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
+      }
+    add_product(acc, p, x_tile);
+
+    // Where few keys carry a row, the rounding of X does not average out. Each row decides that for itself, so that its bits
+    // do not depend on its neighbours: one key of this tile is more than a quarter of all so far.
+    bool few[STRIPS][2] = {}, any_few = false;
 #if !FLOAT32
-    any_few = false;
 #pragma unroll
     for (int w = 0; w < STRIPS; w++) {
       const u32 one = pack(1.f, 1.f);
+      float sums[4] = {};
 #pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) mma(total[w], p[w][j].x, one, one);
+      for (int j = 0; j < KEYS / 16; j++) mma(sums, p[w][j].x, one, one);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {  // few keys are seen, or one of this tile is more than a quarter of all so far
-        few[w][h] = !whole || total[w][2 * h] < 4.f * (1 << P_SHIFT) * exp_fast(ahead[w][h] - m[w][h]);
+      for (int h = 0; h < 2; h++) {
+        total[w][h] += sums[2 * h];
+        few[w][h] = total[w][h] < 4.f * (1 << P_SHIFT) * exp_fast(ahead[w][h] - m[w][h]);
         any_few |= few[w][h];
       }
     }
 #endif
-    add_product(acc, p, x_tile(tile));
     copy_wait();
-    const bool again = __syncthreads_or(any_few);  // k and x of the next tiles are there, and nobody reads those of this one
+    const bool again = __syncthreads_or(any_few);  // k of the next tile is there, and nobody reads x any more
+    if (!again) continue;
 #if !FLOAT32
-    if (again) {
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-        for (int j = 0; j < KEYS / 16; j++)
-#pragma unroll
-          for (int r = 0; r < 4; r++) p[w][j].x[r] = few[w][r % 2] ? shifted(p[w][j].x[r], -REST_SHIFT) : 0;
-      tile_begin<KEYS, XP, XP>(x_tile(tile), rest, j0, at.k_end);
-      copy_wait();
-      __syncthreads();  // rest is there
-      add_product(acc, p, x_tile(tile));
-      __syncthreads();  // nobody reads rest any more
-    }
-#endif
 #pragma unroll
     for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
+      for (int j = 0; j < KEYS / 16; j++)
 #pragma unroll
-        for (int r = 0; r < 4; r++) s[w][j][r] = next_s[w][j][r];
+        for (int r = 0; r < 4; r++) p[w][j].x[r] = few[w][r % 2] ? shifted(p[w][j].x[r], -REST_SHIFT) : 0;
+    make_rest<KEYS>(pr, at, x_tile, v, c + (i64)at.key * CP, j0);
+    __syncthreads();  // rest is there
+    add_product(acc, p, x_tile);
+    __syncthreads();  // nobody reads rest any more
+#endif
   }
+  };
+  if (!CAP && pr.scale > 0.f && !at.mask && !at.bias) walk(Flag<true>());
+  else walk(Flag<false>());
   copy_wait();
 
-  const int* own_c = c + (i64)at.key * CP;
-  const i64 row = (i64)at.query * pr.query_length + own;
-  bool there[STRIPS][2], empty[STRIPS][2];
   float over_total[STRIPS][2];
+  bool empty[STRIPS][2];
 #pragma unroll
   for (int w = 0; w < STRIPS; w++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float sum = row_sum(l[w][h]);
-      there[w][h] = own + w * 16 + h * 8 < pr.query_length && (!wanted || wanted[warp * STRIPS + w] >> 4 * g + h & 1);
       empty[w][h] = sum == 0.f;
-      over_total[w][h] = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][2 * h]) : NOT_A_NUMBER;
-      if (t == 0 && there[w][h]) lse[row + w * 16 + h * 8] = empty[w][h] ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
+      over_total[w][h] = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][h]) : NOT_A_NUMBER;
+      const int i = own + w * 16 + h * 8;
+      if (t == 0 && i < pr.query_length && (!wanted || wanted[warp * STRIPS + w] >> 4 * g + h & 1))
+        lse[(i64)at.query * pr.query_length + i] = empty[w][h] ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
     }
-  const float inverse_of_beta = inverse_of(pr.beta);
-  out += row * pr.value_dim;
-  if (residual) residual += row * pr.value_dim;
+
+  // o by way of shared memory: lanes that have a whole row write it side by side
+  float* results = (float*)raw + warp * 16 * (XP + 4);  // [16, XP] of a warp: sums over keys, divided by the row's
 #pragma unroll
-  for (int e = 0; e < EP / 8; e++) {
-    const int channel = e * 8 + t * 2;
-    float beta[2] = {pr.beta, pr.beta}, inverse[2] = {inverse_of_beta, inverse_of_beta};
-    if (EXP && EXPM1)
-      for (int r = 0; r < 2; r++) {
-        if (channel + r < pr.value_dim) beta[r] = beta_of(pr, at.h, channel + r);
-        inverse[r] = inverse_of(beta[r]);
-      }
+  for (int w = 0; w < STRIPS; w++) {
+    __syncthreads();  // nobody reads the last tiles, or the strip before, any more
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++)
+    for (int e = 0; e < XP / 8; e++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float o[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float one = acc[w][e][2 * h + r] * over_total[w][h];
-          const float other = acc[w][XP / 8 - EP / 8 + e][2 * h + r] * over_total[w][h];
-          o[r] = empty[w][h] ? 0.f : output_of(one, other, own_c, channel + r, beta[r], inverse[r]);
-        }
-        const int to = (w * 16 + h * 8) * pr.value_dim + channel;
-        if (there[w][h] && pr.value_dim % 2 == 0 && channel < pr.value_dim) {
-          store_pair(out + to, o[0], o[1]);
-          if (residual) store_two(residual + to, o[0], o[1]);
-        } else if (there[w][h]) {
-          for (int r = 0; r < 2; r++)
-            if (channel + r < pr.value_dim) {
-              out[to + r] = narrow(o[r]);
-              if (residual) residual[to + r] = o[r];
-            }
-        }
-      }
+      for (int h = 0; h < 2; h++)
+        store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h] * over_total[w][h], acc[w][e][2 * h + 1] * over_total[w][h]);
+    if (t < 2) results[(g + t * 8) * (XP + 4) + XP] = t == 0 ? empty[w][0] : empty[w][1];
+    __syncwarp();
+    write_rows(pr, at, results, i0 + (warp * STRIPS + w) * 16, c + (i64)at.key * CP, wanted ? wanted[warp * STRIPS + w] : ~0u, out, residual);
   }
 }

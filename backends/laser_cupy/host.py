@@ -16,6 +16,7 @@ from laser_core._gradient import no_gradients
 from .build import BLOCK, THREADS, Build
 
 WORKERS = 64  # blocks for each head of the exact path
+AGAIN = 16  # blocks for each head of the second value pass, which mostly does nothing
 CHUNK = 128  # keys of a block of the value pass, and queries of one of dβ
 BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
 FAR = 2**30  # a band edge that is beyond every position
@@ -178,18 +179,15 @@ def values(x: Call) -> Values:
     """The value pass: X, its integers, and which heads are inside the fast range."""
     xp, heads, keys, build = x.machine.xp, x.key_value_heads, x.problem.key_length, x.build
     chunks = max(1, -(-keys // CHUNK))
-    lows, highs = (x.empty(heads, chunks, build.value_dim, dtype=xp.float32) for _ in range(2))
-    broken = x.empty(heads, chunks, dtype=xp.int32)
+    zeros = xp.zeros(heads * (2 * build.value_dim + 1), dtype=xp.uint32)  # ranges and flags
+    ranges, flags = zeros[heads:], zeros[:heads].view(xp.int32)
     c = x.empty(heads, build.wide + build.expm1 * build.value_dim, dtype=xp.int32)
-    flags = x.empty(heads, dtype=xp.int32)
-    x.run("value_range", heads * chunks, x.v, lows, highs, broken, np.int32(chunks), np.int32(CHUNK))
-    x.run("value_decide", heads, lows, highs, broken, c, flags, np.int32(chunks))
+    hard = x.empty(heads, dtype=xp.int32)
     made = x.empty(heads, keys, build.wide)
-    rest = x.empty(heads, keys, build.wide) if build.narrow else made
-    rows = heads * keys
-    grid = -(-rows * build.value_dim * build.bytes // (16 * THREADS))
-    x.run("value_exp", grid, x.v, c, flags, made, rest, np.int64(rows))
-    return Values(made, rest, c, flags)
+    x.run("value_exp", heads * chunks, x.v, flags, ranges, made, np.int32(chunks), np.int32(CHUNK))
+    x.run("value_decide", heads, ranges, c, flags, hard)
+    x.run("value_again", heads * AGAIN, x.v, c, hard, made, np.int32(AGAIN))
+    return Values(made, made, c, flags)
 
 
 def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
@@ -207,7 +205,7 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
     blocks = -(-problem.query_length // x.build.queries)
     v, left = machine.special_forward(x, out, residual, lse) or (values(x), NOTHING)
-    x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, left)
+    x.run("forward", x.heads * blocks, x.q, x.k, x.v, v.x, v.c, v.flags, out, residual, lse, left)
     workers = min(WORKERS, problem.query_length)
     x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
     return Forward(out, lse, residual if keep else None)
