@@ -28,6 +28,7 @@
 // flags of a key/value head
 #define OUTSIDE 1  // its values are outside the fast range
 #define BROKEN 2  // it holds a value for which beta*v is NaN or +infinity
+#define NARROW 8  // the small values of a channel hardly vary: the mean of any number of rounded X can leave their span
 #define ODD 4  // backward: one of its keys, or a query that reads it, is not finite
 
 #if FLOAT16
@@ -198,6 +199,13 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float warp_max(float x) {
   for (int n = 16; n; n /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, n));
   return x;
+}
+
+// whether a key/value head has one of these flags; for all threads of the block
+__device__ __forceinline__ bool any_flag(const int* flags, int heads, int bits) {
+  int any = 0;
+  for (int n = threadIdx.x; n < heads; n += THREADS) any |= flags[n] & bits;
+  return __syncthreads_or(any);
 }
 
 // over all threads of the block; every thread gets the result. `room` is one float per thread

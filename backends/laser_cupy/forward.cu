@@ -7,26 +7,8 @@
 
 #define QUERIES (64 * STRIPS)
 
-// acc [16 * STRIPS, XP] += p [16 * STRIPS, KEYS] · x [KEYS, XP]
-__device__ __forceinline__ void add_product(float (&acc)[STRIPS][XP / 8][4], const Left (&p)[STRIPS][KEYS / 16],
-                                            const element* x) {
-#pragma unroll
-  for (int k = 0; k < KEYS / 16; k++)
-#pragma unroll
-    for (int e = 0; e < XP / 16; e++) {
-      Right b;
-      load_b_transposed(b, x + k * 16 * (XP + PAD) + e * 16, XP + PAD);
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
-    }
-}
-
-#if !FLOAT32
-// two 16-bit numbers times 2^n
-__device__ __forceinline__ u32 shifted(u32 x, int n) {
-  return n ? pack(scaled(widen((u16)x), n), scaled(widen((u16)(x >> 16)), n)) : x;
-}
-#endif
+// whether a key whose score is so far above m is more than a quarter of the row
+__device__ __forceinline__ bool is_heavy(float above, float total) { return total < 4.f * (1 << P_SHIFT) * exp_fast(above); }
 
 // o of a channel from the forms' results, sums over keys divided by the row's
 __device__ __forceinline__ float output_of(float exp_form, float expm1_form, const int* c, int e, float beta, float inverse) {
@@ -78,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   element* x_tile = k_tile + KEYS * (DP + PAD);      // [KEYS, XP]
   const int blocks = (pr.query_length + QUERIES - 1) / QUERIES;
   const Head at = head_of(pr, blockIdx.x / blocks);
-  if (flags[at.key] & OUTSIDE) return;
+  const int flag = flags[at.key];
+  if (flag & OUTSIDE) return;
   const int i0 = (blocks - 1 - blockIdx.x % blocks) * QUERIES;  // causal: the longest first
   if (wanted) {  // bit 4 * (row % 8) + row / 8 of a word for 16 rows: only these, because another kernel has the others
     const int strips = (pr.query_length + 15) / 16;
@@ -96,158 +79,183 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   v += keys * pr.value_dim;
 
   float acc[STRIPS][XP / 8][4] = {};
-  float m[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
-  for (int w = 0; w < STRIPS; w++) m[w][0] = m[w][1] = -INF;
+  float m[STRIPS][2], top[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
+  for (int w = 0; w < STRIPS; w++)
+    for (int h = 0; h < 2; h++) m[w][h] = top[w][h] = -INF;
+  u32 heavy = 0;  // tiles in which a row had, then, a key of more than a quarter of all so far; a bit for `span` tiles
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
+  const int span = (end - first + 31) / 32;
   auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
-  begin_k(first);
-  copy_wait();
-  __syncthreads();
 
-  // PLAIN: scores are products times one factor, in their order, and what is seen are columns from one to another
-  auto walk = [&](auto plain) {
+  // One walk over the keys. PLAIN: scores are products times one factor, in their order, and what is seen are columns from one
+  // to another. AGAIN: with m and total as the first walk has left them, adds what the rounding of X has lost, for the keys
+  // of which it does not average out: those in tiles with a key of more than a quarter of the row. Each row decides that for
+  // itself, so that its bits do not depend on its neighbours.
+  auto walk = [&](auto plain, auto again, u32 tiles) {
     const float factor = plain.value ? pr.scale * UNIT : 1.f;
-  for (int tile = first; tile < end; tile++) {
-    const int j0 = tile * KEYS;
-    tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
-    float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
-#pragma unroll
-    for (int d = 0; d < DP / 16; d++) {
-      Left a[STRIPS];
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
-#pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) {
-        Right b;
-        load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
-#pragma unroll
-        for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
-      }
-    }
+    begin_k(first);
     copy_wait();
-    __syncthreads();  // x is there, and nobody reads k any more
-    begin_k(tile + 1);
+    __syncthreads();
+    for (int tile = first; tile < end; tile++) {
+      const int j0 = tile * KEYS;
+      if (again.value) {
+        if (!(tiles >> (tile - first) / span & 1)) {
+          __syncthreads();
+          begin_k(tile + 1);
+          copy_wait();
+          __syncthreads();
+          continue;
+        }
+        make_rest<KEYS>(pr, at, x_tile, v, c + (i64)at.key * CP, j0);
+      } else {
+        tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
+      }
+      float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+#pragma unroll
+      for (int d = 0; d < DP / 16; d++) {
+        Left a[STRIPS];
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; j++) {
+          Right b;
+          load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+#pragma unroll
+          for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
+        }
+      }
+      copy_wait();
+      __syncthreads();  // x is there, and nobody reads k any more
+      begin_k(tile + 1);
 
-    if constexpr (!plain.value) {
+      if constexpr (!plain.value) {
 #pragma unroll
-      for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-          for (int r = 0; r < 4; r++) {
-            float slope, bias, &one = s[w][j][r];
-            const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
-            l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
-            one = seen ? score(pr, one, slope) + bias : -INF;
-          }
-    } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int i = own + w * 16 + h * 8, from = i + pr.low - j0 - t * 2;
-          const int to = (i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1) - t * 2;
+        for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-              float& one = s[w][j][2 * h + r];
-              one = j * 8 + r >= from && j * 8 + r <= to ? one : -INF;
+            for (int r = 0; r < 4; r++) {
+              float slope, bias, &one = s[w][j][r];
+              const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
+              l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
+              one = seen ? score(pr, one, slope) + bias : -INF;
             }
-        }
-    }
-
-    float minus_m[STRIPS][2], ahead[STRIPS][2];
-    bool grows = false;
+      } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++)
+        for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float top = -INF;
+          for (int h = 0; h < 2; h++) {
+            const int i = own + w * 16 + h * 8, from = i + pr.low - j0 - t * 2;
+            const int to = (i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1) - t * 2;
 #pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) top = fmaxf(top, fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-        top = row_max(top);
-        ahead[w][h] = top == -INF ? -INF : top * factor;
-        grows |= ahead[w][h] > m[w][h] + SLACK;
+            for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+              for (int r = 0; r < 2; r++) {
+                float& one = s[w][j][2 * h + r];
+                one = j * 8 + r >= from && j * 8 + r <= to ? one : -INF;
+              }
+          }
       }
-    if (warp_any(grows)) {
+
+      float ahead[STRIPS][2];  // the greatest score of this tile
+      bool grows = false;
 #pragma unroll
       for (int w = 0; w < STRIPS; w++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
-          const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
-          m[w][h] = next;
-          l[w][h] *= shrink;
-          total[w][h] *= shrink;
+          float most[2] = {-INF, -INF};
 #pragma unroll
-          for (int e = 0; e < XP / 8; e++) {
-            acc[w][e][2 * h] *= shrink;
-            acc[w][e][2 * h + 1] *= shrink;
+          for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
+          const float one = row_max(fmaxf(most[0], most[1]));
+          ahead[w][h] = one == -INF ? -INF : one * factor;
+          top[w][h] = fmaxf(top[w][h], ahead[w][h]);
+          grows |= ahead[w][h] > m[w][h] + SLACK;
+        }
+      if (!again.value && warp_any(grows)) {
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
+            const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
+            m[w][h] = next;
+            l[w][h] *= shrink;
+            total[w][h] *= shrink;
+#pragma unroll
+            for (int e = 0; e < XP / 8; e++) {
+              acc[w][e][2 * h] *= shrink;
+              acc[w][e][2 * h + 1] *= shrink;
+            }
           }
-        }
-    }
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) minus_m[w][h] = P_SHIFT - (m[w][h] == -INF ? 0.f : m[w][h]);
-
-    Left p[STRIPS][KEYS / 16];
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) {
-#pragma unroll
-        for (int r = 0; r < 8; r++) {
-          float& one = s[w][2 * j + r / 4][r % 4];
-          one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
-          l[w][r % 4 / 2] += one;
-        }
-        left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
       }
-    add_product(acc, p, x_tile);
-
-    // Where few keys carry a row, the rounding of X does not average out. Each row decides that for itself, so that its bits
-    // do not depend on its neighbours: one key of this tile is more than a quarter of all so far.
-    bool few[STRIPS][2] = {}, any_few = false;
+      Left p[STRIPS][KEYS / 16];
+#pragma unroll
+      for (int w = 0; w < STRIPS; w++) {
+        float minus_m[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; j++) {
+#pragma unroll
+          for (int r = 0; r < 8; r++) {
+            float& one = s[w][2 * j + r / 4][r % 4];
+            one = exp_fast(fmaf(one, factor, minus_m[r % 4 / 2]));
+            if (!again.value) l[w][r % 4 / 2] += one;
+          }
+          left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
+        }
 #if !FLOAT32
+        float sums[4] = {};
+        const u32 one = pack(1.f, 1.f);
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++) {
-      const u32 one = pack(1.f, 1.f);
-      float sums[4] = {};
+        for (int j = 0; j < KEYS / 16; j++)
+          if (!again.value) mma(sums, p[w][j].x, one, one);
 #pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) mma(sums, p[w][j].x, one, one);
+        for (int h = 0; h < 2; h++) {
+          total[w][h] += sums[2 * h];
+          const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
+          if (!again.value && carries) heavy |= 1u << (tile - first) / span;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        total[w][h] += sums[2 * h];
-        few[w][h] = total[w][h] < 4.f * (1 << P_SHIFT) * exp_fast(ahead[w][h] - m[w][h]);
-        any_few |= few[w][h];
+          for (int j = 0; j < KEYS / 16; j++)
+            if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
+        }
+#endif
       }
+#pragma unroll
+      for (int k = 0; k < KEYS / 16; k++)
+#pragma unroll
+        for (int e = 0; e < XP / 16; e++) {
+          Right b;
+          load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
+#pragma unroll
+          for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
+        }
+      copy_wait();
+      __syncthreads();  // k of the next tile is there, and nobody reads x any more
     }
-#endif
-    copy_wait();
-    const bool again = __syncthreads_or(any_few);  // k of the next tile is there, and nobody reads x any more
-    if (!again) continue;
-#if !FLOAT32
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int j = 0; j < KEYS / 16; j++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) p[w][j].x[r] = few[w][r % 2] ? shifted(p[w][j].x[r], -REST_SHIFT) : 0;
-    make_rest<KEYS>(pr, at, x_tile, v, c + (i64)at.key * CP, j0);
-    __syncthreads();  // rest is there
-    add_product(acc, p, x_tile);
-    __syncthreads();  // nobody reads rest any more
-#endif
-  }
   };
-  if (!CAP && pr.scale > 0.f && !at.mask && !at.bias) walk(Flag<true>());
-  else walk(Flag<false>());
-  copy_wait();
+  auto both = [&](auto plain) {
+    walk(plain, Flag<false>(), 0);
+#if !FLOAT32
+    bool few = flag & NARROW;
+    if (few) heavy = ~0u;
+    for (int w = 0; w < STRIPS; w++)
+      for (int h = 0; h < 2; h++) few |= is_heavy(top[w][h] - m[w][h], total[w][h]);
+    u32* room = (u32*)k_tile;
+    if (!__syncthreads_or(few)) return;
+    room[threadIdx.x] = few ? heavy : 0;
+    __syncthreads();
+    u32 tiles = 0;
+    for (int n = 0; n < THREADS; n++) tiles |= room[n];
+    __syncthreads();
+    walk(plain, Flag<true>(), tiles);
+#endif
+  };
+  if (!CAP && pr.scale > 0.f && !at.mask && !at.bias) both(Flag<true>());
+  else both(Flag<false>());
 
   float over_total[STRIPS][2];
   bool empty[STRIPS][2];

@@ -15,7 +15,8 @@ from laser_core._gradient import no_gradients
 
 from .build import BLOCK, THREADS, Build
 
-WORKERS = 64  # blocks for each head of the exact path
+WORKERS = 64  # blocks for a head of the exact path
+HEADS = 16  # of it at a time: mostly there is nothing to do
 AGAIN = 16  # blocks for each head of the second value pass, which mostly does nothing
 CHUNK = 128  # keys of a block of the value pass, and queries of one of dβ
 BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
@@ -206,9 +207,13 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     blocks = -(-problem.query_length // x.build.queries)
     v, left = machine.special_forward(x, out, residual, lse) or (values(x), NOTHING)
     x.run("forward", x.heads * blocks, x.q, x.k, x.v, v.x, v.c, v.flags, out, residual, lse, left)
-    workers = min(WORKERS, problem.query_length)
-    x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
+    _exact(x, "forward_exact", x.heads, problem.query_length, x.q, x.k, x.v, v.flags, out, residual, lse)
     return Forward(out, lse, residual if keep else None)
+
+
+def _exact(x: Call, kernel: str, heads: int, rows: int, *arguments: Any) -> None:
+    workers, step = min(WORKERS, rows), min(HEADS, heads)
+    x.run(kernel, workers * step, *arguments, *map(np.int32, (heads, workers, step)))
 
 
 class Rows(NamedTuple):
@@ -263,10 +268,9 @@ def backward(
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
-    workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
-        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
+        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, min(WORKERS, problem.key_length)))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
     made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
     v, r = made or _with_rows(x, forward, d_out, d_lse)
@@ -278,8 +282,8 @@ def backward(
             x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
         x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
     exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
-    x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
-    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, dbetas[1], np.int32(workers[1]))
+    _exact(x, "backward_queries_exact", x.heads, problem.query_length, *exact, dq)
+    _exact(x, "backward_keys_exact", x.key_value_heads, problem.key_length, *exact, dk, dv, dbetas[1])
 
     dq = dq[..., : problem.head_dim].reshape(given.query.shape)
     dk, dv = (

@@ -14,9 +14,11 @@
 #define COLUMNS (EP / PER)  // vectors of a row of values
 #define ROWS_AT_ONCE (THREADS / COLUMNS)
 #if FLOAT16
+#define HARDLY 0x1p-9f  // of beta*v: four roundings of X
 #define EASY_LOW -14.f  // bits of X with c = 0 that are in range
 #define EASY_HIGH 15.f
 #else
+#define HARDLY 0x1p-6f
 #define EASY_LOW -49.f
 #define EASY_HIGH 49.f
 #endif
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_decide(
     }
   }
   const bool any_outside = __syncthreads_or(outside), any_hard = __syncthreads_or(!easy);
-  bool shifts = false, far = false;
+  bool shifts = false, far = false, narrow_span = false;
   for (int e = threadIdx.x; e < EP; e += THREADS) {
     const u32 high = ranges[(i64)kv * 2 * EP + e], low = ranges[((i64)kv * 2 + 1) * EP + e];
     const bool some = e < p.value_dim && high;
@@ -148,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_decide(
     const float one = smallest * beta, other = largest * beta;
     if (EXP) {
       const float middle = 0.5f * one + 0.5f * other;
+      narrow_span |= some && fabsf(beta) >= 1.f && fabsf(other - one) <= HARDLY && fmaxf(fabsf(one), fabsf(other)) < 1.f;
       c[(i64)kv * CP + e] = any_hard && !any_outside ? (int)rintf(fminf(fmaxf(middle * LOG2E, -1e9f), 1e9f)) : 0;
     }
     if (EXPM1) {
@@ -164,8 +167,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_decide(
     }
   }
   const bool any_far = __syncthreads_or(far), any_shifts = __syncthreads_or(shifts);
+  const bool any_narrow = __syncthreads_or(narrow_span);
   if (threadIdx.x) return;
-  if (any_outside || any_far) atomicOr(flags + kv, OUTSIDE);
+  const int flag = (any_outside || any_far ? OUTSIDE : 0) | (any_narrow && !FLOAT32 ? NARROW : 0);
+  if (flag) atomicOr(flags + kv, flag);
   hard[kv] = (any_hard || any_shifts) && !any_outside && !any_far;
 }
 
