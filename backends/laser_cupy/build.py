@@ -11,6 +11,9 @@ from laser_core import Problem
 
 THREADS = 128
 WARPS = THREADS // 32
+JOINT_THREADS = 256  # of a block of the kernel that makes all gradients
+JOINT_KEYS = 128  # that it owns
+JOINT_QUERIES = 64  # that it walks over at a time
 BLOCK = 64  # rows of a tile that a block of the backward pass owns
 SHARED = 99 << 10  # bytes that every device from sm_80 on lends to a block
 LARGEST_DIM = 256
@@ -34,6 +37,7 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
             "backward_keys_exact",
         ),
     ),
+    "joint": ((*_EXACT, "rows", "backward", "joint"), ("backward_joint", "backward_joint_queries")),
     "bias": ((*_EXACT, "rows", "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
     "decode": (("decode",), ("decode", "decode_merge")),
 }
@@ -140,6 +144,15 @@ class Build:
         return 64 * self.strips
 
     @property
+    def joint(self) -> bool:
+        """Whether one kernel can make all gradients, if a block may have as much shared memory as that takes."""
+        return self.narrow and self.padded % 32 == 0 and self.wide % 32 == 0 and not self.split
+
+    def threads(self, kernel: str) -> int:
+        """Threads of a block of a kernel."""
+        return JOINT_THREADS if KERNELS[kernel] == "joint" else THREADS
+
+    @property
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
         values: dict[str, int] = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
@@ -160,6 +173,7 @@ class Build:
             "backward_keys": self.bytes * BLOCK * (d + x) + walked,
             "backward_values": self.bytes * BLOCK * (d + x) + walked,
             "backward_queries": self.bytes * BLOCK * (d + x) + walked,
+            "backward_joint": self._joint_shared,
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
             "decode_merge": 8 * THREADS,
@@ -168,9 +182,15 @@ class Build:
         }.get(kernel, 0)
 
     @property
+    def _joint_shared(self) -> int:
+        d, x = self.padded + _PAD, self.wide + _PAD
+        keys = self.bytes * JOINT_KEYS * (d + x + 2 * (JOINT_QUERIES + _PAD)) + 8 * JOINT_KEYS + 16
+        return keys + 2 * JOINT_QUERIES * (self.bytes * (d + x) + 8)
+
+    @property
     def largest(self) -> int:
         """The most shared memory that a kernel takes that every problem needs."""
-        return max(self.shared(kernel) for kernel in KERNELS if kernel != "decode")
+        return max(self.shared(kernel) for kernel in KERNELS if kernel not in ("decode", "backward_joint"))
 
 
 @functools.cache

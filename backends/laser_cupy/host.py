@@ -13,7 +13,7 @@ from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array, unbroadcast
 from laser_core._gradient import no_gradients
 
-from .build import BLOCK, THREADS, Build
+from .build import BLOCK, JOINT_KEYS, JOINT_QUERIES, THREADS, Build
 
 WORKERS = 64  # blocks for a head of the exact path
 HEADS = 16  # of it at a time: mostly there is nothing to do
@@ -31,6 +31,10 @@ class Machine(Protocol):
     @property
     def processors(self) -> int:
         """Multiprocessors of the device."""
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the device lends to a block."""
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         """Run ``grid`` blocks of a kernel; arguments are arrays and NumPy scalars."""
@@ -239,15 +243,16 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
     l, r, sizes, bounds = (x.empty(queries, dtype=xp.float32) for _ in range(4))
     g, marks = x.empty(queries, build.wide), x.empty(keys, dtype=xp.float32)
-    scales = x.empty(x.key_value_heads, 2, dtype=xp.int32)
+    scales = xp.zeros((x.key_value_heads, 2), dtype=xp.int32)
     per_warp = THREADS // 32
     terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
     x.run("row_terms", -(-queries // per_warp), *terms, np.int64(queries))
-    x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
     if problem.dtype == "float16":
+        x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
         grid = -(-queries * build.wide // (2 * THREADS))
         x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(queries))
-    x.run("key_marks", -(-keys // per_warp), x.k, marks, v.flags, np.int64(keys))
+    few = _joint_serves(x) and problem.bias_shape is None
+    x.run("key_marks", -(-keys // per_warp), x.k, marks, v.flags, np.int64(keys), np.int32(few))
     return Rows(o, do, dl, l, r, g, marks, scales)
 
 
@@ -267,14 +272,17 @@ def backward(
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
-    q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
+    joint = _joint_serves(x)
+    q_blocks, k_blocks = -(-problem.query_length // BLOCK), -(-problem.key_length // (JOINT_KEYS if joint else BLOCK))
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
         shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, min(WORKERS, problem.key_length)))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
     made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
     v, r = made or _with_rows(x, forward, d_out, d_lse)
-    if made is None:
+    if made is None and joint:
+        _joint(x, v, r, dq, dk, dv, dbetas[0])
+    elif made is None:
         pairs = (r.l, r.r, r.marks)
         of_keys = (x.q, x.k, x.v, v.x, r.g, *pairs, v.c, r.scales, v.flags, dk, dv, dbetas[0])
         x.run("backward_keys", x.key_value_heads * k_blocks, *of_keys)
@@ -293,6 +301,22 @@ def backward(
     dbias = None if given.bias is None else _bias_gradient(x, v, r).astype(given.bias.dtype)
     dbeta = None if given.beta is None else _beta_gradient(x, v, r, dbetas, given.beta)
     return Gradients(dq, dk, dv, dbias, dbeta)
+
+
+def _joint_serves(x: Call) -> bool:
+    """Whether one kernel makes all gradients of heads inside the fast range."""
+    return x.build.joint and x.build.shared("backward_joint") <= x.machine.shared
+
+
+def _joint(x: Call, v: Values, r: Rows, dq: Array, dk: Array, dv: Array, dbetas: Any) -> None:
+    """All gradients of heads inside the fast range by one kernel."""
+    xp, problem = x.machine.xp, x.problem
+    tiles, blocks = -(-problem.query_length // JOINT_QUERIES), -(-problem.key_length // JOINT_KEYS)
+    turns = xp.zeros(x.heads * tiles + 1, dtype=xp.int32)
+    sums = x.empty(x.heads * tiles, JOINT_QUERIES * x.build.padded, dtype=xp.float32)
+    side = (r.l, r.r, v.c, r.scales, v.flags, sums, turns[1:], turns[:1], dk, dv, dbetas)
+    x.run("backward_joint", x.key_value_heads * blocks, x.q, x.k, x.v, v.x, r.g, *side, np.int32(blocks))
+    x.run("backward_joint_queries", x.heads * tiles, sums, turns[1:], r.scales, v.flags, dq)
 
 
 def _over_group(xp: Any, x: Array, like: Array, heads: int) -> Array:

@@ -115,11 +115,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_weights(
   store_pair(g + n, value[0], value[1]);
 }
 
-// Per key: 0, or NaN where the key is not finite. A warp for each.
-extern "C" __global__ void __launch_bounds__(THREADS) key_marks(PROBLEM, const element* k, float* marks, int* flags, i64 rows) {
+// Per key: 0, or NaN where the key is not finite. A warp for each. `exact`: only what the exact path reads
+extern "C" __global__ void __launch_bounds__(THREADS) key_marks(
+    PROBLEM, const element* k, float* marks, int* flags, i64 rows, int exact) {
   const Problem p = THE_PROBLEM;
   const i64 row = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-  if (row >= rows) return;
+  if (row >= rows || (exact && !(flags[row / p.key_length] & OUTSIDE))) return;
   float odd = 0.f;
   for (int d = threadIdx.x % 32; d < WIDTH; d += 32) if (!finite(widen(k[row * WIDTH + d]))) odd = 1.f;
   odd = warp_max(odd);

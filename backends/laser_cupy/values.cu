@@ -11,8 +11,8 @@
 
 #define GRID 4096.f  // float16: the expm1 form keeps multiples of 1/GRID
 #define LARGEST_SHIFT 12  // of it; so that they are multiples of the least float16
-#define COLUMNS (EP / PER)  // vectors of a row of values
-#define ROWS_AT_ONCE (THREADS / COLUMNS)
+#define VECTORS_OF_ROW (EP / PER)  // vectors of a row of values
+#define ROWS_AT_ONCE (THREADS / VECTORS_OF_ROW)
 #if FLOAT16
 #define HARDLY 0x1p-9f  // of beta*v: four roundings of X
 #define EASY_LOW -14.f  // bits of X with c = 0 that are in range
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_exp(
   SHARED_MEMORY(raw);
   float* room = (float*)raw;  // [2, ROWS_AT_ONCE, EP]
   const int kv = blockIdx.x / chunks, start = blockIdx.x % chunks * chunk;
-  const int own = threadIdx.x / COLUMNS, e = threadIdx.x % COLUMNS * PER;
+  const int own = threadIdx.x / VECTORS_OF_ROW, e = threadIdx.x % VECTORS_OF_ROW * PER;
   const Head at = head_of(p, kv * p.group);
   float most[2][PER];
   for (int h = 0; h < PER; h++) most[0][h] = most[1][h] = -INF;
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) value_decide(
 extern "C" __global__ void __launch_bounds__(THREADS) value_again(
     PROBLEM, const element* v, const int* c, const int* hard, element* x, int workers) {
   const Problem p = THE_PROBLEM;
-  const int kv = blockIdx.x / workers, own = threadIdx.x / COLUMNS, e = threadIdx.x % COLUMNS * PER;
+  const int kv = blockIdx.x / workers, own = threadIdx.x / VECTORS_OF_ROW, e = threadIdx.x % VECTORS_OF_ROW * PER;
   if (!hard[kv] || own >= ROWS_AT_ONCE) return;
   const Head at = head_of(p, kv * p.group);
   for (int j = blockIdx.x % workers * ROWS_AT_ONCE + own; j < at.k_end; j += workers * ROWS_AT_ONCE) {

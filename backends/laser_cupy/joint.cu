@@ -1,0 +1,271 @@
+// Backward in one kernel, where shared memory has room for it: what backward.cu computes, with five products in place of seven.
+//
+// A block of 8 warps owns KEYS_OWN keys and walks upwards over tiles of QUERIES_AT_ONCE queries. A warp makes pᵀ and dsᵀ of 32
+// keys and 32 queries; by way of shared memory it then has those of 32 keys and all queries for its half of the columns of dk and
+// dv, and those of all keys for its share of the tile of dq.
+//
+// dq of a tile of queries is a sum over blocks, in memory, in one order, so that every run gives the same bits: `turns` counts,
+// for each tile, the blocks that have added their part, from the last keys to the first. Blocks draw their work in that order,
+// so one waits only for blocks that have begun; and all walk upwards, so whoever comes first in the order is ahead in time as
+// well. In `sums` a tile of dq lies as the threads have it: [DQ_SHARE][256].
+
+#define JOINT_THREADS 256
+#define KEYS_OWN 128
+#define QUERIES_AT_ONCE 64
+#define SPREAD 32  // keys, and queries, of a warp
+#define DQ_ACROSS (DP % 64 == 0 ? 4 : 2)  // warps side by side over the columns of dq
+#define DQ_STRIPS (DQ_ACROSS / 2)         // of 16 queries for each
+#define DQ_SHARE (QUERIES_AT_ONCE * DP / JOINT_THREADS)
+#define JOINT_STAGE (QUERIES_AT_ONCE * (sizeof(element) * (DP + PAD + XP + PAD) + 8))
+#define WEIGHTS (QUERIES_AT_ONCE + PAD)  // elements from one key to the next in tiles of pᵀ and dsᵀ
+
+#if !FLOAT32 && DP % 32 == 0 && XP % 32 == 0 && DP + XP <= 256
+#define JOINT 1
+#endif
+
+#if JOINT
+// d [32, 32] = a [32, CELLS] · bᵀ, for b [32, CELLS]
+template <int CELLS>
+__device__ __forceinline__ void multiply_spread(float (&d)[2][SPREAD / 8][4], const element* a_tile, const element* b_tile) {
+#pragma unroll
+  for (int n = 0; n < CELLS / 16; n++) {
+    Left a[2];
+#pragma unroll
+    for (int w = 0; w < 2; w++) load_a(a[w], a_tile + w * 16 * (CELLS + PAD) + n * 16, CELLS + PAD);
+#pragma unroll
+    for (int j = 0; j < SPREAD / 16; j++) {
+      Right b;
+      load_b(b, b_tile + j * 16 * (CELLS + PAD) + n * 16, CELLS + PAD);
+#pragma unroll
+      for (int w = 0; w < 2; w++) mma(d[w][2 * j], d[w][2 * j + 1], a[w], b);
+    }
+  }
+}
+
+// acc [32, COLUMNS] += w [32, QUERIES_AT_ONCE] · b [QUERIES_AT_ONCE, COLUMNS], for b in rows `ld` apart
+template <int COLUMNS>
+__device__ __forceinline__ void accumulate_spread(float (&acc)[2][COLUMNS / 8][4], const element* weights, const element* b_tile, int ld) {
+#pragma unroll
+  for (int i = 0; i < QUERIES_AT_ONCE / 16; i++) {
+    Left a[2];
+#pragma unroll
+    for (int w = 0; w < 2; w++) load_a(a[w], weights + w * 16 * WEIGHTS + i * 16, WEIGHTS);
+#pragma unroll
+    for (int e = 0; e < COLUMNS / 16; e++) {
+      Right b;
+      load_b_transposed(b, b_tile + i * 16 * ld + e * 16, ld);
+#pragma unroll
+      for (int w = 0; w < 2; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], a[w], b);
+    }
+  }
+}
+
+// what a warp holds of rows and columns, to rows of floats
+template <int COLUMNS>
+__device__ __forceinline__ void spill(float* to, int ld, const float (&acc)[2][COLUMNS / 8][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int w = 0; w < 2; w++)
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; n++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) store_two(to + (w * 16 + h * 8 + g) * ld + n * 8 + t * 2, acc[w][n][2 * h], acc[w][n][2 * h + 1]);
+}
+#endif
+
+// dk, dv and `sums` of dq. dbetas [B*Hkv, blocks, EP], or null
+extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
+    PROBLEM, const element* q, const element* k, const element* v, const element* x, const element* g, const float* l,
+    const float* r, const int* c, const int* scales, const int* flags, float* sums, int* turns, int* drawn, element* dk,
+    element* dv, float* dbetas, int blocks) {
+#if JOINT
+  const Problem pr = THE_PROBLEM;
+  SHARED_MEMORY(raw);
+  element* k_tile = (element*)raw;                          // [KEYS_OWN, DP]
+  element* x_tile = k_tile + KEYS_OWN * (DP + PAD);         // [KEYS_OWN, XP]
+  element* p_tile = x_tile + KEYS_OWN * (XP + PAD);         // [KEYS_OWN, QUERIES_AT_ONCE]
+  element* ds_tile = p_tile + KEYS_OWN * WEIGHTS;           // the same
+  u8* stages = (u8*)(ds_tile + KEYS_OWN * WEIGHTS);         // two of: q, G [QUERIES_AT_ONCE, DP or XP], l, r [QUERIES_AT_ONCE]
+  float* marks = (float*)(stages + 2 * JOINT_STAGE);        // [2, KEYS_OWN]
+  int* index = (int*)(marks + 2 * KEYS_OWN);
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, t = lane % 4;
+  if (tid == 0) *index = atomicAdd(drawn, 1);
+  __syncthreads();
+  const int kv = *index / blocks, block = blocks - 1 - *index % blocks, j0 = block * KEYS_OWN, flag = flags[kv];
+  if (flag & OUTSIDE) return;
+  const i64 keys = (i64)kv * pr.key_length;
+  const int tiles = (pr.query_length + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+  const Factors f = factors(scales + 2 * kv);
+  tile_begin<KEYS_OWN, DP, WIDTH, JOINT_THREADS>(k_tile, k + keys * WIDTH, j0, pr.key_length);
+  tile_begin<KEYS_OWN, XP, XP, JOINT_THREADS>(x_tile, x + keys * XP, j0, pr.key_length);
+  copy_wait();
+  __syncthreads();
+
+  // keys that are not finite: a mark in place of their numbers
+  bool odd = false;
+  for (int d = 0; d < DP / 2; d++) {
+    element& one = k_tile[tid / 2 * (DP + PAD) + tid % 2 * (DP / 2) + d];
+    if (!finite(widen(one))) { odd = true; one = 0; }
+  }
+  marks[tid % 2 * KEYS_OWN + tid / 2] = odd ? NOT_A_NUMBER : 0.f;
+  const bool look = __syncthreads_or(odd) || flag & ODD;
+
+  const int own = warp / 2 * SPREAD, half = warp % 2;  // the first key; which queries, and which half of the columns
+  const int dq_row = warp / DQ_ACROSS * 16 * DQ_STRIPS, dq_column = warp % DQ_ACROSS * (DP / DQ_ACROSS);
+  float dk_acc[2][DP / 16][4] = {}, dv_acc[2][XP / 16][4] = {};  // [32, DP/2] and [32, XP/2]
+  int* to_pass = nullptr;  // the turn that is to be passed on
+  int passed = 0;
+  for (int member = 0; member < pr.group; member++) {
+    const Head at = head_of(pr, kv * pr.group + member);
+    const i64 queries = (i64)at.query * pr.query_length;
+    const int first = greatest(0, j0 - pr.high) / QUERIES_AT_ONCE;
+    const int end = j0 < at.k_end ? (least(at.q_end, j0 + KEYS_OWN - pr.low) + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE : 0;
+    auto stage = [&](int tile) { return stages + tile % 2 * JOINT_STAGE; };
+    auto begin = [&](int tile) {
+      element* q_tile = (element*)stage(tile);
+      element* g_tile = q_tile + QUERIES_AT_ONCE * (DP + PAD);
+      float* l_tile = (float*)(g_tile + QUERIES_AT_ONCE * (XP + PAD));
+      const int i0 = tile * QUERIES_AT_ONCE;
+      tile_begin<QUERIES_AT_ONCE, DP, WIDTH, JOINT_THREADS>(q_tile, q + queries * WIDTH, i0, at.q_end);
+      tile_begin<QUERIES_AT_ONCE, XP, XP, JOINT_THREADS>(g_tile, g + queries * XP, i0, at.q_end);
+      if (tid < 2 * QUERIES_AT_ONCE) {
+        const int i = i0 + tid % QUERIES_AT_ONCE;
+        copy_begin_float(l_tile + tid, (tid < QUERIES_AT_ONCE ? l : r) + queries + least(i, pr.query_length - 1), i < at.q_end);
+      }
+    };
+    __syncthreads();  // nobody reads tiles of another head any more
+    if (first < end) begin(first);
+    for (int tile = first; tile < end; tile++) {
+      const int i0 = tile * QUERIES_AT_ONCE;
+      element* q_tile = (element*)stage(tile);
+      const element* g_tile = q_tile + QUERIES_AT_ONCE * (DP + PAD);
+      const float* l_tile = (const float*)(g_tile + QUERIES_AT_ONCE * (XP + PAD)) + half * SPREAD;
+      copy_wait();
+      if (flag & ODD) tile_clean<QUERIES_AT_ONCE, DP, JOINT_THREADS>(q_tile);
+      __syncthreads();  // this tile is there, and nobody reads the one before, or weights
+      if (tile + 1 < end) begin(tile + 1);
+
+      float s[2][SPREAD / 8][4] = {}, gx[2][SPREAD / 8][4] = {};  // [32 keys, 32 queries]
+      multiply_spread<DP>(s, k_tile + own * (DP + PAD), q_tile + half * SPREAD * (DP + PAD));
+      multiply_spread<XP>(gx, x_tile + own * (XP + PAD), g_tile + half * SPREAD * (XP + PAD));
+      const bool direct = !CAP && !look && all_visible(pr, at, i0, i0 + QUERIES_AT_ONCE, j0, j0 + KEYS_OWN);
+#pragma unroll
+      for (int w = 0; w < 2; w++) {
+        const int row = own + w * 16 + lane / 4;
+        weigh<true>(pr, f, direct, s[w], gx[w], [&](int n, int h, bool closely, float& one_l, float& one_r, float& mark, float& bias) {
+          const int column = n * 8 + t * 2 + h % 2;
+          one_l = l_tile[column];
+          one_r = l_tile[QUERIES_AT_ONCE + column];
+          if (!closely) return true;
+          mark = marks[row + h / 2 * 8] + marks[KEYS_OWN + row + h / 2 * 8];
+          return visible(pr, at, i0 + half * SPREAD + column, j0 + row + h / 2 * 8, bias);
+        });
+#pragma unroll
+        for (int n = 0; n < SPREAD / 8; n++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int to = (row + h * 8) * WEIGHTS + half * SPREAD + n * 8 + t * 2;
+            store_pair(p_tile + to, s[w][n][2 * h] * (1 << P_SHIFT), s[w][n][2 * h + 1] * (1 << P_SHIFT));
+            store_pair(ds_tile + to, gx[w][n][2 * h], gx[w][n][2 * h + 1]);
+          }
+      }
+      memory_fence();  // the sums of the tile before
+      __syncthreads();  // weights are there
+      if (tid == 0 && to_pass) turn_pass(to_pass, passed);
+
+      accumulate_spread<XP / 2>(dv_acc, p_tile + own * WEIGHTS, g_tile + half * (XP / 2), XP + PAD);
+      accumulate_spread<DP / 2>(dk_acc, ds_tile + own * WEIGHTS, q_tile + half * (DP / 2), DP + PAD);
+      float dq[DQ_STRIPS][DP / DQ_ACROSS / 8][4] = {};
+#pragma unroll
+      for (int j = 0; j < KEYS_OWN / 16; j++) {
+        Left a[DQ_STRIPS];
+#pragma unroll
+        for (int w = 0; w < DQ_STRIPS; w++) load_a_transposed(a[w], ds_tile + j * 16 * WEIGHTS + dq_row + w * 16, WEIGHTS);
+#pragma unroll
+        for (int d = 0; d < DP / DQ_ACROSS / 16; d++) {
+          Right b;
+          load_b_transposed(b, k_tile + j * 16 * (DP + PAD) + dq_column + d * 16, DP + PAD);
+#pragma unroll
+          for (int w = 0; w < DQ_STRIPS; w++) mma(dq[w][2 * d], dq[w][2 * d + 1], a[w], b);
+        }
+      }
+      // in turn: from the last block of keys that this tile sees to the first
+      const int last = (least(at.k_end, i0 + QUERIES_AT_ONCE + pr.high) - 1) / KEYS_OWN;
+      int* turn = turns + (i64)at.query * tiles + tile;
+      float* sum = sums + ((i64)at.query * tiles + tile) * (QUERIES_AT_ONCE * DP) + tid;
+      turn_wait(turn, last - block);
+#pragma unroll
+      for (int w = 0; w < DQ_STRIPS; w++)
+#pragma unroll
+        for (int d = 0; d < DP / DQ_ACROSS / 8; d++)
+#pragma unroll
+          for (int h = 0; h < 4; h++) {
+            float* to = sum + ((w * (DP / DQ_ACROSS / 8) + d) * 4 + h) * JOINT_THREADS;
+            if (last == block) *to = dq[w][d][h];
+            else atomicAdd(to, dq[w][d][h]);
+          }
+      to_pass = turn;
+      passed = last - block + 1;
+    }
+  }
+  copy_wait();
+  memory_fence();
+  __syncthreads();
+  if (tid == 0 && to_pass) turn_pass(to_pass, passed);
+
+  float* dk_rows = (float*)raw;                      // [KEYS_OWN, DP]
+  float* dv_rows = dk_rows + KEYS_OWN * (DP + 4);    // [KEYS_OWN, XP]
+  spill<DP / 2>(dk_rows + own * (DP + 4) + half * (DP / 2), DP + 4, dk_acc);
+  spill<XP / 2>(dv_rows + own * (XP + 4) + half * (XP / 2), XP + 4, dv_acc);
+  __syncthreads();
+  const int rows = least(KEYS_OWN, pr.key_length - j0), g_scale = scales[2 * kv], ds_scale = scales[2 * kv + 1];
+  for (int n = tid; n < rows * (WIDTH / 2); n += JOINT_THREADS) {
+    const float* from = dk_rows + n / (WIDTH / 2) * (DP + 4) + n % (WIDTH / 2) * 2;
+    store_pair(dk + (keys + j0) * WIDTH + n * 2, scaled(from[0] * pr.scale, ds_scale), scaled(from[1] * pr.scale, ds_scale));
+  }
+  for (int n = tid; n < rows * EP; n += JOINT_THREADS) {
+    const int row = n / EP, e = n % EP;
+    float* from = dv_rows + row * (XP + 4) + e;
+    if (e >= pr.value_dim) continue;
+    const i64 to = (keys + j0 + row) * pr.value_dim + e;
+    const float beta = beta_of(pr, kv * pr.group % pr.query_heads, e);
+    float dbeta;
+    dv[to] = narrow(value_gradient(from[0], from[XP - EP], beta, widen(v[to]), c + (i64)kv * CP, e, g_scale, dbeta));
+    from[0] = dbeta;
+  }
+  if (!dbetas) return;
+  __syncthreads();
+  for (int e = tid; e < EP; e += JOINT_THREADS) {
+    float sum = 0.f;
+    for (int row = 0; row < rows; row++) sum += e < pr.value_dim ? dv_rows[row * (XP + 4) + e] : 0.f;
+    dbetas[((i64)kv * blocks + block) * EP + e] = sum;
+  }
+#endif
+}
+
+// dq from its sums; a block for each tile
+extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint_queries(
+    PROBLEM, const float* sums, const int* turns, const int* scales, const int* flags, element* dq) {
+#if JOINT
+  const Problem pr = THE_PROBLEM;
+  const int tiles = (pr.query_length + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+  const Head at = head_of(pr, blockIdx.x / tiles);
+  if (flags[at.key] & OUTSIDE) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ds_scale = scales[2 * at.key + 1];
+  const bool some = turns[blockIdx.x] > 0;
+  sums += (i64)blockIdx.x * (QUERIES_AT_ONCE * DP) + threadIdx.x;
+#pragma unroll
+  for (int w = 0; w < DQ_STRIPS; w++)
+#pragma unroll
+    for (int n = 0; n < DP / DQ_ACROSS / 8; n++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int i = blockIdx.x % tiles * QUERIES_AT_ONCE + warp / DQ_ACROSS * 16 * DQ_STRIPS + w * 16 + h * 8 + lane / 4;
+        const int d = warp % DQ_ACROSS * (DP / DQ_ACROSS) + n * 8 + lane % 4 * 2;
+        const float* from = sums + ((w * (DP / DQ_ACROSS / 8) + n) * 4 + 2 * h) * JOINT_THREADS;
+        const float first = some ? from[0] : 0.f, second = some ? from[JOINT_THREADS] : 0.f;
+        if (i < pr.query_length && d < WIDTH)
+          store_pair(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d, scaled(first * pr.scale, ds_scale), scaled(second * pr.scale, ds_scale));
+      }
+#endif
+}
