@@ -153,12 +153,18 @@ class Build:
         return JOINT_THREADS if KERNELS[kernel] == "joint" else THREADS
 
     @property
+    def lanes(self) -> int:
+        """Of a row of queries in the pass over them."""
+        widest, per = max(self.columns, self.value_dim), 16 // self.bytes
+        return 32 if widest > 16 * per else 16 if widest > 8 * per else 8
+
+    @property
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
         values: dict[str, int] = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
         values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1, "CAP": self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        values |= {"INNER": self.inner, "STAGES": self.stages}
+        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:

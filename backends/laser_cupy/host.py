@@ -246,7 +246,7 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     scales = xp.zeros((x.key_value_heads, 2), dtype=xp.int32)
     per_warp = THREADS // 32
     terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
-    x.run("row_terms", -(-queries // per_warp), *terms, np.int64(queries))
+    x.run("row_terms", -(-queries * build.lanes // THREADS), *terms, np.int64(queries))
     if problem.dtype == "float16":
         x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
         grid = -(-queries * build.wide // (2 * THREADS))

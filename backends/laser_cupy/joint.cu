@@ -1,6 +1,6 @@
 // Backward in one kernel, where shared memory has room for it: what backward.cu computes, with five products in place of seven.
 //
-// A block of 8 warps owns KEYS_OWN keys and walks upwards over tiles of QUERIES_AT_ONCE queries. A warp makes pᵀ and dsᵀ of 32
+// A block of 8 warps owns JOINT_KEYS keys and walks upwards over tiles of JOINT_QUERIES queries. A warp makes pᵀ and dsᵀ of 32
 // keys and 32 queries; by way of shared memory it then has those of 32 keys and all queries for its half of the columns of dk and
 // dv, and those of all keys for its share of the tile of dq.
 //
@@ -10,14 +10,14 @@
 // well. In `sums` a tile of dq lies as the threads have it: [DQ_SHARE][256].
 
 #define JOINT_THREADS 256
-#define KEYS_OWN 128
-#define QUERIES_AT_ONCE 64
+#define JOINT_KEYS 128
+#define JOINT_QUERIES 64
 #define SPREAD 32  // keys, and queries, of a warp
 #define DQ_ACROSS (DP % 64 == 0 ? 4 : 2)  // warps side by side over the columns of dq
 #define DQ_STRIPS (DQ_ACROSS / 2)         // of 16 queries for each
-#define DQ_SHARE (QUERIES_AT_ONCE * DP / JOINT_THREADS)
-#define JOINT_STAGE (QUERIES_AT_ONCE * (sizeof(element) * (DP + PAD + XP + PAD) + 8))
-#define WEIGHTS (QUERIES_AT_ONCE + PAD)  // elements from one key to the next in tiles of pᵀ and dsᵀ
+#define DQ_SHARE (JOINT_QUERIES * DP / JOINT_THREADS)
+#define JOINT_STAGE (JOINT_QUERIES * (sizeof(element) * (DP + PAD + XP + PAD) + 8))
+#define WEIGHTS (JOINT_QUERIES + PAD)  // elements from one key to the next in tiles of pᵀ and dsᵀ
 
 #if !FLOAT32 && DP % 32 == 0 && XP % 32 == 0 && DP + XP <= 256
 #define JOINT 1
@@ -42,11 +42,11 @@ __device__ __forceinline__ void multiply_spread(float (&d)[2][SPREAD / 8][4], co
   }
 }
 
-// acc [32, COLUMNS] += w [32, QUERIES_AT_ONCE] · b [QUERIES_AT_ONCE, COLUMNS], for b in rows `ld` apart
+// acc [32, COLUMNS] += w [32, JOINT_QUERIES] · b [JOINT_QUERIES, COLUMNS], for b in rows `ld` apart
 template <int COLUMNS>
 __device__ __forceinline__ void accumulate_spread(float (&acc)[2][COLUMNS / 8][4], const element* weights, const element* b_tile, int ld) {
 #pragma unroll
-  for (int i = 0; i < QUERIES_AT_ONCE / 16; i++) {
+  for (int i = 0; i < JOINT_QUERIES / 16; i++) {
     Left a[2];
 #pragma unroll
     for (int w = 0; w < 2; w++) load_a(a[w], weights + w * 16 * WEIGHTS + i * 16, WEIGHTS);
@@ -81,23 +81,23 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
 #if JOINT
   const Problem pr = THE_PROBLEM;
   SHARED_MEMORY(raw);
-  element* k_tile = (element*)raw;                          // [KEYS_OWN, DP]
-  element* x_tile = k_tile + KEYS_OWN * (DP + PAD);         // [KEYS_OWN, XP]
-  element* p_tile = x_tile + KEYS_OWN * (XP + PAD);         // [KEYS_OWN, QUERIES_AT_ONCE]
-  element* ds_tile = p_tile + KEYS_OWN * WEIGHTS;           // the same
-  u8* stages = (u8*)(ds_tile + KEYS_OWN * WEIGHTS);         // two of: q, G [QUERIES_AT_ONCE, DP or XP], l, r [QUERIES_AT_ONCE]
-  float* marks = (float*)(stages + 2 * JOINT_STAGE);        // [2, KEYS_OWN]
-  int* index = (int*)(marks + 2 * KEYS_OWN);
+  element* k_tile = (element*)raw;                          // [JOINT_KEYS, DP]
+  element* x_tile = k_tile + JOINT_KEYS * (DP + PAD);         // [JOINT_KEYS, XP]
+  element* p_tile = x_tile + JOINT_KEYS * (XP + PAD);         // [JOINT_KEYS, JOINT_QUERIES]
+  element* ds_tile = p_tile + JOINT_KEYS * WEIGHTS;           // the same
+  u8* stages = (u8*)(ds_tile + JOINT_KEYS * WEIGHTS);         // two of: q, G [JOINT_QUERIES, DP or XP], l, r [JOINT_QUERIES]
+  float* marks = (float*)(stages + 2 * JOINT_STAGE);        // [2, JOINT_KEYS]
+  int* index = (int*)(marks + 2 * JOINT_KEYS);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, t = lane % 4;
   if (tid == 0) *index = atomicAdd(drawn, 1);
   __syncthreads();
-  const int kv = *index / blocks, block = blocks - 1 - *index % blocks, j0 = block * KEYS_OWN, flag = flags[kv];
+  const int kv = *index / blocks, block = blocks - 1 - *index % blocks, j0 = block * JOINT_KEYS, flag = flags[kv];
   if (flag & OUTSIDE) return;
   const i64 keys = (i64)kv * pr.key_length;
-  const int tiles = (pr.query_length + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+  const int tiles = (pr.query_length + JOINT_QUERIES - 1) / JOINT_QUERIES;
   const Factors f = factors(scales + 2 * kv);
-  tile_begin<KEYS_OWN, DP, WIDTH, JOINT_THREADS>(k_tile, k + keys * WIDTH, j0, pr.key_length);
-  tile_begin<KEYS_OWN, XP, XP, JOINT_THREADS>(x_tile, x + keys * XP, j0, pr.key_length);
+  tile_begin<JOINT_KEYS, DP, WIDTH, JOINT_THREADS>(k_tile, k + keys * WIDTH, j0, pr.key_length);
+  tile_begin<JOINT_KEYS, XP, XP, JOINT_THREADS>(x_tile, x + keys * XP, j0, pr.key_length);
   copy_wait();
   __syncthreads();
 
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
     element& one = k_tile[tid / 2 * (DP + PAD) + tid % 2 * (DP / 2) + d];
     if (!finite(widen(one))) { odd = true; one = 0; }
   }
-  marks[tid % 2 * KEYS_OWN + tid / 2] = odd ? NOT_A_NUMBER : 0.f;
+  marks[tid % 2 * JOINT_KEYS + tid / 2] = odd ? NOT_A_NUMBER : 0.f;
   const bool look = __syncthreads_or(odd) || flag & ODD;
 
   const int own = warp / 2 * SPREAD, half = warp % 2;  // the first key; which queries, and which half of the columns
@@ -118,46 +118,46 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
   for (int member = 0; member < pr.group; member++) {
     const Head at = head_of(pr, kv * pr.group + member);
     const i64 queries = (i64)at.query * pr.query_length;
-    const int first = greatest(0, j0 - pr.high) / QUERIES_AT_ONCE;
-    const int end = j0 < at.k_end ? (least(at.q_end, j0 + KEYS_OWN - pr.low) + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE : 0;
+    const int first = greatest(0, j0 - pr.high) / JOINT_QUERIES;
+    const int end = j0 < at.k_end ? (least(at.q_end, j0 + JOINT_KEYS - pr.low) + JOINT_QUERIES - 1) / JOINT_QUERIES : 0;
     auto stage = [&](int tile) { return stages + tile % 2 * JOINT_STAGE; };
     auto begin = [&](int tile) {
       element* q_tile = (element*)stage(tile);
-      element* g_tile = q_tile + QUERIES_AT_ONCE * (DP + PAD);
-      float* l_tile = (float*)(g_tile + QUERIES_AT_ONCE * (XP + PAD));
-      const int i0 = tile * QUERIES_AT_ONCE;
-      tile_begin<QUERIES_AT_ONCE, DP, WIDTH, JOINT_THREADS>(q_tile, q + queries * WIDTH, i0, at.q_end);
-      tile_begin<QUERIES_AT_ONCE, XP, XP, JOINT_THREADS>(g_tile, g + queries * XP, i0, at.q_end);
-      if (tid < 2 * QUERIES_AT_ONCE) {
-        const int i = i0 + tid % QUERIES_AT_ONCE;
-        copy_begin_float(l_tile + tid, (tid < QUERIES_AT_ONCE ? l : r) + queries + least(i, pr.query_length - 1), i < at.q_end);
+      element* g_tile = q_tile + JOINT_QUERIES * (DP + PAD);
+      float* l_tile = (float*)(g_tile + JOINT_QUERIES * (XP + PAD));
+      const int i0 = tile * JOINT_QUERIES;
+      tile_begin<JOINT_QUERIES, DP, WIDTH, JOINT_THREADS>(q_tile, q + queries * WIDTH, i0, at.q_end);
+      tile_begin<JOINT_QUERIES, XP, XP, JOINT_THREADS>(g_tile, g + queries * XP, i0, at.q_end);
+      if (tid < 2 * JOINT_QUERIES) {
+        const int i = i0 + tid % JOINT_QUERIES;
+        copy_begin_float(l_tile + tid, (tid < JOINT_QUERIES ? l : r) + queries + least(i, pr.query_length - 1), i < at.q_end);
       }
     };
     __syncthreads();  // nobody reads tiles of another head any more
     if (first < end) begin(first);
     for (int tile = first; tile < end; tile++) {
-      const int i0 = tile * QUERIES_AT_ONCE;
+      const int i0 = tile * JOINT_QUERIES;
       element* q_tile = (element*)stage(tile);
-      const element* g_tile = q_tile + QUERIES_AT_ONCE * (DP + PAD);
-      const float* l_tile = (const float*)(g_tile + QUERIES_AT_ONCE * (XP + PAD)) + half * SPREAD;
+      const element* g_tile = q_tile + JOINT_QUERIES * (DP + PAD);
+      const float* l_tile = (const float*)(g_tile + JOINT_QUERIES * (XP + PAD)) + half * SPREAD;
       copy_wait();
-      if (flag & ODD) tile_clean<QUERIES_AT_ONCE, DP, JOINT_THREADS>(q_tile);
+      if (flag & ODD) tile_clean<JOINT_QUERIES, DP, JOINT_THREADS>(q_tile);
       __syncthreads();  // this tile is there, and nobody reads the one before, or weights
       if (tile + 1 < end) begin(tile + 1);
 
       float s[2][SPREAD / 8][4] = {}, gx[2][SPREAD / 8][4] = {};  // [32 keys, 32 queries]
       multiply_spread<DP>(s, k_tile + own * (DP + PAD), q_tile + half * SPREAD * (DP + PAD));
       multiply_spread<XP>(gx, x_tile + own * (XP + PAD), g_tile + half * SPREAD * (XP + PAD));
-      const bool direct = !CAP && !look && all_visible(pr, at, i0, i0 + QUERIES_AT_ONCE, j0, j0 + KEYS_OWN);
+      const bool direct = !CAP && !look && all_visible(pr, at, i0, i0 + JOINT_QUERIES, j0, j0 + JOINT_KEYS);
 #pragma unroll
       for (int w = 0; w < 2; w++) {
         const int row = own + w * 16 + lane / 4;
         weigh<true>(pr, f, direct, s[w], gx[w], [&](int n, int h, bool closely, float& one_l, float& one_r, float& mark, float& bias) {
           const int column = n * 8 + t * 2 + h % 2;
           one_l = l_tile[column];
-          one_r = l_tile[QUERIES_AT_ONCE + column];
+          one_r = l_tile[JOINT_QUERIES + column];
           if (!closely) return true;
-          mark = marks[row + h / 2 * 8] + marks[KEYS_OWN + row + h / 2 * 8];
+          mark = marks[row + h / 2 * 8] + marks[JOINT_KEYS + row + h / 2 * 8];
           return visible(pr, at, i0 + half * SPREAD + column, j0 + row + h / 2 * 8, bias);
         });
 #pragma unroll
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
       accumulate_spread<DP / 2>(dk_acc, ds_tile + own * WEIGHTS, q_tile + half * (DP / 2), DP + PAD);
       float dq[DQ_STRIPS][DP / DQ_ACROSS / 8][4] = {};
 #pragma unroll
-      for (int j = 0; j < KEYS_OWN / 16; j++) {
+      for (int j = 0; j < JOINT_KEYS / 16; j++) {
         Left a[DQ_STRIPS];
 #pragma unroll
         for (int w = 0; w < DQ_STRIPS; w++) load_a_transposed(a[w], ds_tile + j * 16 * WEIGHTS + dq_row + w * 16, WEIGHTS);
@@ -190,9 +190,9 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
         }
       }
       // in turn: from the last block of keys that this tile sees to the first
-      const int last = (least(at.k_end, i0 + QUERIES_AT_ONCE + pr.high) - 1) / KEYS_OWN;
+      const int last = (least(at.k_end, i0 + JOINT_QUERIES + pr.high) - 1) / JOINT_KEYS;
       int* turn = turns + (i64)at.query * tiles + tile;
-      float* sum = sums + ((i64)at.query * tiles + tile) * (QUERIES_AT_ONCE * DP) + tid;
+      float* sum = sums + ((i64)at.query * tiles + tile) * (JOINT_QUERIES * DP) + tid;
       turn_wait(turn, last - block);
 #pragma unroll
       for (int w = 0; w < DQ_STRIPS; w++)
@@ -213,12 +213,12 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
   __syncthreads();
   if (tid == 0 && to_pass) turn_pass(to_pass, passed);
 
-  float* dk_rows = (float*)raw;                      // [KEYS_OWN, DP]
-  float* dv_rows = dk_rows + KEYS_OWN * (DP + 4);    // [KEYS_OWN, XP]
+  float* dk_rows = (float*)raw;                      // [JOINT_KEYS, DP]
+  float* dv_rows = dk_rows + JOINT_KEYS * (DP + 4);    // [JOINT_KEYS, XP]
   spill<DP / 2>(dk_rows + own * (DP + 4) + half * (DP / 2), DP + 4, dk_acc);
   spill<XP / 2>(dv_rows + own * (XP + 4) + half * (XP / 2), XP + 4, dv_acc);
   __syncthreads();
-  const int rows = least(KEYS_OWN, pr.key_length - j0), g_scale = scales[2 * kv], ds_scale = scales[2 * kv + 1];
+  const int rows = least(JOINT_KEYS, pr.key_length - j0), g_scale = scales[2 * kv], ds_scale = scales[2 * kv + 1];
   for (int n = tid; n < rows * (WIDTH / 2); n += JOINT_THREADS) {
     const float* from = dk_rows + n / (WIDTH / 2) * (DP + 4) + n % (WIDTH / 2) * 2;
     store_pair(dk + (keys + j0) * WIDTH + n * 2, scaled(from[0] * pr.scale, ds_scale), scaled(from[1] * pr.scale, ds_scale));
@@ -248,19 +248,19 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint_queri
     PROBLEM, const float* sums, const int* turns, const int* scales, const int* flags, element* dq) {
 #if JOINT
   const Problem pr = THE_PROBLEM;
-  const int tiles = (pr.query_length + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+  const int tiles = (pr.query_length + JOINT_QUERIES - 1) / JOINT_QUERIES;
   const Head at = head_of(pr, blockIdx.x / tiles);
   if (flags[at.key] & OUTSIDE) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ds_scale = scales[2 * at.key + 1];
   const bool some = turns[blockIdx.x] > 0;
-  sums += (i64)blockIdx.x * (QUERIES_AT_ONCE * DP) + threadIdx.x;
+  sums += (i64)blockIdx.x * (JOINT_QUERIES * DP) + threadIdx.x;
 #pragma unroll
   for (int w = 0; w < DQ_STRIPS; w++)
 #pragma unroll
     for (int n = 0; n < DP / DQ_ACROSS / 8; n++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int i = blockIdx.x % tiles * QUERIES_AT_ONCE + warp / DQ_ACROSS * 16 * DQ_STRIPS + w * 16 + h * 8 + lane / 4;
+        const int i = blockIdx.x % tiles * JOINT_QUERIES + warp / DQ_ACROSS * 16 * DQ_STRIPS + w * 16 + h * 8 + lane / 4;
         const int d = warp % DQ_ACROSS * (DP / DQ_ACROSS) + n * 8 + lane % 4 * 2;
         const float* from = sums + ((w * (DP / DQ_ACROSS / 8) + n) * 4 + 2 * h) * JOINT_THREADS;
         const float first = some ? from[0] : 0.f, second = some ? from[JOINT_THREADS] : 0.f;
