@@ -84,7 +84,7 @@ def test_a_build_is_validated() -> None:
 
 def test_tile_sizes_are_those_of_the_kernels() -> None:
     text = build.source()
-    for name in ("THREADS", "BLOCK", "ROWS", "JOINT_THREADS", "JOINT_KEYS", "JOINT_QUERIES"):
+    for name in ("THREADS", "BLOCK", "ROWS", "JOINT_THREADS", "JOINT_KEYS"):
         found = re.search(rf"^#define {name} (\d+)", text, re.MULTILINE)
         assert found
         assert int(found[1]) == getattr(decode if name == "ROWS" else build, name)

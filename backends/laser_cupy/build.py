@@ -13,7 +13,6 @@ THREADS = 128
 WARPS = THREADS // 32
 JOINT_THREADS = 256  # of a block of the kernel that makes all gradients
 JOINT_KEYS = 128  # that it owns
-JOINT_QUERIES = 64  # that it walks over at a time
 BLOCK = 64  # rows of a tile that a block of the backward pass owns
 SHARED = 99 << 10  # bytes that every device from sm_80 on lends to a block
 LARGEST_DIM = 256
@@ -57,6 +56,7 @@ class Build:
         value_dim: E rounded up to 16, and no less than 32.
         exp, expm1: The forms of the values; ``values.cu`` has them.
         cap: A soft cap of the scores.
+        general: Scores are more than products times a positive factor: there is a mask, a bias or a cap.
         strips: Of the forward pass: a warp owns 16 queries times this.
         keys: Of the forward pass: keys of a tile.
         resident: Of the forward pass: blocks that share a multiprocessor, by registers.
@@ -70,6 +70,7 @@ class Build:
     exp: bool = True
     expm1: bool = False
     cap: bool = False
+    general: bool = False
     strips: int = 1
     keys: int = 64
     resident: int = 2
@@ -84,7 +85,7 @@ class Build:
             ("value_dim", range(16, LARGEST_DIM + 1, 16)),
             ("strips", (1, 2)),
             ("keys", (16, 32, 64, 128)),
-            ("resident", (1, 2, 3)),
+            ("resident", (1, 2, 3, 4)),
             ("inner", (16, 32)),
             ("stages", (1, 2)),
         ):
@@ -104,6 +105,10 @@ class Build:
             exp=beta is None or beta != 0,
             expm1=beta is None or abs(beta) < 1,
             cap=problem.logits_soft_cap is not None,
+            general=problem.mask_shape is not None
+            or problem.bias_shape is not None
+            or problem.logits_soft_cap is not None
+            or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
             return dataclasses.replace(build, strips=2)
@@ -148,6 +153,11 @@ class Build:
         """Whether one kernel can make all gradients, if a block may have as much shared memory as that takes."""
         return self.narrow and self.padded % 32 == 0 and self.wide % 32 == 0 and not self.split
 
+    @property
+    def joint_queries(self) -> int:
+        """How many queries that kernel walks over at a time."""
+        return 128 if self.padded + self.wide <= 128 else 64
+
     def threads(self, kernel: str) -> int:
         """Threads of a block of a kernel."""
         return JOINT_THREADS if KERNELS[kernel] == "joint" else THREADS
@@ -162,9 +172,9 @@ class Build:
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
         values: dict[str, int] = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
-        values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1, "CAP": self.cap}
+        values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1, "CAP": self.cap, "GENERAL": self.general}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
+        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes, "JOINT_QUERIES": self.joint_queries}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:
@@ -173,13 +183,14 @@ class Build:
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
         return {
             "value_exp": 8 * THREADS * (16 // self.bytes),
-            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)), 4 * BLOCK * (self.wide + 4)),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)), 4 * BLOCK * (self.wide + 8)),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "row_scales": 4 * THREADS,
             "backward_keys": self.bytes * BLOCK * (d + x) + walked,
             "backward_values": self.bytes * BLOCK * (d + x) + walked,
             "backward_queries": self.bytes * BLOCK * (d + x) + walked,
             "backward_joint": self._joint_shared,
+            "backward_joint_queries": 4 * self.joint_queries * (self.padded + 4),
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
             "decode_merge": 8 * THREADS,
@@ -190,13 +201,13 @@ class Build:
     @property
     def _joint_shared(self) -> int:
         d, x = self.padded + _PAD, self.wide + _PAD
-        keys = self.bytes * JOINT_KEYS * (d + x + 2 * (JOINT_QUERIES + _PAD)) + 8 * JOINT_KEYS + 16
-        return keys + 2 * JOINT_QUERIES * (self.bytes * (d + x) + 8)
+        keys = self.bytes * JOINT_KEYS * (d + x + 2 * (self.joint_queries + _PAD)) + 8 * JOINT_KEYS + 16
+        return keys + 2 * self.joint_queries * (self.bytes * (d + x) + 8)
 
     @property
     def largest(self) -> int:
         """The most shared memory that a kernel takes that every problem needs."""
-        return max(self.shared(kernel) for kernel in KERNELS if kernel not in ("decode", "backward_joint"))
+        return max(self.shared(kernel) for kernel in KERNELS if kernel != "decode" and KERNELS[kernel] != "joint")
 
 
 @functools.cache

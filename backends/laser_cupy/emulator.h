@@ -217,12 +217,12 @@ inline bool warp_any(bool x) {
   });
 }
 inline int atomicAdd(int* to, int x) { int old = *to; *to += x; return old; }
-inline float atomicAdd(float* to, float x) { float old = *to; *to += x; return old; }
-inline void turn_wait(const int* turn, int value) {  // blocks run one after another
+inline void add_to(float* sum, float x) { *sum += x; }
+inline int turn_look(const int* turn) { return *turn; }
+inline void turn_wait(const int* turn, int, int value) {  // blocks run one after another
   if (*turn != value) emulator::fail("a block waits for one that comes later");
 }
 inline void turn_pass(int* turn, int value) { *turn = value; }
-inline void memory_fence() {}
 inline int atomicOr(int* to, int bits) { int old = *to; *to |= bits; return old; }
 inline u32 atomicMax(u32* to, u32 x) { u32 old = *to; *to = x > old ? x : old; return old; }
 

@@ -20,33 +20,50 @@ __device__ __forceinline__ float output_of(float exp_form, float expm1_form, con
   return split_log(exp_form, EXP ? c[e] : 0) * inverse;
 }
 
-// o of 16 rows from `results` [16, XP], and whether a row has seen nothing
-__device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, const float* results, int i0, const int* c, u32 rows,
+struct alignas(16) RowEnd { float over_total, nothing; i64 to; };  // of a row: 1/Σp; o where acc is 0 or NaN; where o goes, or -1
+
+// o of 16 rows from `results` [16, XP]. Mostly a lane has four channels of every row
+__device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, const float* results, const RowEnd* ends, const int* c,
                                            element* out, float* residual) {
-  const float inverse_of_beta = inverse_of(pr.beta);
-  const bool even = pr.value_dim % 2 == 0;
-#pragma unroll 2
-  for (int n = threadIdx.x % 32; n < 16 * (EP / 2); n += 32) {
-    const int r = n / (EP / 2), e = n % (EP / 2) * 2, i = i0 + r;
-    if (i >= pr.query_length || e >= pr.value_dim || !(rows >> 4 * (r % 8) + r / 8 & 1)) continue;
-    float o[2];
+  const int lane = threadIdx.x % 32;
+  if (EXP && !EXPM1 && !FLOAT32 && pr.value_dim % 4 == 0) {
+    const float per_beta = inverse_of(pr.beta) * LN2;
+#pragma unroll 1
+    for (int e = lane * 4; e < pr.value_dim; e += 128) {
+      int own_c[4];
+      for (int h = 0; h < 4; h++) own_c[h] = c[e + h] - 127 + 0x4B400000;  // and 1.5 * 2^23, which makes floats of integers
+#pragma unroll 4
+      for (int r = 0; r < 16; r++) {
+        const RowEnd end = ends[r];
+        const Floats acc = *(const Floats*)(results + r * (XP + 4) + e);
+        Floats o;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float* from = results + r * (XP + 4) + e + h;
-      const float beta = EXP && EXPM1 && e + h < pr.value_dim ? beta_of(pr, at.h, e + h) : pr.beta;
-      o[h] = from[XP - e - h] != 0.f ? 0.f : output_of(from[0], from[XP - EP], c, e + h, beta, EXP && EXPM1 ? inverse_of(beta) : inverse_of_beta);
-    }
-    const i64 to = ((i64)at.query * pr.query_length + i) * pr.value_dim + e;
-    if (even) {
-      store_pair(out + to, o[0], o[1]);
-      if (residual) store_two(residual + to, o[0], o[1]);
-    } else {
-      for (int h = 0; h < 2; h++)
-        if (e + h < pr.value_dim) {
-          out[to + h] = narrow(o[h]);
-          if (residual) residual[to + h] = o[h];
+        for (int h = 0; h < 4; h++) {  // the exponent apart, so that c is not in the bits of o
+          const float one = acc.x[h] * end.over_total;
+          const u32 bits = float_as_bits(one);
+          const float whole = bits_as_float((bits >> 23) + (u32)own_c[h]) - 12582912.f;
+          const float log_x = log2_fast(bits_as_float((bits & 0x7FFFFFu) | 0x3F800000u));
+          o.x[h] = one > 0.f ? (whole + log_x) * per_beta : end.nothing;
         }
+        if (end.to < 0) continue;
+        store_pair(out + end.to + e, o.x[0], o.x[1]);
+        store_pair(out + end.to + e + 2, o.x[2], o.x[3]);
+        if (residual) *(Floats*)(residual + end.to + e) = o;
+      }
     }
+    return;
+  }
+#pragma unroll 1
+  for (int n = lane; n < 16 * EP; n += 32) {
+    const int r = n / EP, e = n % EP;
+    const RowEnd end = ends[r];
+    if (e >= pr.value_dim || end.to < 0) continue;
+    const float* from = results + r * (XP + 4) + e;
+    const float beta = beta_of(pr, at.h, e);
+    float o = output_of(from[0] * end.over_total, from[XP - EP] * end.over_total, c, e, beta, inverse_of(beta));
+    if (end.nothing == 0.f) o = 0.f;
+    out[end.to + e] = narrow(o);
+    if (residual) residual[end.to + e] = o;
   }
 }
 
@@ -71,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     if (!any) return;
   }
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int own = i0 + warp * 16 * STRIPS + g;  // the first row of this thread; others are 8 * n further
+  const int rows = i0 + warp * 16 * STRIPS, rows_end = least(rows + 16 * STRIPS, at.q_end);
+  const int own = rows + g;  // the first row of this thread; others are 8 * n further
   const i64 keys = (i64)at.key * pr.key_length;
   q += (i64)at.query * pr.query_length * WIDTH;
   k += keys * WIDTH;
@@ -90,12 +108,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
 
-  // One walk over the keys. PLAIN: scores are products times one factor, in their order, and what is seen are columns from one
-  // to another. AGAIN: with m and total as the first walk has left them, adds what the rounding of X has lost, for the keys
+  // One walk over the keys. Unless GENERAL, scores are products times one factor, in their order, and what is seen are columns
+  // from one to another. AGAIN: with m and total as the first walk has left them, adds what the rounding of X has lost, for the keys
   // of which it does not average out: those in tiles with a key of more than a quarter of the row. Each row decides that for
   // itself, so that its bits do not depend on its neighbours.
-  auto walk = [&](auto plain, auto again, u32 tiles) {
-    const float factor = plain.value ? pr.scale * UNIT : 1.f;
+  auto walk = [&](auto again, u32 tiles) {
+    const float factor = GENERAL ? 1.f : pr.scale * UNIT;
     begin_k(first);
     copy_wait();
     __syncthreads();
@@ -114,165 +132,155 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
       }
       float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+      // whether a query of this warp sees a key of this tile
+      const bool some = j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low;
+      if (some) {
 #pragma unroll
-      for (int d = 0; d < DP / 16; d++) {
-        Left a[STRIPS];
+        for (int d = 0; d < DP / 16; d++) {
+          Left a[STRIPS];
 #pragma unroll
-        for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
+          for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
-        for (int j = 0; j < KEYS / 16; j++) {
-          Right b;
-          load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+          for (int j = 0; j < KEYS / 16; j++) {
+            Right b;
+            load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
-          for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
+            for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
+          }
         }
       }
       copy_wait();
       __syncthreads();  // x is there, and nobody reads k any more
       begin_k(tile + 1);
 
-      if constexpr (!plain.value) {
+      if (some) {
+        if constexpr (GENERAL) {
 #pragma unroll
-        for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-          for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-              float slope, bias, &one = s[w][j][r];
-              const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
-              l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
-              one = seen ? score(pr, one, slope) + bias : -INF;
-            }
-      } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
-#pragma unroll
-        for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const int i = own + w * 16 + h * 8, from = i + pr.low - j0 - t * 2;
-            const int to = (i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1) - t * 2;
+          for (int w = 0; w < STRIPS; w++)
 #pragma unroll
             for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-              for (int r = 0; r < 2; r++) {
-                float& one = s[w][j][2 * h + r];
-                one = j * 8 + r >= from && j * 8 + r <= to ? one : -INF;
+              for (int r = 0; r < 4; r++) {
+                float slope, bias, &one = s[w][j][r];
+                const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
+                l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
+                one = seen ? score(pr, one, slope) + bias : -INF;
               }
-          }
-      }
-
-      float ahead[STRIPS][2];  // the greatest score of this tile
-      bool grows = false;
+        } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
 #pragma unroll
-      for (int w = 0; w < STRIPS; w++)
+          for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          float most[2] = {-INF, -INF};
+            for (int h = 0; h < 2; h++) {
+              const int i = own + w * 16 + h * 8, from = i + pr.low - j0 - t * 2;
+              const int to = (i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1) - t * 2;
 #pragma unroll
-          for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-          const float one = row_max(fmaxf(most[0], most[1]));
-          ahead[w][h] = one == -INF ? -INF : one * factor;
-          top[w][h] = fmaxf(top[w][h], ahead[w][h]);
-          grows |= ahead[w][h] > m[w][h] + SLACK;
+              for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                  float& one = s[w][j][2 * h + r];
+                  one = j * 8 + r >= from && j * 8 + r <= to ? one : -INF;
+                }
+            }
         }
-      if (!again.value && warp_any(grows)) {
+
+        float ahead[STRIPS][2];  // the greatest score of this tile
+        bool grows = false;
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
-            const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
-            m[w][h] = next;
-            l[w][h] *= shrink;
-            total[w][h] *= shrink;
+            float most[2] = {-INF, -INF};
 #pragma unroll
-            for (int e = 0; e < XP / 8; e++) {
-              acc[w][e][2 * h] *= shrink;
-              acc[w][e][2 * h + 1] *= shrink;
+            for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
+            const float one = row_max(fmaxf(most[0], most[1]));
+            ahead[w][h] = one == -INF ? -INF : one * factor;
+            top[w][h] = fmaxf(top[w][h], ahead[w][h]);
+            grows |= ahead[w][h] > m[w][h] + SLACK;
+          }
+        if (!again.value && warp_any(grows)) {
+#pragma unroll
+          for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
+              const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
+              m[w][h] = next;
+              l[w][h] *= shrink;
+              total[w][h] *= shrink;
+#pragma unroll
+              for (int e = 0; e < XP / 8; e++) {
+                acc[w][e][2 * h] *= shrink;
+                acc[w][e][2 * h + 1] *= shrink;
+              }
             }
-          }
-      }
-      Left p[STRIPS][KEYS / 16];
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++) {
-        float minus_m[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
-#pragma unroll
-        for (int j = 0; j < KEYS / 16; j++) {
-#pragma unroll
-          for (int r = 0; r < 8; r++) {
-            float& one = s[w][2 * j + r / 4][r % 4];
-            one = exp_fast(fmaf(one, factor, minus_m[r % 4 / 2]));
-            if (!again.value) l[w][r % 4 / 2] += one;
-          }
-          left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
         }
+        Left p[STRIPS][KEYS / 16];
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++) {
+          float minus_m[2];
+#pragma unroll
+          for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
+#pragma unroll
+          for (int j = 0; j < KEYS / 16; j++) {
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+              float& one = s[w][2 * j + r / 4][r % 4];
+              one = exp_fast(fmaf(one, factor, minus_m[r % 4 / 2]));
+              if (!again.value) l[w][r % 4 / 2] += one;
+            }
+            left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
+          }
 #if !FLOAT32
-        float sums[4] = {};
-        const u32 one = pack(1.f, 1.f);
-#pragma unroll
-        for (int j = 0; j < KEYS / 16; j++)
-          if (!again.value) mma(sums, p[w][j].x, one, one);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          total[w][h] += sums[2 * h];
-          const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
-          if (!again.value && carries) heavy |= 1u << (tile - first) / span;
+          float sums[4] = {};
+          const u32 one = pack(1.f, 1.f);
 #pragma unroll
           for (int j = 0; j < KEYS / 16; j++)
-            if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
-        }
+            if (!again.value) mma(sums, p[w][j].x, one, one);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            total[w][h] += sums[2 * h];
+            const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
+            if (!again.value && carries) heavy |= 1u << (tile - first) / span;
+#pragma unroll
+            for (int j = 0; j < KEYS / 16; j++)
+              if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
+          }
 #endif
-      }
-#pragma unroll
-      for (int k = 0; k < KEYS / 16; k++)
-#pragma unroll
-        for (int e = 0; e < XP / 16; e++) {
-          Right b;
-          load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
-#pragma unroll
-          for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
         }
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++)
+#pragma unroll
+          for (int e = 0; e < XP / 16; e++) {
+            Right b;
+            load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
+#pragma unroll
+            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
+          }
+      }
       copy_wait();
       __syncthreads();  // k of the next tile is there, and nobody reads x any more
     }
   };
-  auto both = [&](auto plain) {
-    walk(plain, Flag<false>(), 0);
+  walk(Flag<false>(), 0);
 #if !FLOAT32
-    bool few = flag & NARROW;
-    if (few) heavy = ~0u;
-    for (int w = 0; w < STRIPS; w++)
-      for (int h = 0; h < 2; h++) few |= is_heavy(top[w][h] - m[w][h], total[w][h]);
+  bool few = flag & NARROW;
+  if (few) heavy = ~0u;
+  for (int w = 0; w < STRIPS; w++)
+    for (int h = 0; h < 2; h++) few |= is_heavy(top[w][h] - m[w][h], total[w][h]);
+  if (__syncthreads_or(few)) {
     u32* room = (u32*)k_tile;
-    if (!__syncthreads_or(few)) return;
     room[threadIdx.x] = few ? heavy : 0;
     __syncthreads();
     u32 tiles = 0;
     for (int n = 0; n < THREADS; n++) tiles |= room[n];
     __syncthreads();
-    walk(plain, Flag<true>(), tiles);
+    walk(Flag<true>(), tiles);
+  }
 #endif
-  };
-  if (!CAP && pr.scale > 0.f && !at.mask && !at.bias) both(Flag<true>());
-  else both(Flag<false>());
 
-  float over_total[STRIPS][2];
-  bool empty[STRIPS][2];
-#pragma unroll
-  for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float sum = row_sum(l[w][h]);
-      empty[w][h] = sum == 0.f;
-      over_total[w][h] = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][h]) : NOT_A_NUMBER;
-      const int i = own + w * 16 + h * 8;
-      if (t == 0 && i < pr.query_length && (!wanted || wanted[warp * STRIPS + w] >> 4 * g + h & 1))
-        lse[(i64)at.query * pr.query_length + i] = empty[w][h] ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
-    }
-
-  // o by way of shared memory: lanes that have a whole row write it side by side
-  float* results = (float*)raw + warp * 16 * (XP + 4);  // [16, XP] of a warp: sums over keys, divided by the row's
+  // o by way of shared memory: a warp writes whole rows
+  float* results = (float*)raw + warp * 16 * (XP + 8);  // [16, XP] of a warp: sums over keys
+  RowEnd* ends = (RowEnd*)(results + 16 * (XP + 4));
 #pragma unroll
   for (int w = 0; w < STRIPS; w++) {
     __syncthreads();  // nobody reads the last tiles, or the strip before, any more
@@ -280,9 +288,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     for (int e = 0; e < XP / 8; e++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
-        store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h] * over_total[w][h], acc[w][e][2 * h + 1] * over_total[w][h]);
-    if (t < 2) results[(g + t * 8) * (XP + 4) + XP] = t == 0 ? empty[w][0] : empty[w][1];
+        store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h], acc[w][e][2 * h + 1]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float sum = row_sum(l[w][h]);
+      const int i = own + w * 16 + h * 8;
+      const i64 row = (i64)at.query * pr.query_length + i;
+      const bool there = i < pr.query_length && (!wanted || wanted[warp * STRIPS + w] >> 4 * g + h & 1);
+      if (t) continue;
+      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][h]) : NOT_A_NUMBER;
+      const float nothing = sum == 0.f ? 0.f : sum == sum ? -INF * inverse_of(pr.beta) : NOT_A_NUMBER;
+      ends[g + h * 8] = {over_total, nothing, there ? row * pr.value_dim : -1};
+      if (there) lse[row] = sum == 0.f ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
+    }
     __syncwarp();
-    write_rows(pr, at, results, i0 + (warp * STRIPS + w) * 16, c + (i64)at.key * CP, wanted ? wanted[warp * STRIPS + w] : ~0u, out, residual);
+    write_rows(pr, at, results, ends, c + (i64)at.key * CP, out, residual);
   }
 }

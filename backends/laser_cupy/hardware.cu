@@ -70,21 +70,23 @@ __device__ __forceinline__ void copy_begin_float(float* to, const float* from, b
 // waits for the copies that this thread has begun; others see them after the next barrier
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Blocks that take turns. Waits until a counter has a value, with a whole warp: then it sees what was written before that
-// was passed on
-__device__ __forceinline__ void turn_wait(const int* turn, int value) {
-  if (threadIdx.x % 32 == 0) {
-    int seen;
-    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
-    while (seen != value);
-  }
-  __syncwarp();
+// Blocks that take turns: a counter, looked at early, waited for later; and passed on by one thread, for what the block has
+// added before a barrier.
+__device__ __forceinline__ int turn_look(const int* turn) {
+  int seen;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
+  return seen;
 }
-// sets it, for what the block has written before a memory_fence and a barrier
+__device__ __forceinline__ void turn_wait(const int* turn, int seen, int value) {
+  while (seen != value) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
+}
 __device__ __forceinline__ void turn_pass(int* turn, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(value) : "memory");
 }
-__device__ __forceinline__ void memory_fence() { __threadfence(); }
+// adds to a sum, and does not wait
+__device__ __forceinline__ void add_to(float* sum, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory");
+}
 
 // Fragments: Left is a [16, 16], Right is b [16, 16]; a result d [16, 8] is four floats: lane 4g + t holds
 // d[g][2t, 2t+1] and d[g+8][2t, 2t+1]. `ld` is the distance of rows in a tile. float32.cu has those of float32.

@@ -13,12 +13,12 @@ from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array, unbroadcast
 from laser_core._gradient import no_gradients
 
-from .build import BLOCK, JOINT_KEYS, JOINT_QUERIES, THREADS, Build
+from .build import BLOCK, JOINT_KEYS, THREADS, Build
 
 WORKERS = 64  # blocks for a head of the exact path
 HEADS = 16  # of it at a time: mostly there is nothing to do
 AGAIN = 16  # blocks for each head of the second value pass, which mostly does nothing
-CHUNK = 128  # keys of a block of the value pass, and queries of one of dβ
+CHUNK = 128  # keys of a block of the passes over them, and queries of one of dβ
 BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
 FAR = 2**30  # a band edge that is beyond every position
 
@@ -244,7 +244,6 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     l, r, sizes, bounds = (x.empty(queries, dtype=xp.float32) for _ in range(4))
     g, marks = x.empty(queries, build.wide), x.empty(keys, dtype=xp.float32)
     scales = xp.zeros((x.key_value_heads, 2), dtype=xp.int32)
-    per_warp = THREADS // 32
     terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
     x.run("row_terms", -(-queries * build.lanes // THREADS), *terms, np.int64(queries))
     if problem.dtype == "float16":
@@ -252,7 +251,8 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
         grid = -(-queries * build.wide // (2 * THREADS))
         x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(queries))
     few = _joint_serves(x) and problem.bias_shape is None
-    x.run("key_marks", -(-keys // per_warp), x.k, marks, v.flags, np.int64(keys), np.int32(few))
+    blocks = -(-problem.key_length // CHUNK)
+    x.run("key_marks", x.key_value_heads * blocks, x.k, marks, v.flags, np.int32(blocks), np.int32(few))
     return Rows(o, do, dl, l, r, g, marks, scales)
 
 
@@ -311,9 +311,9 @@ def _joint_serves(x: Call) -> bool:
 def _joint(x: Call, v: Values, r: Rows, dq: Array, dk: Array, dv: Array, dbetas: Any) -> None:
     """All gradients of heads inside the fast range by one kernel."""
     xp, problem = x.machine.xp, x.problem
-    tiles, blocks = -(-problem.query_length // JOINT_QUERIES), -(-problem.key_length // JOINT_KEYS)
+    tiles, blocks = -(-problem.query_length // x.build.joint_queries), -(-problem.key_length // JOINT_KEYS)
     turns = xp.zeros(x.heads * tiles + 1, dtype=xp.int32)
-    sums = x.empty(x.heads * tiles, JOINT_QUERIES * x.build.padded, dtype=xp.float32)
+    sums = x.empty(x.heads * tiles, x.build.joint_queries * x.build.padded, dtype=xp.float32)
     side = (r.l, r.r, v.c, r.scales, v.flags, sums, turns[1:], turns[:1], dk, dv, dbetas)
     x.run("backward_joint", x.key_value_heads * blocks, x.q, x.k, x.v, v.x, r.g, *side, np.int32(blocks))
     x.run("backward_joint_queries", x.heads * tiles, sums, turns[1:], r.scales, v.flags, dq)

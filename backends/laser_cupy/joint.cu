@@ -11,10 +11,10 @@
 
 #define JOINT_THREADS 256
 #define JOINT_KEYS 128
-#define JOINT_QUERIES 64
-#define SPREAD 32  // keys, and queries, of a warp
-#define DQ_ACROSS (DP % 64 == 0 ? 4 : 2)  // warps side by side over the columns of dq
-#define DQ_STRIPS (DQ_ACROSS / 2)         // of 16 queries for each
+#define KEYS_OF_WARP 32
+#define QUERIES_OF_WARP (JOINT_QUERIES / 2)
+#define DQ_ACROSS (JOINT_QUERIES == 64 && DP % 64 == 0 ? 4 : 2)  // warps side by side over the columns of dq
+#define DQ_STRIPS (JOINT_QUERIES * DQ_ACROSS / 128)              // of 16 queries for each
 #define DQ_SHARE (JOINT_QUERIES * DP / JOINT_THREADS)
 #define JOINT_STAGE (JOINT_QUERIES * (sizeof(element) * (DP + PAD + XP + PAD) + 8))
 #define WEIGHTS (JOINT_QUERIES + PAD)  // elements from one key to the next in tiles of pᵀ and dsᵀ
@@ -24,16 +24,16 @@
 #endif
 
 #if JOINT
-// d [32, 32] = a [32, CELLS] · bᵀ, for b [32, CELLS]
+// d [32, QUERIES_OF_WARP] = a [32, CELLS] · bᵀ
 template <int CELLS>
-__device__ __forceinline__ void multiply_spread(float (&d)[2][SPREAD / 8][4], const element* a_tile, const element* b_tile) {
+__device__ __forceinline__ void multiply_spread(float (&d)[2][QUERIES_OF_WARP / 8][4], const element* a_tile, const element* b_tile) {
 #pragma unroll
   for (int n = 0; n < CELLS / 16; n++) {
     Left a[2];
 #pragma unroll
     for (int w = 0; w < 2; w++) load_a(a[w], a_tile + w * 16 * (CELLS + PAD) + n * 16, CELLS + PAD);
 #pragma unroll
-    for (int j = 0; j < SPREAD / 16; j++) {
+    for (int j = 0; j < QUERIES_OF_WARP / 16; j++) {
       Right b;
       load_b(b, b_tile + j * 16 * (CELLS + PAD) + n * 16, CELLS + PAD);
 #pragma unroll
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
   marks[tid % 2 * JOINT_KEYS + tid / 2] = odd ? NOT_A_NUMBER : 0.f;
   const bool look = __syncthreads_or(odd) || flag & ODD;
 
-  const int own = warp / 2 * SPREAD, half = warp % 2;  // the first key; which queries, and which half of the columns
+  const int own = warp / 2 * KEYS_OF_WARP, half = warp % 2;  // the first key; which queries, and which half of the columns
   const int dq_row = warp / DQ_ACROSS * 16 * DQ_STRIPS, dq_column = warp % DQ_ACROSS * (DP / DQ_ACROSS);
   float dk_acc[2][DP / 16][4] = {}, dv_acc[2][XP / 16][4] = {};  // [32, DP/2] and [32, XP/2]
   int* to_pass = nullptr;  // the turn that is to be passed on
@@ -139,45 +139,69 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
       const int i0 = tile * JOINT_QUERIES;
       element* q_tile = (element*)stage(tile);
       const element* g_tile = q_tile + JOINT_QUERIES * (DP + PAD);
-      const float* l_tile = (const float*)(g_tile + JOINT_QUERIES * (XP + PAD)) + half * SPREAD;
+      const float* l_tile = (const float*)(g_tile + JOINT_QUERIES * (XP + PAD)) + half * QUERIES_OF_WARP;
       copy_wait();
       if (flag & ODD) tile_clean<JOINT_QUERIES, DP, JOINT_THREADS>(q_tile);
       __syncthreads();  // this tile is there, and nobody reads the one before, or weights
       if (tile + 1 < end) begin(tile + 1);
 
-      float s[2][SPREAD / 8][4] = {}, gx[2][SPREAD / 8][4] = {};  // [32 keys, 32 queries]
-      multiply_spread<DP>(s, k_tile + own * (DP + PAD), q_tile + half * SPREAD * (DP + PAD));
-      multiply_spread<XP>(gx, x_tile + own * (XP + PAD), g_tile + half * SPREAD * (XP + PAD));
-      const bool direct = !CAP && !look && all_visible(pr, at, i0, i0 + JOINT_QUERIES, j0, j0 + JOINT_KEYS);
+      // which part of the tile is seen: by keys and queries of this warp, by its keys, and how many keys
+      const int low = i0 + half * QUERIES_OF_WARP, q_end = least(at.q_end, i0 + JOINT_QUERIES);
+      const bool key_seen = j0 + own < q_end + pr.high && j0 + own + KEYS_OF_WARP > i0 + pr.low;
+      const bool pair_seen = j0 + own < low + QUERIES_OF_WARP + pr.high && j0 + own + KEYS_OF_WARP > low + pr.low;
+      const int seen = least(JOINT_KEYS, q_end + pr.high - j0);
 #pragma unroll
-      for (int w = 0; w < 2; w++) {
-        const int row = own + w * 16 + lane / 4;
-        weigh<true>(pr, f, direct, s[w], gx[w], [&](int n, int h, bool closely, float& one_l, float& one_r, float& mark, float& bias) {
-          const int column = n * 8 + t * 2 + h % 2;
-          one_l = l_tile[column];
-          one_r = l_tile[JOINT_QUERIES + column];
-          if (!closely) return true;
-          mark = marks[row + h / 2 * 8] + marks[JOINT_KEYS + row + h / 2 * 8];
-          return visible(pr, at, i0 + half * SPREAD + column, j0 + row + h / 2 * 8, bias);
-        });
+      for (int w = 0; w < 2 * !pair_seen; w++)
 #pragma unroll
-        for (int n = 0; n < SPREAD / 8; n++)
+        for (int n = 0; n < QUERIES_OF_WARP / 8; n++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const int to = (row + h * 8) * WEIGHTS + half * SPREAD + n * 8 + t * 2;
-            store_pair(p_tile + to, s[w][n][2 * h] * (1 << P_SHIFT), s[w][n][2 * h + 1] * (1 << P_SHIFT));
-            store_pair(ds_tile + to, gx[w][n][2 * h], gx[w][n][2 * h + 1]);
+            const int to = (own + w * 16 + lane / 4 + h * 8) * WEIGHTS + half * QUERIES_OF_WARP + n * 8 + t * 2;
+            store_pair(p_tile + to, 0.f, 0.f);
+            store_pair(ds_tile + to, 0.f, 0.f);
           }
+      if (pair_seen) {
+        float s[2][QUERIES_OF_WARP / 8][4] = {}, gx[2][QUERIES_OF_WARP / 8][4] = {};  // [32 keys, 32 queries]
+        multiply_spread<DP>(s, k_tile + own * (DP + PAD), q_tile + half * QUERIES_OF_WARP * (DP + PAD));
+        multiply_spread<XP>(gx, x_tile + own * (XP + PAD), g_tile + half * QUERIES_OF_WARP * (XP + PAD));
+        const bool direct = !CAP && !look && all_visible(pr, at, i0, i0 + JOINT_QUERIES, j0, j0 + JOINT_KEYS);
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+          const int row = own + w * 16 + lane / 4;
+          weigh<true>(pr, f, direct, s[w], gx[w],
+                      [&](int n, int h, bool closely, float& one_l, float& one_r, float& mark, float& bias) {
+            const int column = n * 8 + t * 2 + h % 2;
+            one_l = l_tile[column];
+            one_r = l_tile[JOINT_QUERIES + column];
+            if (!closely) return true;
+            mark = marks[row + h / 2 * 8] + marks[JOINT_KEYS + row + h / 2 * 8];
+            return visible(pr, at, low + column, j0 + row + h / 2 * 8, bias);
+          });
+#pragma unroll
+          for (int n = 0; n < QUERIES_OF_WARP / 8; n++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              const int to = (row + h * 8) * WEIGHTS + half * QUERIES_OF_WARP + n * 8 + t * 2;
+              store_pair(p_tile + to, s[w][n][2 * h] * (1 << P_SHIFT), s[w][n][2 * h + 1] * (1 << P_SHIFT));
+              store_pair(ds_tile + to, gx[w][n][2 * h], gx[w][n][2 * h + 1]);
+            }
+        }
       }
-      memory_fence();  // the sums of the tile before
       __syncthreads();  // weights are there
       if (tid == 0 && to_pass) turn_pass(to_pass, passed);
 
-      accumulate_spread<XP / 2>(dv_acc, p_tile + own * WEIGHTS, g_tile + half * (XP / 2), XP + PAD);
-      accumulate_spread<DP / 2>(dk_acc, ds_tile + own * WEIGHTS, q_tile + half * (DP / 2), DP + PAD);
+      if (key_seen) {
+        accumulate_spread<XP / 2>(dv_acc, p_tile + own * WEIGHTS, g_tile + half * (XP / 2), XP + PAD);
+        accumulate_spread<DP / 2>(dk_acc, ds_tile + own * WEIGHTS, q_tile + half * (DP / 2), DP + PAD);
+      }
+      // in turn: from the last block of keys that this tile sees to the first
+      const int last = (least(at.k_end, i0 + JOINT_QUERIES + pr.high) - 1) / JOINT_KEYS;
+      int* turn = turns + (i64)at.query * tiles + tile;
+      const int looked = turn_look(turn);
       float dq[DQ_STRIPS][DP / DQ_ACROSS / 8][4] = {};
 #pragma unroll
       for (int j = 0; j < JOINT_KEYS / 16; j++) {
+        if (j * 16 >= seen) continue;
         Left a[DQ_STRIPS];
 #pragma unroll
         for (int w = 0; w < DQ_STRIPS; w++) load_a_transposed(a[w], ds_tile + j * 16 * WEIGHTS + dq_row + w * 16, WEIGHTS);
@@ -189,27 +213,27 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
           for (int w = 0; w < DQ_STRIPS; w++) mma(dq[w][2 * d], dq[w][2 * d + 1], a[w], b);
         }
       }
-      // in turn: from the last block of keys that this tile sees to the first
-      const int last = (least(at.k_end, i0 + JOINT_QUERIES + pr.high) - 1) / JOINT_KEYS;
-      int* turn = turns + (i64)at.query * tiles + tile;
       float* sum = sums + ((i64)at.query * tiles + tile) * (JOINT_QUERIES * DP) + tid;
-      turn_wait(turn, last - block);
+      turn_wait(turn, looked, last - block);
+      auto give = [&](auto first_one) {
 #pragma unroll
-      for (int w = 0; w < DQ_STRIPS; w++)
+        for (int w = 0; w < DQ_STRIPS; w++)
 #pragma unroll
-        for (int d = 0; d < DP / DQ_ACROSS / 8; d++)
+          for (int d = 0; d < DP / DQ_ACROSS / 8; d++)
 #pragma unroll
-          for (int h = 0; h < 4; h++) {
-            float* to = sum + ((w * (DP / DQ_ACROSS / 8) + d) * 4 + h) * JOINT_THREADS;
-            if (last == block) *to = dq[w][d][h];
-            else atomicAdd(to, dq[w][d][h]);
-          }
+            for (int h = 0; h < 4; h++) {
+              float* to = sum + ((w * (DP / DQ_ACROSS / 8) + d) * 4 + h) * JOINT_THREADS;
+              if (first_one.value) *to = dq[w][d][h];
+              else add_to(to, dq[w][d][h]);
+            }
+      };
+      if (last == block) give(Flag<true>());
+      else give(Flag<false>());
       to_pass = turn;
       passed = last - block + 1;
     }
   }
   copy_wait();
-  memory_fence();
   __syncthreads();
   if (tid == 0 && to_pass) turn_pass(to_pass, passed);
 
@@ -251,6 +275,8 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint_queri
   const int tiles = (pr.query_length + JOINT_QUERIES - 1) / JOINT_QUERIES;
   const Head at = head_of(pr, blockIdx.x / tiles);
   if (flags[at.key] & OUTSIDE) return;
+  SHARED_MEMORY(raw);
+  float* tile = (float*)raw;  // [JOINT_QUERIES, DP]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ds_scale = scales[2 * at.key + 1];
   const bool some = turns[blockIdx.x] > 0;
   sums += (i64)blockIdx.x * (JOINT_QUERIES * DP) + threadIdx.x;
@@ -260,12 +286,18 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint_queri
     for (int n = 0; n < DP / DQ_ACROSS / 8; n++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int i = blockIdx.x % tiles * JOINT_QUERIES + warp / DQ_ACROSS * 16 * DQ_STRIPS + w * 16 + h * 8 + lane / 4;
-        const int d = warp % DQ_ACROSS * (DP / DQ_ACROSS) + n * 8 + lane % 4 * 2;
+        const int row = warp / DQ_ACROSS * 16 * DQ_STRIPS + w * 16 + h * 8 + lane / 4;
+        const int column = warp % DQ_ACROSS * (DP / DQ_ACROSS) + n * 8 + lane % 4 * 2;
         const float* from = sums + ((w * (DP / DQ_ACROSS / 8) + n) * 4 + 2 * h) * JOINT_THREADS;
-        const float first = some ? from[0] : 0.f, second = some ? from[JOINT_THREADS] : 0.f;
-        if (i < pr.query_length && d < WIDTH)
-          store_pair(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d, scaled(first * pr.scale, ds_scale), scaled(second * pr.scale, ds_scale));
+        store_two(tile + row * (DP + 4) + column, some ? from[0] : 0.f, some ? from[JOINT_THREADS] : 0.f);
       }
+  __syncthreads();
+  const int i0 = blockIdx.x % tiles * JOINT_QUERIES, rows = least(JOINT_QUERIES, pr.query_length - i0);
+  dq += ((i64)at.query * pr.query_length + i0) * WIDTH;
+  for (int n = threadIdx.x; n < rows * (WIDTH / 4); n += JOINT_THREADS) {
+    const Floats four = *(const Floats*)(tile + n / (WIDTH / 4) * (DP + 4) + n % (WIDTH / 4) * 4);
+    for (int h = 0; h < 4; h += 2)
+      store_pair(dq + n * 4 + h, scaled(four.x[h] * pr.scale, ds_scale), scaled(four.x[h + 1] * pr.scale, ds_scale));
+  }
 #endif
 }

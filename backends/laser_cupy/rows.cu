@@ -4,8 +4,6 @@
 #define STEPS_OF_ROW ((WIDEST + LANES * PER - 1) / (LANES * PER))
 #define HEADROOM 13  // the greatest G and the greatest possible ds are brought to 2^13 … 2^14
 
-struct alignas(16) Floats { float x[4]; };
-
 // exp(-beta*o) * 2^n
 __device__ __forceinline__ float inverse_exp(float beta, float o, int n) {
   const float y = -beta * o;
@@ -159,17 +157,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_weights(
   store_pair(g + n, value[0], value[1]);
 }
 
-// Per key: 0, or NaN where the key is not finite. A warp for each. `exact`: only what the exact path reads
+// Per key: 0, or NaN where the key is not finite; a warp for each, KEYS_OF_BLOCK of them for a block. `exact`: only of heads that
+// the exact path serves
+#define KEYS_OF_BLOCK 128
 extern "C" __global__ void __launch_bounds__(THREADS) key_marks(
-    PROBLEM, const element* k, float* marks, int* flags, i64 rows, int exact) {
+    PROBLEM, const element* k, float* marks, int* flags, int blocks, int exact) {
   const Problem p = THE_PROBLEM;
-  const i64 row = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-  if (row >= rows || (exact && !(flags[row / p.key_length] & OUTSIDE))) return;
-  float odd = 0.f;
-  for (int d = threadIdx.x % 32; d < WIDTH; d += 32) if (!finite(widen(k[row * WIDTH + d]))) odd = 1.f;
-  odd = warp_max(odd);
-  if (threadIdx.x % 32) return;
-  marks[row] = odd > 0.f ? NOT_A_NUMBER : 0.f;
-  if (odd > 0.f) atomicOr(flags + row / p.key_length, ODD);
+  const int kv = blockIdx.x / blocks, start = blockIdx.x % blocks * KEYS_OF_BLOCK;
+  if (exact && !(flags[kv] & OUTSIDE)) return;
+  bool some = false;
+  for (int j = start + threadIdx.x / 32; j < least(start + KEYS_OF_BLOCK, p.key_length); j += THREADS / 32) {
+    const i64 row = (i64)kv * p.key_length + j;
+    bool odd = false;
+    for (int d = threadIdx.x % 32; d < WIDTH; d += 32) odd |= !finite(widen(k[row * WIDTH + d]));
+    odd = warp_any(odd);
+    some |= odd;
+    if (threadIdx.x % 32 == 0) marks[row] = odd ? NOT_A_NUMBER : 0.f;
+  }
+  if (some && threadIdx.x % 32 == 0) atomicOr(flags + kv, ODD);
 }
-
