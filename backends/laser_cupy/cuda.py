@@ -73,7 +73,8 @@ class _Machine:
 
     def launch(self, build: Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
         """Launch a kernel; CuPy raises where the launch fails."""
-        kernel(build, name, self.device)((grid,), (build.threads(name),), tuple(arguments), shared_mem=build.shared(name))
+        threads, shared = build.threads(name), build.shared(name)
+        kernel(build, name, self.device)((grid,), (threads,), tuple(arguments), shared_mem=shared)
 
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)

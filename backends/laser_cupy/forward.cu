@@ -100,11 +100,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   float m[STRIPS][2], top[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
   for (int w = 0; w < STRIPS; w++)
     for (int h = 0; h < 2; h++) m[w][h] = top[w][h] = -INF;
-  u32 heavy = 0;  // tiles in which a row had, then, a key of more than a quarter of all so far; a bit for `span` tiles
+  u32 heavy = 0;  // tiles in which a row had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
-  const int span = (end - first + 31) / 32;
+  int span = 0;
+  while (end - first > 32 << span) span++;
   auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
 
@@ -120,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     for (int tile = first; tile < end; tile++) {
       const int j0 = tile * KEYS;
       if (again.value) {
-        if (!(tiles >> (tile - first) / span & 1)) {
+        if (!(tiles >> (tile - first >> span) & 1)) {
           __syncthreads();
           begin_k(tile + 1);
           copy_wait();
@@ -240,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
           for (int h = 0; h < 2; h++) {
             total[w][h] += sums[2 * h];
             const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
-            if (!again.value && carries) heavy |= 1u << (tile - first) / span;
+            if (!again.value && carries) heavy |= 1u << (tile - first >> span);
 #pragma unroll
             for (int j = 0; j < KEYS / 16; j++)
               if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
