@@ -194,7 +194,7 @@ class Build:
             "backward_joint_queries": 4 * self.joint_queries * (self.padded + 4),
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
-            "decode_merge": 8 * THREADS,
+            "decode_merge": 12 * THREADS,
             "backward_queries_exact": 4 * (self.padded + THREADS),
             "backward_keys_exact": 4 * (self.padded + 2 * THREADS),
         }.get(kernel, 0)
