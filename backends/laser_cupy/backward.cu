@@ -85,20 +85,20 @@ __device__ __forceinline__ Factors factors(const int* scales) {
 
 // ds of a tile [16, 8 * N] whose rows are queries or keys, from products of q and k, G and X: p in place of s and ds, by
 // which its slope is not multiplied, in place of gx. `at_pair` says what is seen, with its bias, l, r and the key's mark.
-template <bool SLOPE, int N, class AtPair>
-__device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool direct, float (&s)[N][4], float (&gx)[N][4],
-                                      AtPair at_pair) {
+// DIRECT: everything is seen, and nothing else changes scores.
+template <bool SLOPE, bool DIRECT, int N, class AtPair>
+__device__ __forceinline__ void weigh_all(const Problem& pr, const Factors& f, float (&s)[N][4], float (&gx)[N][4], AtPair at_pair) {
   const float factor = pr.scale * UNIT;
 #pragma unroll
   for (int n = 0; n < N; n++)
 #pragma unroll
     for (int h = 0; h < 4; h++) {
       float l, r, mark, bias, slope = 1.f, p = 0.f, ds = 0.f;
-      if (direct) {
-        at_pair(n, h, false, l, r, mark, bias);
+      const bool seen = at_pair(n, h, !DIRECT, l, r, mark, bias);
+      if (DIRECT) {
         p = exp_fast(fmaf(s[n][h], factor, -l));
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
-      } else if (at_pair(n, h, true, l, r, mark, bias) && l != INF) {
+      } else if (seen && l != INF) {
         p = exp_fast(score(pr, s[n][h], slope) + bias - l + mark);
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
         if (SLOPE) ds *= slope;
@@ -106,6 +106,12 @@ __device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool 
       s[n][h] = p;
       gx[n][h] = FLOAT16 && SLOPE ? ds * f.out * f.out2 : ds;
     }
+}
+template <bool SLOPE, int N, class AtPair>
+__device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool direct, float (&s)[N][4], float (&gx)[N][4],
+                                      AtPair at_pair) {
+  if (direct) weigh_all<SLOPE, true>(pr, f, s, gx, at_pair);
+  else weigh_all<SLOPE, false>(pr, f, s, gx, at_pair);
 }
 
 // dv of a value in channel e, from the sums over queries of both forms; and what it adds to dβ

@@ -108,12 +108,14 @@ __device__ __forceinline__ float inverse_of(float beta) { return beta == 0.f ? 1
 __device__ __forceinline__ bool visible(const Problem& p, const Head& at, int i, int j, float& bias) {
   bias = 0.f;
   if (!(i < at.q_end && j < at.k_end && j - i >= p.low && j - i <= p.high)) return false;
+#if GENERAL
   if (at.mask && !at.mask[i * p.mask_i + j * p.mask_j]) return false;
   if (!at.bias) return true;
   const u8* from = at.bias + i * p.bias_i + j * p.bias_j;
   bias = p.bias_wide ? *(const float*)from : widen(*(const element*)from);
   if (bias == -INF) return false;
   bias *= UNIT;
+#endif
   return true;
 }
 
