@@ -79,7 +79,9 @@ def test_what_it_refuses(change: dict[str, object], reason: str | None) -> None:
 def test_a_build_is_validated() -> None:
     with pytest.raises(ValueError, match="value_dim: got 40; allowed: 16, 32"):
         Build("bfloat16", 40, 40)
-    assert Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == Build("bfloat16", 40, 32, strips=2, resident=3)
+    assert Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == Build(
+        "bfloat16", 40, 32, strips=2, resident=3
+    )
 
 
 def test_tile_sizes_are_those_of_the_kernels() -> None:
