@@ -98,10 +98,12 @@ __device__ __forceinline__ void weigh_all(const Problem& pr, const Factors& f, f
       if (DIRECT) {
         p = exp_fast(fmaf(s[n][h], factor, -l));
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
-      } else if (seen && l != INF) {
-        p = exp_fast(score(pr, s[n][h], slope) + bias - l + mark);
-        ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
-        if (SLOPE) ds *= slope;
+      } else {
+        const bool flows = seen && l != INF;
+        const float weight = exp_fast(score(pr, s[n][h], slope) + bias - l + mark);
+        ds = weight * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
+        p = flows ? weight : 0.f;
+        ds = flows ? SLOPE ? ds * slope : ds : 0.f;
       }
       s[n][h] = p;
       gx[n][h] = FLOAT16 && SLOPE ? ds * f.out * f.out2 : ds;

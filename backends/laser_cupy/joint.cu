@@ -199,20 +199,23 @@ extern "C" __global__ void __launch_bounds__(JOINT_THREADS) backward_joint(
       int* turn = turns + (i64)at.query * tiles + tile;
       const int looked = turn_look(turn);
       float dq[DQ_STRIPS][DP / DQ_ACROSS / 8][4] = {};
+      auto add_keys = [&](int from) {  // 64 of them
 #pragma unroll
-      for (int j = 0; j < JOINT_KEYS / 16; j++) {
-        if (j * 16 >= seen) continue;
-        Left a[DQ_STRIPS];
+        for (int j = from / 16; j < from / 16 + 4; j++) {
+          Left a[DQ_STRIPS];
 #pragma unroll
-        for (int w = 0; w < DQ_STRIPS; w++) load_a_transposed(a[w], ds_tile + j * 16 * WEIGHTS + dq_row + w * 16, WEIGHTS);
+          for (int w = 0; w < DQ_STRIPS; w++) load_a_transposed(a[w], ds_tile + j * 16 * WEIGHTS + dq_row + w * 16, WEIGHTS);
 #pragma unroll
-        for (int d = 0; d < DP / DQ_ACROSS / 16; d++) {
-          Right b;
-          load_b_transposed(b, k_tile + j * 16 * (DP + PAD) + dq_column + d * 16, DP + PAD);
+          for (int d = 0; d < DP / DQ_ACROSS / 16; d++) {
+            Right b;
+            load_b_transposed(b, k_tile + j * 16 * (DP + PAD) + dq_column + d * 16, DP + PAD);
 #pragma unroll
-          for (int w = 0; w < DQ_STRIPS; w++) mma(dq[w][2 * d], dq[w][2 * d + 1], a[w], b);
+            for (int w = 0; w < DQ_STRIPS; w++) mma(dq[w][2 * d], dq[w][2 * d + 1], a[w], b);
+          }
         }
-      }
+      };
+      add_keys(0);
+      if (seen > JOINT_KEYS / 2) add_keys(JOINT_KEYS / 2);
       float* sum = sums + ((i64)at.query * tiles + tile) * (JOINT_QUERIES * DP) + tid;
       turn_wait(turn, looked, last - block);
       auto give = [&](auto first_one) {
