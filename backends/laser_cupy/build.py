@@ -173,7 +173,7 @@ class Build:
         """Compiler options."""
         values: dict[str, int] = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
         values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1}
-        values |= {"CAP": self.cap, "GENERAL": self.general}
+        values |= {"CAP": self.cap, "GENERAL": self.general or self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
         values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes, "JOINT_QUERIES": self.joint_queries}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
