@@ -34,43 +34,39 @@ __device__ __forceinline__ float score_gradient(const Problem& p, int head, floa
 
 extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
     PROBLEM, const element* q, const element* k, const element* v, const float* o, const element* d_out,
-    const float* d_lse, const float* l, const float* marks, const int* flags, element* dq, int heads,
-    int workers, int step) {
+    const float* d_lse, const float* l, const float* marks, const int* flags, element* dq, int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   float* row = (float*)raw;  // [DP] the query
   float* ds = row + DP;      // [THREADS]
-  const int tid = threadIdx.x, worker = blockIdx.x % workers;
-  if (!any_flag(flags, heads / p.group, OUTSIDE)) return;
-  for (int query = blockIdx.x / workers; query < heads; query += step) {
-    const Head at = head_of(p, query);
-    if (!(flags[at.key] & OUTSIDE)) continue;
-    const i64 keys = (i64)at.key * p.key_length;
-    for (int i = worker; i < p.query_length; i += workers) {
-      const i64 from = (i64)at.query * p.query_length + i;
+  const Head at = head_of(p, blockIdx.x / workers);
+  if (!(flags[at.key] & OUTSIDE)) return;
+  const i64 keys = (i64)at.key * p.key_length;
+  const int tid = threadIdx.x;
+  for (int i = blockIdx.x % workers; i < p.query_length; i += workers) {
+    const i64 from = (i64)at.query * p.query_length + i;
+    __syncthreads();
+    load_row(row, q + from * WIDTH, WIDTH);
+    float acc[(WIDTH + THREADS - 1) / THREADS] = {};
+    const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
+    for (int j0 = first; j0 < end; j0 += THREADS) {
+      const int j = j0 + tid;
       __syncthreads();
-      load_row(row, q + from * WIDTH, WIDTH);
-      float acc[(WIDTH + THREADS - 1) / THREADS] = {};
-      const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
-      for (int j0 = first; j0 < end; j0 += THREADS) {
-        const int j = j0 + tid;
-        __syncthreads();
-        float slope, own = 0.f;
-        if (j < end) {
-          const float product = product_of(row, k + (keys + j) * WIDTH, WIDTH);
-          const float log_p = log_weight(p, at, product, marks[keys + j], l[from], i, j, slope);
-          if (!(log_p == -INF))
-            own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + (keys + j) * p.value_dim,
-                                         o + from * p.value_dim, d_out + from * p.value_dim);
-        }
-        ds[tid] = own;
-        __syncthreads();
-        for (int d = tid; d < WIDTH; d += THREADS)
-          for (int n = 0; n < least(THREADS, end - j0); n++)
-            if (ds[n] != 0.f) acc[d / THREADS] = fmaf(ds[n], widen(k[(keys + j0 + n) * WIDTH + d]), acc[d / THREADS]);
+      float slope, own = 0.f;
+      if (j < end) {
+        const float product = product_of(row, k + (keys + j) * WIDTH, WIDTH);
+        const float log_p = log_weight(p, at, product, marks[keys + j], l[from], i, j, slope);
+        if (!(log_p == -INF))
+          own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + (keys + j) * p.value_dim,
+                                       o + from * p.value_dim, d_out + from * p.value_dim);
       }
-      for (int d = tid; d < WIDTH; d += THREADS) dq[from * WIDTH + d] = narrow(acc[d / THREADS] * p.scale);
+      ds[tid] = own;
+      __syncthreads();
+      for (int d = tid; d < WIDTH; d += THREADS)
+        for (int n = 0; n < least(THREADS, end - j0); n++)
+          if (ds[n] != 0.f) acc[d / THREADS] = fmaf(ds[n], widen(k[(keys + j0 + n) * WIDTH + d]), acc[d / THREADS]);
     }
+    for (int d = tid; d < WIDTH; d += THREADS) dq[from * WIDTH + d] = narrow(acc[d / THREADS] * p.scale);
   }
 }
 
@@ -78,64 +74,62 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
 extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
     PROBLEM, const element* q, const element* k, const element* v, const float* o, const element* d_out,
     const float* d_lse, const float* l, const float* marks, const int* flags, element* dk, element* dv, float* dbetas,
-    int heads, int workers, int step) {
+    int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   float* row = (float*)raw;            // [DP] the key
   float* ds = row + DP;                // [THREADS]
   float* log_weights = ds + THREADS;   // [THREADS]
-  const int tid = threadIdx.x, worker = blockIdx.x % workers;
-  if (!any_flag(flags, heads, OUTSIDE)) return;
-  for (int kv = blockIdx.x / workers; kv < heads; kv += step) {
-    if (!(flags[kv] & OUTSIDE)) continue;
-    float dbeta[(EP + THREADS - 1) / THREADS] = {};
-    for (int j = worker; j < p.key_length; j += workers) {
-      const i64 to = (i64)kv * p.key_length + j;
-      __syncthreads();
-      load_row(row, k + to * WIDTH, WIDTH);
-      float dk_acc[(WIDTH + THREADS - 1) / THREADS] = {}, dv_acc[(EP + THREADS - 1) / THREADS] = {};
-      for (int member = 0; member < p.group; member++) {
-        const Head at = head_of(p, kv * p.group + member);
-        const i64 queries = (i64)at.query * p.query_length;
-        const int first = greatest(0, j - p.high), end = least(at.q_end, j - p.low + 1);
-        for (int i0 = first; i0 < end; i0 += THREADS) {
-          const int i = i0 + tid;
-          __syncthreads();
-          float slope, own = 0.f, log_p = -INF;
-          if (i < end) {
-            const i64 from = queries + i;
-            const float product = product_of(row, q + from * WIDTH, WIDTH);
-            log_p = log_weight(p, at, product, marks[to], l[from], i, j, slope);
-            if (!(log_p == -INF))
-              own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + to * p.value_dim,
-                                           o + from * p.value_dim, d_out + from * p.value_dim);
-          }
-          ds[tid] = own;
-          log_weights[tid] = log_p;
-          __syncthreads();
-          for (int n = 0; n < least(THREADS, end - i0); n++) {
-            if (log_weights[n] == -INF) continue;
-            const i64 from = queries + i0 + n;
-            for (int d = tid; d < WIDTH; d += THREADS)
-              dk_acc[d / THREADS] = fmaf(ds[n], widen(q[from * WIDTH + d]), dk_acc[d / THREADS]);
-            for (int e = tid; e < p.value_dim; e += THREADS) {
-              const float one = widen(d_out[from * p.value_dim + e]), mean = o[from * p.value_dim + e];
-              const float value = widen(v[to * p.value_dim + e]), beta = beta_of(p, at.h, e);
-              const float weight = expf(log_weights[n]), z = value - mean;
-              float w;
-              const float part = slope_of(log_weights[n], weight, beta, value, mean, w);
-              if (one == 0.f) continue;
-              dv_acc[e / THREADS] = fmaf(one, w, dv_acc[e / THREADS]);
-              const float curve = fabsf(beta * z) <= 1.f ? weight * z * z * curvature(beta * z) : (w * z - part) / beta;
-              if (dbetas) dbeta[e / THREADS] = fmaf(one, curve, dbeta[e / THREADS]);
-            }
+  const int kv = blockIdx.x / workers;
+  if (!(flags[kv] & OUTSIDE)) return;
+  const int tid = threadIdx.x;
+  float dbeta[(EP + THREADS - 1) / THREADS] = {};
+  for (int j = blockIdx.x % workers; j < p.key_length; j += workers) {
+    const i64 to = (i64)kv * p.key_length + j;
+    __syncthreads();
+    load_row(row, k + to * WIDTH, WIDTH);
+    float dk_acc[(WIDTH + THREADS - 1) / THREADS] = {}, dv_acc[(EP + THREADS - 1) / THREADS] = {};
+    for (int member = 0; member < p.group; member++) {
+      const Head at = head_of(p, kv * p.group + member);
+      const i64 queries = (i64)at.query * p.query_length;
+      const int first = greatest(0, j - p.high), end = least(at.q_end, j - p.low + 1);
+      for (int i0 = first; i0 < end; i0 += THREADS) {
+        const int i = i0 + tid;
+        __syncthreads();
+        float slope, own = 0.f, log_p = -INF;
+        if (i < end) {
+          const i64 from = queries + i;
+          const float product = product_of(row, q + from * WIDTH, WIDTH);
+          log_p = log_weight(p, at, product, marks[to], l[from], i, j, slope);
+          if (!(log_p == -INF))
+            own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + to * p.value_dim,
+                                         o + from * p.value_dim, d_out + from * p.value_dim);
+        }
+        ds[tid] = own;
+        log_weights[tid] = log_p;
+        __syncthreads();
+        for (int n = 0; n < least(THREADS, end - i0); n++) {
+          if (log_weights[n] == -INF) continue;
+          const i64 from = queries + i0 + n;
+          for (int d = tid; d < WIDTH; d += THREADS)
+            dk_acc[d / THREADS] = fmaf(ds[n], widen(q[from * WIDTH + d]), dk_acc[d / THREADS]);
+          for (int e = tid; e < p.value_dim; e += THREADS) {
+            const float one = widen(d_out[from * p.value_dim + e]), mean = o[from * p.value_dim + e];
+            const float value = widen(v[to * p.value_dim + e]), beta = beta_of(p, at.h, e);
+            const float weight = expf(log_weights[n]), z = value - mean;
+            float w;
+            const float part = slope_of(log_weights[n], weight, beta, value, mean, w);
+            if (one == 0.f) continue;
+            dv_acc[e / THREADS] = fmaf(one, w, dv_acc[e / THREADS]);
+            const float curve = fabsf(beta * z) <= 1.f ? weight * z * z * curvature(beta * z) : (w * z - part) / beta;
+            if (dbetas) dbeta[e / THREADS] = fmaf(one, curve, dbeta[e / THREADS]);
           }
         }
       }
-      for (int d = tid; d < WIDTH; d += THREADS) dk[to * WIDTH + d] = narrow(dk_acc[d / THREADS] * p.scale);
-      for (int e = tid; e < p.value_dim; e += THREADS) dv[to * p.value_dim + e] = narrow(dv_acc[e / THREADS]);
     }
-    if (dbetas)
-      for (int e = tid; e < EP; e += THREADS) dbetas[((i64)kv * workers + worker) * EP + e] = dbeta[e / THREADS];
+    for (int d = tid; d < WIDTH; d += THREADS) dk[to * WIDTH + d] = narrow(dk_acc[d / THREADS] * p.scale);
+    for (int e = tid; e < p.value_dim; e += THREADS) dv[to * p.value_dim + e] = narrow(dv_acc[e / THREADS]);
   }
+  if (dbetas)
+    for (int e = tid; e < EP; e += THREADS) dbetas[(i64)blockIdx.x * EP + e] = dbeta[e / THREADS];
 }

@@ -204,13 +204,6 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// whether a key/value head has one of these flags; for all threads of the block
-__device__ __forceinline__ bool any_flag(const int* flags, int heads, int bits) {
-  int any = 0;
-  for (int n = threadIdx.x; n < heads; n += THREADS) any |= flags[n] & bits;
-  return __syncthreads_or(any);
-}
-
 // over all threads of the block; every thread gets the result. `room` is one float per thread
 __device__ __forceinline__ float block_max(float x, float* room) {
   const int tid = threadIdx.x;

@@ -25,84 +25,81 @@ __device__ __forceinline__ float natural_score(const Problem& p, const Head& at,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
-    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int heads, int workers, int step) {
+    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   float* row = (float*)raw;      // [DP] the query
   float* weights = row + DP;     // [THREADS] s - m
   float* room = weights + THREADS;
-  const int tid = threadIdx.x, worker = blockIdx.x % workers;
-  if (!any_flag(flags, heads / p.group, OUTSIDE | BROKEN)) return;
-  for (int query = blockIdx.x / workers; query < heads; query += step) {
-    const Head at = head_of(p, query);
-    const int flag = flags[at.key];
-    if (!(flag & (OUTSIDE | BROKEN))) continue;
-    const element* k_rows = k + (i64)at.key * p.key_length * WIDTH;
-    const element* v_rows = v + (i64)at.key * p.key_length * p.value_dim;
-    for (int i = worker; i < p.query_length; i += workers) {
-      const i64 to = (i64)at.query * p.query_length + i;
-      load_row(row, q + to * WIDTH, WIDTH);
-      __syncthreads();
-      const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
-      float m = -INF, nan = 0.f;
-      for (int j = first + tid; j < end; j += THREADS) {
-        const float s = natural_score(p, at, row, k_rows, i, j);
-        if (s != s) nan = 1.f;
-        m = fmaxf(m, s);
-      }
-      m = block_max(m, room);
-      nan = block_max(nan, room);
-      float l = 0.f;
-      for (int j = first + tid; j < end; j += THREADS) {
-        const float s = natural_score(p, at, row, k_rows, i, j);
-        if (s > -INF) l += expf(s - m);
-      }
-      l = block_sum(l, room);
-      const bool empty = l == 0.f && nan == 0.f;
-      const float log_l = nan > 0.f ? NOT_A_NUMBER : logf(l);
-      if (tid == 0 && (flag & OUTSIDE)) lse[to] = empty ? -INF : m + log_l;
-
-      // per channel: log Σ exp(s − m + βv) about its greatest term so far; a row that sees nothing has no m
-      const float reference = m == -INF ? 0.f : m, shift = empty ? 0.f : log_l;
-      for (int e0 = 0; e0 < EP; e0 += THREADS) {
-        const int e = e0 + tid;
-        const float beta = e < p.value_dim ? beta_of(p, at.h, e) : 1.f;
-        float top = -INF, sum = 0.f, linear = 0.f;
-        bool infinite = false, odd = false;
-        for (int j0 = first; j0 < end; j0 += THREADS) {
-          __syncthreads();
-          weights[tid] = j0 + tid < end ? natural_score(p, at, row, k_rows, i, j0 + tid) - reference : -INF;
-          __syncthreads();
-          if (e >= p.value_dim) continue;
-          for (int n = 0; n < least(THREADS, end - j0); n++) {
-            if (weights[n] == -INF) continue;
-            const float one = widen(v_rows[(i64)(j0 + n) * p.value_dim + e]), y = beta * one;
-            const float term = weights[n] + y;
-            if (EXPM1 && finite(one)) linear = fmaf(expf(weights[n] - shift), expm1_value(one, y), linear);
-            odd |= term != term;
-            infinite |= y == INF;
-            if (!(finite(term))) continue;
-            if (term > top) {
-              sum = sum * expf(top - term) + 1.f;
-              top = term;
-            } else {
-              sum += expf(term - top);
-            }
-          }
-        }
-        if (e < p.value_dim) {
-          float o = 0.f;
-          if (odd || nan > 0.f) o = NOT_A_NUMBER;
-          else if (infinite) o = beta > 0.f ? INF : -INF;
-          else if (!empty && is_linear(beta, beta * linear)) o = linear * log1p_over(beta * linear);
-          else if (!empty) o = (top + logf(sum) - log_l) / beta;
-          if ((flag & OUTSIDE) || !finite(o)) {
-            out[to * p.value_dim + e] = narrow(o);
-            if (residual) residual[to * p.value_dim + e] = o;
-          }
-        }
-      }
-      __syncthreads();
+  const Head at = head_of(p, blockIdx.x / workers);
+  const int flag = flags[at.key] & (OUTSIDE | BROKEN);
+  if (!flag) return;
+  k += (i64)at.key * p.key_length * WIDTH;
+  v += (i64)at.key * p.key_length * p.value_dim;
+  const int tid = threadIdx.x;
+  for (int i = blockIdx.x % workers; i < p.query_length; i += workers) {
+    const i64 to = (i64)at.query * p.query_length + i;
+    load_row(row, q + to * WIDTH, WIDTH);
+    __syncthreads();
+    const int first = greatest(0, i + p.low), end = least(at.k_end, i + p.high + 1);
+    float m = -INF, nan = 0.f;
+    for (int j = first + tid; j < end; j += THREADS) {
+      const float s = natural_score(p, at, row, k, i, j);
+      if (s != s) nan = 1.f;
+      m = fmaxf(m, s);
     }
+    m = block_max(m, room);
+    nan = block_max(nan, room);
+    float l = 0.f;
+    for (int j = first + tid; j < end; j += THREADS) {
+      const float s = natural_score(p, at, row, k, i, j);
+      if (s > -INF) l += expf(s - m);
+    }
+    l = block_sum(l, room);
+    const bool empty = l == 0.f && nan == 0.f;
+    const float log_l = nan > 0.f ? NOT_A_NUMBER : logf(l);
+    if (tid == 0 && (flag & OUTSIDE)) lse[to] = empty ? -INF : m + log_l;
+
+    // per channel: log Σ exp(s − m + βv) about its greatest term so far; a row that sees nothing has no m
+    const float reference = m == -INF ? 0.f : m, shift = empty ? 0.f : log_l;
+    for (int e0 = 0; e0 < EP; e0 += THREADS) {
+      const int e = e0 + tid;
+      const float beta = e < p.value_dim ? beta_of(p, at.h, e) : 1.f;
+      float top = -INF, sum = 0.f, linear = 0.f;
+      bool infinite = false, odd = false;
+      for (int j0 = first; j0 < end; j0 += THREADS) {
+        __syncthreads();
+        weights[tid] = j0 + tid < end ? natural_score(p, at, row, k, i, j0 + tid) - reference : -INF;
+        __syncthreads();
+        if (e >= p.value_dim) continue;
+        for (int n = 0; n < least(THREADS, end - j0); n++) {
+          if (weights[n] == -INF) continue;
+          const float one = widen(v[(i64)(j0 + n) * p.value_dim + e]), y = beta * one;
+          const float term = weights[n] + y;
+          if (EXPM1 && finite(one)) linear = fmaf(expf(weights[n] - shift), expm1_value(one, y), linear);
+          odd |= term != term;
+          infinite |= y == INF;
+          if (!(finite(term))) continue;
+          if (term > top) {
+            sum = sum * expf(top - term) + 1.f;
+            top = term;
+          } else {
+            sum += expf(term - top);
+          }
+        }
+      }
+      if (e < p.value_dim) {
+        float o = 0.f;
+        if (odd || nan > 0.f) o = NOT_A_NUMBER;
+        else if (infinite) o = beta > 0.f ? INF : -INF;
+        else if (!empty && is_linear(beta, beta * linear)) o = linear * log1p_over(beta * linear);
+        else if (!empty) o = (top + logf(sum) - log_l) / beta;
+        if ((flag & OUTSIDE) || !finite(o)) {
+          out[to * p.value_dim + e] = narrow(o);
+          if (residual) residual[to * p.value_dim + e] = o;
+        }
+      }
+    }
+    __syncthreads();
   }
 }

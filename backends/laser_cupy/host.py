@@ -15,8 +15,7 @@ from laser_core._gradient import no_gradients
 
 from .build import BLOCK, JOINT_KEYS, THREADS, Build
 
-WORKERS = 64  # blocks for a head of the exact path
-HEADS = 16  # of it at a time: mostly there is nothing to do
+WORKERS = 64  # blocks for each head of the exact path
 AGAIN = 16  # blocks for each head of the second value pass, which mostly does nothing
 CHUNK = 128  # keys of a block of the passes over them, and queries of one of dβ
 BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
@@ -211,13 +210,9 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     blocks = -(-problem.query_length // x.build.queries)
     v, left = machine.special_forward(x, out, residual, lse) or (values(x), NOTHING)
     x.run("forward", x.heads * blocks, x.q, x.k, x.v, v.x, v.c, v.flags, out, residual, lse, left)
-    _exact(x, "forward_exact", x.heads, problem.query_length, x.q, x.k, x.v, v.flags, out, residual, lse)
+    workers = min(WORKERS, problem.query_length)
+    x.run("forward_exact", x.heads * workers, x.q, x.k, x.v, v.flags, out, residual, lse, np.int32(workers))
     return Forward(out, lse, residual if keep else None)
-
-
-def _exact(x: Call, kernel: str, heads: int, rows: int, *arguments: Any) -> None:
-    workers, step = min(WORKERS, rows), min(HEADS, heads)
-    x.run(kernel, workers * step, *arguments, *map(np.int32, (heads, workers, step)))
 
 
 class Rows(NamedTuple):
@@ -250,9 +245,9 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
         x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
         grid = -(-queries * build.wide // (2 * THREADS))
         x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(queries))
-    few = _joint_serves(x) and problem.bias_shape is None
+    exact = _joint_serves(x) and problem.bias_shape is None
     blocks = -(-problem.key_length // CHUNK)
-    x.run("key_marks", x.key_value_heads * blocks, x.k, marks, v.flags, np.int32(blocks), np.int32(few))
+    x.run("key_marks", x.key_value_heads * blocks, x.k, marks, v.flags, np.int32(blocks), np.int32(exact))
     return Rows(o, do, dl, l, r, g, marks, scales)
 
 
@@ -274,9 +269,10 @@ def backward(
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
     joint = _joint_serves(x)
     q_blocks, k_blocks = -(-problem.query_length // BLOCK), -(-problem.key_length // (JOINT_KEYS if joint else BLOCK))
+    workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
-        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, min(WORKERS, problem.key_length)))
+        shapes = ((x.key_value_heads, n, x.build.value_dim) for n in (k_blocks, workers[1]))
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
     made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
     v, r = made or _with_rows(x, forward, d_out, d_lse)
@@ -290,8 +286,8 @@ def backward(
             x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
         x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
     exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
-    _exact(x, "backward_queries_exact", x.heads, problem.query_length, *exact, dq)
-    _exact(x, "backward_keys_exact", x.key_value_heads, problem.key_length, *exact, dk, dv, dbetas[1])
+    x.run("backward_queries_exact", x.heads * workers[0], *exact, dq, np.int32(workers[0]))
+    x.run("backward_keys_exact", x.key_value_heads * workers[1], *exact, dk, dv, dbetas[1], np.int32(workers[1]))
 
     dq = dq[..., : problem.head_dim].reshape(given.query.shape)
     dk, dv = (
