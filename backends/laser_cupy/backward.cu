@@ -17,10 +17,10 @@
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
 
 // zeros for what is not finite in a tile that tile_begin has loaded
-template <int ROWS, int CELLS, int COUNT = THREADS> __device__ __forceinline__ void tile_clean(element* tile) {
+template <int ROWS, int CELLS> __device__ __forceinline__ void tile_clean(element* tile) {
   __syncthreads();
 #pragma unroll 1
-  for (int n = threadIdx.x; n < ROWS * CELLS; n += COUNT) {
+  for (int n = threadIdx.x; n < ROWS * CELLS; n += THREADS) {
     element* at = tile + n / CELLS * (CELLS + PAD) + n % CELLS;
     if (!finite(widen(*at))) *at = narrow(0.f);
   }

@@ -11,8 +11,6 @@ from laser_core import Problem
 
 THREADS = 128
 WARPS = THREADS // 32
-JOINT_THREADS = 256  # of a block of the kernel that makes all gradients
-JOINT_KEYS = 128  # that it owns
 BLOCK = 64  # rows of a tile that a block of the backward pass owns
 SHARED = 99 << 10  # bytes that every device from sm_80 on lends to a block
 LARGEST_DIM = 256
@@ -36,7 +34,6 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
             "backward_keys_exact",
         ),
     ),
-    "joint": ((*_EXACT, "rows", "backward", "joint"), ("backward_joint", "backward_joint_queries")),
     "bias": ((*_EXACT, "rows", "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
     "decode": (("decode",), ("decode", "decode_merge")),
 }
@@ -85,7 +82,7 @@ class Build:
             ("value_dim", range(16, LARGEST_DIM + 1, 16)),
             ("strips", (1, 2)),
             ("keys", (16, 32, 64, 128)),
-            ("resident", (1, 2, 3, 4)),
+            ("resident", (1, 2, 3)),
             ("inner", (16, 32)),
             ("stages", (1, 2)),
         ):
@@ -111,7 +108,7 @@ class Build:
             or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, strips=2, resident=3 if max(build.wide, build.padded) <= 64 else 2)
+            return dataclasses.replace(build, strips=2)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -149,20 +146,6 @@ class Build:
         return 64 * self.strips
 
     @property
-    def joint(self) -> bool:
-        """Whether one kernel can make all gradients, if a block may have as much shared memory as that takes."""
-        return self.narrow and self.padded % 32 == 0 and self.wide % 32 == 0 and not self.split
-
-    @property
-    def joint_queries(self) -> int:
-        """How many queries that kernel walks over at a time."""
-        return 128 if self.padded + self.wide <= 128 else 64
-
-    def threads(self, kernel: str) -> int:
-        """Threads of a block of a kernel."""
-        return JOINT_THREADS if KERNELS[kernel] == "joint" else THREADS
-
-    @property
     def lanes(self) -> int:
         """Of a row of queries in the pass over them."""
         widest, per = max(self.columns, self.value_dim), 16 // self.bytes
@@ -175,7 +158,7 @@ class Build:
         values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1}
         values |= {"CAP": self.cap, "GENERAL": self.general or self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes, "JOINT_QUERIES": self.joint_queries}
+        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:
@@ -190,25 +173,17 @@ class Build:
             "backward_keys": self.bytes * BLOCK * (d + x) + walked,
             "backward_values": self.bytes * BLOCK * (d + x) + walked,
             "backward_queries": self.bytes * BLOCK * (d + x) + walked,
-            "backward_joint": self._joint_shared,
-            "backward_joint_queries": 4 * self.joint_queries * (self.padded + 4),
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
-            "decode_merge": 12 * THREADS,
+            "decode_merge": 8 * THREADS,
             "backward_queries_exact": 4 * (self.padded + THREADS),
             "backward_keys_exact": 4 * (self.padded + 2 * THREADS),
         }.get(kernel, 0)
 
     @property
-    def _joint_shared(self) -> int:
-        d, x = self.padded + _PAD, self.wide + _PAD
-        keys = self.bytes * JOINT_KEYS * (d + x + 2 * (self.joint_queries + _PAD)) + 8 * JOINT_KEYS + 16
-        return keys + 2 * self.joint_queries * (self.bytes * (d + x) + 8)
-
-    @property
     def largest(self) -> int:
         """The most shared memory that a kernel takes that every problem needs."""
-        return max(self.shared(kernel) for kernel in KERNELS if kernel != "decode" and KERNELS[kernel] != "joint")
+        return max(self.shared(kernel) for kernel in KERNELS if kernel != "decode")
 
 
 @functools.cache

@@ -231,11 +231,11 @@ __device__ __forceinline__ float block_sum(float x, float* room) {
 }
 
 // begins to load rows [start, start + ROWS) of a matrix with COLUMNS columns into a tile [ROWS, CELLS]; zeros beyond
-template <int ROWS, int CELLS, int COLUMNS, int COUNT = THREADS>
+template <int ROWS, int CELLS, int COLUMNS>
 __device__ __forceinline__ void tile_begin(element* tile, const element* matrix, int start, int end) {
   constexpr int CHUNKS = CELLS / PER;  // of a row
-  if constexpr (COUNT % CHUNKS == 0) {
-    constexpr int STEP = COUNT / CHUNKS;
+  if constexpr (THREADS % CHUNKS == 0) {
+    constexpr int STEP = THREADS / CHUNKS;
     const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * PER;
     const element* from = matrix + (i64)(start + row) * COLUMNS + column;
     element* to = tile + row * (CELLS + PAD) + column;
@@ -251,7 +251,7 @@ __device__ __forceinline__ void tile_begin(element* tile, const element* matrix,
     }
   } else {
     const element* from = matrix + (i64)start * COLUMNS;
-    for (int n = threadIdx.x; n < ROWS * CHUNKS; n += COUNT) {
+    for (int n = threadIdx.x; n < ROWS * CHUNKS; n += THREADS) {
       const int row = n / CHUNKS, column = n % CHUNKS * PER;
       const bool there = start + row < end && column < COLUMNS;
       copy_begin(tile + row * (CELLS + PAD) + column, there ? from + row * COLUMNS + column : matrix, there);

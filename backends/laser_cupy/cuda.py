@@ -12,7 +12,7 @@ from laser_core import Forward, Gradients, Inputs, Problem, Unsupported
 from laser_core._array import Array
 
 from . import decode, hopper, host
-from .build import KERNELS, Build, source
+from .build import KERNELS, THREADS, Build, source
 
 OLDEST = 80  # compute capability: cp.async and mma.sync of bfloat16
 OPTIONS = ("-std=c++17",)
@@ -50,11 +50,6 @@ def _processors(device: int) -> int:
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
-@functools.cache
-def _shared(device: int) -> int:
-    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
-
-
 class _Machine:
     """CuPy's current device and stream."""
 
@@ -67,14 +62,9 @@ class _Machine:
     def processors(self) -> int:
         return _processors(self.device)
 
-    @property
-    def shared(self) -> int:
-        return _shared(self.device)
-
     def launch(self, build: Build, name: str, grid: int, arguments: Sequence[Any]) -> None:
         """Launch a kernel; CuPy raises where the launch fails."""
-        threads, shared = build.threads(name), build.shared(name)
-        kernel(build, name, self.device)((grid,), (threads,), tuple(arguments), shared_mem=shared)
+        kernel(build, name, self.device)((grid,), (THREADS,), tuple(arguments), shared_mem=build.shared(name))
 
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)

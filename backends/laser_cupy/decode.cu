@@ -213,15 +213,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
 #endif
 }
 
-// The output of 32 channels of a row from those of its runs of keys: a lane for each channel, the runs in turns among the warps
+// The output of a row from those of its runs of keys
 extern "C" __global__ void __launch_bounds__(THREADS) decode_merge(
     PROBLEM, const float* w, const float* l, element* out, float* residual, float* lse, int splits) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
-  float* room = (float*)raw;  // [3, THREADS]
-  const int tid = threadIdx.x, warp = tid / 32, chunks = (p.value_dim + 31) / 32;
-  const i64 row = blockIdx.x / chunks;
-  const int e = blockIdx.x % chunks * 32 + tid % 32;
+  float *room = (float*)raw, *shares = room + THREADS;  // shares: log of the part that each of THREADS runs has in the row
+  const int tid = threadIdx.x;
+  const i64 row = blockIdx.x;
   l += row * splits;
   w += row * splits * p.value_dim;
   float m = -INF, sum = 0.f;
@@ -232,35 +231,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_merge(
   sum = block_sum(sum, room);
   const bool empty = sum == 0.f;
   const float log_l = reference + logf(sum);
-  if (tid == 0 && blockIdx.x % chunks == 0) lse[row] = empty ? -INF : log_l;
-  float top = -INF, terms = 0.f, special = 0.f;  // special: infinity or NaN where a run is
-#pragma unroll 4
-  for (int n = warp; n < splits; n += THREADS / 32) {
-    const float share = l[n] - log_l;  // log of the part that the run has in the row
-    const float one = e < p.value_dim && share > -INF ? w[(i64)n * p.value_dim + e] : -INF;
-    if (!EXP) {
-      terms = share > -INF ? fmaf(expf(share), one, terms) : terms;
-    } else {
-      const float term = finite(one) ? share + one : -INF, next = fmaxf(top, term), about = next == -INF ? 0.f : next;
-      terms = terms * expf(top - about) + expf(term - about);
-      special += share > -INF && !(one < INF) ? one : 0.f;
-      top = next;
+  if (tid == 0) lse[row] = empty ? -INF : log_l;
+  for (int e0 = 0; e0 < p.value_dim; e0 += THREADS) {
+    const int e = e0 + tid;
+    float top = -INF, terms = 0.f, special = 0.f;  // special: infinity or NaN where a run is
+    for (int n0 = 0; n0 < splits; n0 += THREADS) {
+      __syncthreads();
+      if (n0 + tid < splits) shares[tid] = l[n0 + tid] - log_l;
+      __syncthreads();
+      const int count = e < p.value_dim ? least(THREADS, splits - n0) : 0;
+      const float* from = w + (i64)n0 * p.value_dim + e;
+#pragma unroll 8
+      for (int n = 0; n < count; n++) {
+        const float one = from[(i64)n * p.value_dim], share = shares[n];
+        if (!EXP) {
+          terms = share > -INF ? fmaf(expf(share), one, terms) : terms;
+        } else {
+          const bool counts = share > -INF && finite(one);
+          const float term = counts ? share + one : -INF, next = fmaxf(top, term), about = next == -INF ? 0.f : next;
+          terms = terms * expf(top - about) + expf(term - about);
+          special += share > -INF && !(one < INF) ? one : 0.f;
+          top = next;
+        }
+      }
     }
+    float o = EXP ? (special == 0.f ? top + logf(terms) : special) * inverse_of(p.beta) : terms;
+    if (sum != sum) o = NOT_A_NUMBER;
+    if (empty) o = 0.f;
+    if (e >= p.value_dim) continue;
+    out[row * p.value_dim + e] = narrow(o);
+    if (residual) residual[row * p.value_dim + e] = o;
   }
-  room[tid] = top;
-  room[THREADS + tid] = terms;
-  room[2 * THREADS + tid] = special;
-  __syncthreads();
-  if (warp || e >= p.value_dim) return;
-  for (int n = tid + 32; n < THREADS; n += 32) {
-    const float next = fmaxf(top, room[n]), about = next == -INF ? 0.f : next;
-    terms = EXP ? terms * expf(top - about) + room[THREADS + n] * expf(room[n] - about) : terms + room[THREADS + n];
-    special += room[2 * THREADS + n];
-    top = next;
-  }
-  float o = EXP ? (special == 0.f ? top + logf(terms) : special) * inverse_of(p.beta) : terms;
-  if (sum != sum) o = NOT_A_NUMBER;
-  if (empty) o = 0.f;
-  out[row * p.value_dim + e] = narrow(o);
-  if (residual) residual[row * p.value_dim + e] = o;
 }

@@ -58,5 +58,5 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     out = x.empty(*problem.out_shape)
     residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if problem.gradient else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
-    x.run("decode_merge", rows * -(-problem.value_dim // 32), w, l, out, residual, lse, np.int32(count))
+    x.run("decode_merge", rows, w, l, out, residual, lse, np.int32(count))
     return Forward(out, lse, residual if problem.gradient else None)

@@ -23,7 +23,7 @@ from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array
 
 from . import CUDA, decode, host
-from .build import KERNELS, Build, source
+from .build import KERNELS, THREADS, Build, source
 
 _LAUNCHER = """
 extern "C" int emulator_launch(
@@ -73,14 +73,13 @@ class _Machine:
 
     xp: Any = np
     processors = 1
-    shared = 227 << 10
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         held = [np.uint64(x.ctypes.data) if isinstance(x, np.ndarray) else x for x in arguments]
         places = [x.reshape(1) if isinstance(x, np.ndarray) else np.asarray([x]) for x in held]
         pointers = (ctypes.c_void_p * len(places))(*[x.ctypes.data for x in places])
         seed = int(os.environ.get("LASER_EMULATOR_SEED", "0"))
-        sizes = (ctypes.c_uint(grid), ctypes.c_uint(build.threads(kernel)), ctypes.c_size_t(build.shared(kernel)))
+        sizes = (ctypes.c_uint(grid), ctypes.c_uint(THREADS), ctypes.c_size_t(build.shared(kernel)))
         if library(build).emulator_launch(kernel.encode(), *sizes, ctypes.c_uint(seed), pointers):
             raise ValueError(f"kernel: got {kernel!r}; allowed: {', '.join(KERNELS)}")
 

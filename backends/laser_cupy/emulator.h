@@ -216,13 +216,6 @@ inline bool warp_any(bool x) {
     for (int i = 0; i < 32; i++) *(int*)w.out[i] = any;
   });
 }
-inline int atomicAdd(int* to, int x) { int old = *to; *to += x; return old; }
-inline void add_to(float* sum, float x) { *sum += x; }
-inline int turn_look(const int* turn) { return *turn; }
-inline void turn_wait(const int* turn, int, int value) {  // blocks run one after another
-  if (*turn != value) emulator::fail("a block waits for one that comes later");
-}
-inline void turn_pass(int* turn, int value) { *turn = value; }
 inline int atomicOr(int* to, int bits) { int old = *to; *to |= bits; return old; }
 inline u32 atomicMax(u32* to, u32 x) { u32 old = *to; *to = x > old ? x : old; return old; }
 
@@ -259,13 +252,6 @@ inline u32 pair(const u16* p) { u32 x; memcpy(&x, p, 4); return x; }
 inline void load_a(Left& f, const u16* tile, int ld) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   for (int r = 0; r < 4; r++) f.x[r] = pair(tile + (g + r % 2 * 8) * ld + t * 2 + r / 2 * 8);
-}
-inline void load_a_transposed(Left& f, const u16* tile, int ld) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int r = 0; r < 4; r++) {
-    const u16* p = tile + (t * 2 + r / 2 * 8) * ld + g + r % 2 * 8;
-    f.x[r] = p[0] | (u32)p[ld] << 16;
-  }
 }
 inline void load_b(Right& f, const u16* tile, int ld) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;

@@ -70,24 +70,6 @@ __device__ __forceinline__ void copy_begin_float(float* to, const float* from, b
 // waits for the copies that this thread has begun; others see them after the next barrier
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Blocks that take turns: a counter, looked at early, waited for later; and passed on by one thread, for what the block has
-// added before a barrier.
-__device__ __forceinline__ int turn_look(const int* turn) {
-  int seen;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
-  return seen;
-}
-__device__ __forceinline__ void turn_wait(const int* turn, int seen, int value) {
-  while (seen != value) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
-}
-__device__ __forceinline__ void turn_pass(int* turn, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(value) : "memory");
-}
-// adds to a sum, and does not wait
-__device__ __forceinline__ void add_to(float* sum, float x) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory");
-}
-
 // Fragments: Left is a [16, 16], Right is b [16, 16]; a result d [16, 8] is four floats: lane 4g + t holds
 // d[g][2t, 2t+1] and d[g+8][2t, 2t+1]. `ld` is the distance of rows in a tile. float32.cu has those of float32.
 #if !FLOAT32
@@ -118,21 +100,10 @@ __device__ __forceinline__ void load_matrices(u32 (&f)[4], const u16* row) {
                : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(shared_address(row)) : "memory");
 }
 
-__device__ __forceinline__ void load_transposed(u32 (&f)[4], const u16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(shared_address(row)) : "memory");
-}
-
 // a [16, 16] at `tile`
 __device__ __forceinline__ void load_a(Left& f, const u16* tile, int ld) {
   const int lane = threadIdx.x % 32;
   load_matrices(f.x, tile + (lane % 16) * ld + lane / 16 * 8);
-}
-
-// a stored as columns: tile [16 of k, 16 of m]
-__device__ __forceinline__ void load_a_transposed(Left& f, const u16* tile, int ld) {
-  const int lane = threadIdx.x % 32;
-  load_transposed(f.x, tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
 }
 
 // b stored as rows of its columns: tile [16 of n, 16 of k]
@@ -144,7 +115,9 @@ __device__ __forceinline__ void load_b(Right& f, const u16* tile, int ld) {
 // b stored as it is: tile [16 of k, 16 of n]
 __device__ __forceinline__ void load_b_transposed(Right& f, const u16* tile, int ld) {
   const int lane = threadIdx.x % 32;
-  load_transposed(f.x, tile + lane % 16 * ld + lane / 16 * 8);
+  const u16* row = tile + lane % 16 * ld + lane / 16 * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3]) : "r"(shared_address(row)) : "memory");
 }
 
 // a from two results of products side by side

@@ -13,7 +13,7 @@ from laser_core import Forward, Gradients, Inputs, Problem
 from laser_core._array import Array, unbroadcast
 from laser_core._gradient import no_gradients
 
-from .build import BLOCK, JOINT_KEYS, THREADS, Build
+from .build import BLOCK, THREADS, Build
 
 WORKERS = 64  # blocks for each head of the exact path
 AGAIN = 16  # blocks for each head of the second value pass, which mostly does nothing
@@ -30,10 +30,6 @@ class Machine(Protocol):
     @property
     def processors(self) -> int:
         """Multiprocessors of the device."""
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory that the device lends to a block."""
 
     def launch(self, build: Build, kernel: str, grid: int, arguments: Sequence[Any]) -> None:
         """Run ``grid`` blocks of a kernel; arguments are arrays and NumPy scalars."""
@@ -245,9 +241,8 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
         x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
         grid = -(-queries * build.wide // (2 * THREADS))
         x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(queries))
-    exact = _joint_serves(x) and problem.bias_shape is None
     blocks = -(-problem.key_length // CHUNK)
-    x.run("key_marks", x.key_value_heads * blocks, x.k, marks, v.flags, np.int32(blocks), np.int32(exact))
+    x.run("key_marks", x.key_value_heads * blocks, x.k, marks, v.flags, np.int32(blocks))
     return Rows(o, do, dl, l, r, g, marks, scales)
 
 
@@ -267,8 +262,7 @@ def backward(
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
-    joint = _joint_serves(x)
-    q_blocks, k_blocks = -(-problem.query_length // BLOCK), -(-problem.key_length // (JOINT_KEYS if joint else BLOCK))
+    q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
     workers = [min(WORKERS, n) for n in (problem.query_length, problem.key_length)]
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:
@@ -276,9 +270,7 @@ def backward(
         dbetas = [xp.zeros(shape, dtype=xp.float32) for shape in shapes]
     made = machine.special_backward(x, forward, d_out, d_lse, dq, dk, dv)
     v, r = made or _with_rows(x, forward, d_out, d_lse)
-    if made is None and joint:
-        _joint(x, v, r, dq, dk, dv, dbetas[0])
-    elif made is None:
+    if made is None:
         pairs = (r.l, r.r, r.marks)
         of_keys = (x.q, x.k, x.v, v.x, r.g, *pairs, v.c, r.scales, v.flags, dk, dv, dbetas[0])
         x.run("backward_keys", x.key_value_heads * k_blocks, *of_keys)
@@ -297,22 +289,6 @@ def backward(
     dbias = None if given.bias is None else _bias_gradient(x, v, r).astype(given.bias.dtype)
     dbeta = None if given.beta is None else _beta_gradient(x, v, r, dbetas, given.beta)
     return Gradients(dq, dk, dv, dbias, dbeta)
-
-
-def _joint_serves(x: Call) -> bool:
-    """Whether one kernel makes all gradients of heads inside the fast range."""
-    return x.build.joint and x.build.shared("backward_joint") <= x.machine.shared
-
-
-def _joint(x: Call, v: Values, r: Rows, dq: Array, dk: Array, dv: Array, dbetas: Any) -> None:
-    """All gradients of heads inside the fast range by one kernel."""
-    xp, problem = x.machine.xp, x.problem
-    tiles, blocks = -(-problem.query_length // x.build.joint_queries), -(-problem.key_length // JOINT_KEYS)
-    turns = xp.zeros(x.heads * tiles + 1, dtype=xp.int32)
-    sums = x.empty(x.heads * tiles, x.build.joint_queries * x.build.padded, dtype=xp.float32)
-    side = (r.l, r.r, v.c, r.scales, v.flags, sums, turns[1:], turns[:1], dk, dv, dbetas)
-    x.run("backward_joint", x.key_value_heads * blocks, x.q, x.k, x.v, v.x, r.g, *side, np.int32(blocks))
-    x.run("backward_joint_queries", x.heads * tiles, sums, turns[1:], r.scales, v.flags, dq)
 
 
 def _over_group(xp: Any, x: Array, like: Array, heads: int) -> Array:

@@ -157,14 +157,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_weights(
   store_pair(g + n, value[0], value[1]);
 }
 
-// Per key: 0, or NaN where the key is not finite; a warp for each, KEYS_OF_BLOCK of them for a block. `exact`: only of heads that
-// the exact path serves
+// Per key: 0, or NaN where the key is not finite; a warp for each, KEYS_OF_BLOCK of them for a block
 #define KEYS_OF_BLOCK 128
 extern "C" __global__ void __launch_bounds__(THREADS) key_marks(
-    PROBLEM, const element* k, float* marks, int* flags, int blocks, int exact) {
+    PROBLEM, const element* k, float* marks, int* flags, int blocks) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x / blocks, start = blockIdx.x % blocks * KEYS_OF_BLOCK;
-  if (exact && !(flags[kv] & OUTSIDE)) return;
   bool some = false;
   for (int j = start + threadIdx.x / 32; j < least(start + KEYS_OF_BLOCK, p.key_length); j += THREADS / 32) {
     const i64 row = (i64)kv * p.key_length + j;
