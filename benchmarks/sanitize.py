@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--backend", default="cupy-cuda")
     parser.add_argument("--dtype", action="append", help="bfloat16, float16, float32; default: all")
     parser.add_argument("--tool", action="append", help=f"{', '.join(TOOLS)}; default: all")
+    parser.add_argument("--portable", action="store_true", help="without the kernels for Hopper")
     parser.add_argument("--bare", action="store_true", help="run the problems here, under no tool")
     arguments = parser.parse_args()
     dtypes = arguments.dtype or ["bfloat16", "float16", "float32"]
@@ -70,11 +71,16 @@ def main() -> int:
         import cupy
 
         cupy.cuda.set_allocator(None)
+        if arguments.portable:
+            from laser_cupy import cuda
+
+            setattr(cuda._Machine, "_hopper_serves", lambda self, problem: False)  # noqa: B010
         for dtype in dtypes:
             for problem in PROBLEMS:
                 run(arguments.backend, dtype, **problem)
         return 0
     bare = [sys.executable, __file__, "--bare", "--backend", arguments.backend, *(f"--dtype={t}" for t in dtypes)]
+    bare += ["--portable"] * arguments.portable
     subprocess.run(bare, check=True)
     found = 0
     for tool in arguments.tool or TOOLS:
