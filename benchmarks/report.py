@@ -223,6 +223,20 @@ def decode_page(result: dict[str, Any]) -> str:
     return f"{where}.\n\n{note}\n\n" + table(["cache", "who", "µs", "TB/s", "of the copy", "error / bound"], rows)
 
 
+def start_page(result: dict[str, Any]) -> str:
+    """The first calls of a process, from a run of start.py."""
+    rows = [
+        [r["kernels"], r["cache"], *(f"{r['seconds'][what]:.2f}" for what in ("import", "forward", "backward"))]
+        for r in result["records"]
+    ]
+    note = (
+        f"A process's first calls in CuPy, of a problem of {','.join(map(str, result['shape']))} in bfloat16, until "
+        "the device is done; NVRTC compiles the kernels where CuPy's cache has none. *portable*: without Hopper's."
+    )
+    header = ["kernels", "cache", "import, s", "first forward, s", "first backward, s"]
+    return f"{provenance(result)}\n\n{note}\n\n{table(header, rows)}"
+
+
 def filled(path: Path, name: str, text: str) -> str:
     """The file's text with the block of that name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -245,6 +259,7 @@ def main() -> int:
         (ROOT / "docs" / "performance.md", "gpu", gpu_page(gpu)),
         (ROOT / "docs" / "performance.md", "gpu-jax", gpu_page(latest("gpu-jax"))),
         (ROOT / "docs" / "performance.md", "gpu-cupy", gpu_page(latest("gpu-cupy"))),
+        (ROOT / "docs" / "performance.md", "cupy-start", start_page(latest("cupy-start"))),
         (ROOT / "docs" / "performance.md", "decode", decode_page(decode)),
         (ROOT / "docs" / "performance.md", "cpu", cpu_page(results)),
         (ROOT / "README.md", "benchmarks", summary(results)),

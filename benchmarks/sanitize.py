@@ -102,6 +102,7 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", help="bfloat16, float16, float32; default: all")
     parser.add_argument("--tool", action="append", help=f"{', '.join(TOOLS)}; default: all")
     parser.add_argument("--problem", action="append", type=int, help=f"0 to {len(PROBLEMS) - 1}; default: all")
+    parser.add_argument("--portable", action="store_true", help="without the kernels for Hopper")
     parser.add_argument("--bare", action="store_true", help="run the problems here, under no tool")
     parser.add_argument("--every-lane", action="store_true", help="barriers that racecheck follows")
     arguments = parser.parse_args()
@@ -110,10 +111,12 @@ def main() -> int:
     if arguments.bare:
         if arguments.backend == "cupy-cuda":
             import cupy
-            from laser_cupy import hopper
+            from laser_cupy import cuda, hopper
 
             if arguments.every_lane:
                 hopper.OPTIONS = (*hopper.OPTIONS, "-DEVERY_LANE=1")
+            if arguments.portable:
+                setattr(cuda._Machine, "_hopper_serves", lambda self, problem: False)  # noqa: B010
             cupy.cuda.set_allocator(None)
         else:
             os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -123,6 +126,7 @@ def main() -> int:
         return 0
     bare = [sys.executable, __file__, "--bare", "--backend", arguments.backend]
     bare += [*(f"--dtype={t}" for t in dtypes), *(f"--problem={n}" for n in problems)]
+    bare += ["--portable"] * arguments.portable
     subprocess.run(bare, check=True)
     found = 0
     for tool in arguments.tool or TOOLS:

@@ -83,29 +83,57 @@ __device__ __forceinline__ Factors factors(const int* scales) {
 #endif
 }
 
-// ds of a tile [16, INNER] whose rows are queries or keys, from products of q and k, G and X: p in place of s and ds, by
+// ds of a tile [16, 8 * N] whose rows are queries or keys, from products of q and k, G and X: p in place of s and ds, by
 // which its slope is not multiplied, in place of gx. `at_pair` says what is seen, with its bias, l, r and the key's mark.
-template <bool SLOPE, class AtPair>
-__device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool direct, float (&s)[INNER / 8][4],
-                                      float (&gx)[INNER / 8][4], AtPair at_pair) {
+// DIRECT: everything is seen, and nothing else changes scores.
+template <bool SLOPE, bool DIRECT, int N, class AtPair>
+__device__ __forceinline__ void weigh_all(const Problem& pr, const Factors& f, float (&s)[N][4], float (&gx)[N][4], AtPair at_pair) {
   const float factor = pr.scale * UNIT;
 #pragma unroll
-  for (int n = 0; n < INNER / 8; n++)
+  for (int n = 0; n < N; n++)
 #pragma unroll
     for (int h = 0; h < 4; h++) {
       float l, r, mark, bias, slope = 1.f, p = 0.f, ds = 0.f;
-      if (direct) {
-        at_pair(n, h, false, l, r, mark, bias);
+      const bool seen = at_pair(n, h, !DIRECT, l, r, mark, bias);
+      if (DIRECT) {
         p = exp_fast(fmaf(s[n][h], factor, -l));
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
-      } else if (at_pair(n, h, true, l, r, mark, bias) && l != INF) {
-        p = exp_fast(score(pr, s[n][h], slope) + bias - l + mark);
-        ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
-        if (SLOPE) ds *= slope;
+      } else {
+        const bool flows = seen && l != INF;
+        const float above = CAP ? score(pr, s[n][h], slope) + (bias - l) : fmaf(s[n][h], factor, bias - l);  // the bits of DIRECT
+        const float weight = exp_fast(above + mark);
+        ds = weight * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
+        p = flows ? weight : 0.f;
+        ds = flows ? SLOPE ? ds * slope : ds : 0.f;
       }
       s[n][h] = p;
       gx[n][h] = FLOAT16 && SLOPE ? ds * f.out * f.out2 : ds;
     }
+}
+template <bool SLOPE, int N, class AtPair>
+__device__ __forceinline__ void weigh(const Problem& pr, const Factors& f, bool direct, float (&s)[N][4], float (&gx)[N][4],
+                                      AtPair at_pair) {
+  if (direct) weigh_all<SLOPE, true>(pr, f, s, gx, at_pair);
+  else weigh_all<SLOPE, false>(pr, f, s, gx, at_pair);
+}
+
+// dv of a value in channel e, from the sums over queries of both forms; and what it adds to dβ
+__device__ __forceinline__ float value_gradient(float exp_form, float expm1_form, float beta, float v, const int* c, int e, int g_scale,
+                                                float& dbeta) {
+  const float y = beta * v;
+  float sum = 0.f;
+  dbeta = 0.f;
+  if (EXP) {
+    const float part = scaled(exp_form, g_scale - P_SHIFT) * (finite(y) ? fminf(inverse_exp(-beta, v, -c[e]), 3e38f) : 0.f);
+    sum = part * beta;
+    if (beta != 0.f && finite(y)) dbeta += part * (v - c[e] * LN2 / beta);
+  }
+  if (EXPM1) {
+    const float part = scaled(expm1_form, g_scale - P_SHIFT - c[XP - EP + e]);
+    sum += part * (finite(y) ? expf(fminf(y, CLIP)) : 0.f);
+    if (finite(y)) dbeta += part * v * v * curvature(fminf(y, CLIP));
+  }
+  return sum;
 }
 
 // dk and dv of 64 keys; one of them where SPLIT has a thread hold no more. dbetas [B*Hkv, blocks, EP], or null
@@ -227,20 +255,11 @@ __device__ __forceinline__ void backward_of_keys(
       for (int h = 0; h < 2; h++) {
         const int j = j0 + own + h * 8;
         if (j >= pr.key_length || e >= pr.value_dim) continue;
-        const float one = widen(v[(keys + j) * pr.value_dim + e]), y = beta * one;
-        float sum = 0.f;
-        if (EXP) {
-          const int own_c = c[(i64)kv * CP + e];
-          const float part = scaled(dv_acc[n][2 * h + w], g_scale - P_SHIFT) * (finite(y) ? fminf(inverse_exp(-beta, one, -own_c), 3e38f) : 0.f);
-          sum = part * beta;
-          if (dbetas && beta != 0.f && finite(y)) dbeta += part * (one - own_c * LN2 / beta);
-        }
-        if (EXPM1) {
-          const float part = scaled(dv_acc[XP / 8 - EP / 8 + n][2 * h + w], g_scale - P_SHIFT - c[(i64)kv * CP + XP - EP + e]);
-          sum += part * (finite(y) ? expf(fminf(y, CLIP)) : 0.f);
-          if (dbetas && finite(y)) dbeta += part * one * one * curvature(fminf(y, CLIP));
-        }
-        dv[(keys + j) * pr.value_dim + e] = narrow(sum);
+        float part;
+        dv[(keys + j) * pr.value_dim + e] =
+            narrow(value_gradient(dv_acc[n][2 * h + w], dv_acc[XP / 8 - EP / 8 + n][2 * h + w], beta,
+                                  widen(v[(keys + j) * pr.value_dim + e]), c + (i64)kv * CP, e, g_scale, part));
+        dbeta += part;
       }
       if (dbetas) {
         for (int n = 4; n < 32; n *= 2) dbeta += __shfl_xor_sync(FULL_WARP, dbeta, n);

@@ -18,7 +18,7 @@ _EXACT = ("values", "forward_exact")
 PARTS = {  # what is compiled together, when it is needed: files, which may hold kernels of others too, and kernels
     "forward": (
         (*_EXACT, "forward", "forward_few"),
-        ("value_range", "value_decide", "value_exp", "forward", "forward_exact", "forward_few"),
+        ("value_exp", "value_decide", "value_again", "forward", "forward_exact", "forward_few"),
     ),
     "backward": (
         (*_EXACT, "rows", "backward", "backward_exact"),
@@ -53,6 +53,7 @@ class Build:
         value_dim: E rounded up to 16, and no less than 32.
         exp, expm1: The forms of the values; ``values.cu`` has them.
         cap: A soft cap of the scores.
+        general: Scores are more than products times a positive factor: there is a mask, a bias or a cap.
         strips: Of the forward pass: a warp owns 16 queries times this.
         keys: Of the forward pass: keys of a tile.
         resident: Of the forward pass: blocks that share a multiprocessor, by registers.
@@ -66,6 +67,7 @@ class Build:
     exp: bool = True
     expm1: bool = False
     cap: bool = False
+    general: bool = False
     strips: int = 1
     keys: int = 64
     resident: int = 2
@@ -79,7 +81,7 @@ class Build:
             ("columns", range(8, LARGEST_DIM + 1, 8) if self.narrow else range(4, LARGEST_DIM + 1, 4)),
             ("value_dim", range(16, LARGEST_DIM + 1, 16)),
             ("strips", (1, 2)),
-            ("keys", (16, 32, 64)),
+            ("keys", (16, 32, 64, 128)),
             ("resident", (1, 2, 3)),
             ("inner", (16, 32)),
             ("stages", (1, 2)),
@@ -100,9 +102,13 @@ class Build:
             exp=beta is None or beta != 0,
             expm1=beta is None or abs(beta) < 1,
             cap=problem.logits_soft_cap is not None,
+            general=problem.mask_shape is not None
+            or problem.bias_shape is not None
+            or problem.logits_soft_cap is not None
+            or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, resident=3) if build.wide <= 64 and build.padded <= 64 else build
+            return dataclasses.replace(build, strips=2)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -135,22 +141,24 @@ class Build:
         return self.padded + self.wide > 256
 
     @property
-    def held_queries(self) -> bool:
-        """Whether the queries of the forward pass stay in registers."""
-        return self.narrow and self.strips == 1 and self.keys == 64 and self.padded <= 128
-
-    @property
     def queries(self) -> int:
         """Queries of a block of the forward pass."""
         return 64 * self.strips
 
     @property
+    def lanes(self) -> int:
+        """Of a row of queries in the pass over them."""
+        widest, per = max(self.columns, self.value_dim), 16 // self.bytes
+        return 32 if widest > 16 * per else 16 if widest > 8 * per else 8
+
+    @property
     def definitions(self) -> tuple[str, ...]:
         """Compiler options."""
         values: dict[str, int] = {"FLOAT16": self.dtype == "float16", "FLOAT32": self.dtype == "float32"}
-        values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1, "CAP": self.cap}
+        values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1}
+        values |= {"CAP": self.cap, "GENERAL": self.general or self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        values |= {"INNER": self.inner, "STAGES": self.stages}
+        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:
@@ -158,8 +166,8 @@ class Build:
         d, x = self.padded + _PAD, self.wide + _PAD
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
         return {
-            "value_range": 8 * THREADS,
-            "forward": self.bytes * (2 * self.keys * (d + x) + (0 if self.held_queries else self.queries * d)),
+            "value_exp": 8 * THREADS * (16 // self.bytes),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)), 4 * BLOCK * (self.wide + 8)),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "forward_few": self._few,
             "row_scales": 4 * THREADS,

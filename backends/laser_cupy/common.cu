@@ -1,8 +1,8 @@
 // What all kernels share: the problem, what a query sees, scores, powers of two.
 //
 // Compiled for a dtype (FLOAT16, FLOAT32), for WIDTH and EP, the columns of q and k, a multiple of 16 bytes, and the value
-// dim rounded up to 16; for CAP, a soft cap; for the forms that the values take (EXP, EXPM1: see values.cu); and for the
-// tile sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS. Base 2 is used inside kernels only: scores carry log2(e),
+// dim rounded up to 16; for CAP, a soft cap; for GENERAL, scores that are more than products times a factor; for the forms that the values take (EXP, EXPM1: see values.cu); and for the
+// tile sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS; and for LANES, those of a row of queries. Base 2 is used inside kernels only: scores carry log2(e),
 // those of float32 excepted; what is stored is in natural logarithms.
 
 #define LOG2E 1.4426950408889634f
@@ -28,6 +28,7 @@
 // flags of a key/value head
 #define OUTSIDE 1  // its values are outside the fast range
 #define BROKEN 2  // it holds a value for which beta*v is NaN or +infinity
+#define NARROW 8  // the small values of a channel hardly vary: the mean of any number of rounded X can leave their span
 #define ODD 4  // backward: one of its keys, or a query that reads it, is not finite
 
 #if FLOAT16
@@ -68,6 +69,8 @@ struct Problem {
         key_lengths, mask, mask_b, mask_h, mask_i, mask_j, bias, bias_wide, bias_b, bias_h, bias_i, bias_j       \
   }
 
+template <bool VALUE> struct Flag { static constexpr bool value = VALUE; };
+struct alignas(16) Floats { float x[4]; };
 struct alignas(8) Two { float x[2]; };
 __device__ __forceinline__ void store_two(float* to, float first, float second) { *(Two*)to = {first, second}; }
 
@@ -105,12 +108,14 @@ __device__ __forceinline__ float inverse_of(float beta) { return beta == 0.f ? 1
 __device__ __forceinline__ bool visible(const Problem& p, const Head& at, int i, int j, float& bias) {
   bias = 0.f;
   if (!(i < at.q_end && j < at.k_end && j - i >= p.low && j - i <= p.high)) return false;
+#if GENERAL
   if (at.mask && !at.mask[i * p.mask_i + j * p.mask_j]) return false;
   if (!at.bias) return true;
   const u8* from = at.bias + i * p.bias_i + j * p.bias_j;
   bias = p.bias_wide ? *(const float*)from : widen(*(const element*)from);
   if (bias == -INF) return false;
   bias *= UNIT;
+#endif
   return true;
 }
 

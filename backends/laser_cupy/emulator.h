@@ -217,6 +217,7 @@ inline bool warp_any(bool x) {
   });
 }
 inline int atomicOr(int* to, int bits) { int old = *to; *to |= bits; return old; }
+inline u32 atomicMax(u32* to, u32 x) { u32 old = *to; *to = x > old ? x : old; return old; }
 
 #if !FLOAT32
 typedef u16 element;

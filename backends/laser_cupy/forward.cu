@@ -1,33 +1,14 @@
 // Forward: flash attention over (q, k, X), and o from the row's result at the end (values.cu has the forms of X).
 //
 // A block of 4 warps owns QUERIES queries, a warp 16 * STRIPS of them, and walks over tiles of KEYS keys. acc, m and l stay
-// in float32 registers. While the weights of a tile are made, the scores of the next one are, and K of the one after it and
-// X of the next one are on their way. m may be up to SLACK bits behind the greatest score of its row: what it is subtracted
-// from cancels, and acc is scaled rarely.
+// in float32 registers, and the weights of a tile take the place of its scores. X of a tile is on its way during the product
+// of q and k, and k of the next one during the rest. m may be up to SLACK bits behind the greatest score of its row: what it
+// is subtracted from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
-#define HELD_Q (!FLOAT32 && STRIPS == 1 && KEYS == 64 && DP <= 128)  // q stays in registers
 
-// acc [16 * STRIPS, XP] += p [16 * STRIPS, KEYS] · x [KEYS, XP]
-__device__ __forceinline__ void add_product(float (&acc)[STRIPS][XP / 8][4], const Left (&p)[STRIPS][KEYS / 16],
-                                            const element* x) {
-#pragma unroll
-  for (int k = 0; k < KEYS / 16; k++)
-#pragma unroll
-    for (int e = 0; e < XP / 16; e++) {
-      Right b;
-      load_b_transposed(b, x + k * 16 * (XP + PAD) + e * 16, XP + PAD);
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
-    }
-}
-
-#if !FLOAT32
-// two 16-bit numbers times 2^n
-__device__ __forceinline__ u32 shifted(u32 x, int n) {
-  return n ? pack(scaled(widen((u16)x), n), scaled(widen((u16)(x >> 16)), n)) : x;
-}
-#endif
+// whether a key whose score is so far above m is more than a quarter of the row
+__device__ __forceinline__ bool is_heavy(float above, float total) { return total < 4.f * (1 << P_SHIFT) * exp_fast(above); }
 
 // o of a channel from the forms' results, sums over keys divided by the row's
 __device__ __forceinline__ float output_of(float exp_form, float expm1_form, const int* c, int e, float beta, float inverse) {
@@ -39,278 +20,282 @@ __device__ __forceinline__ float output_of(float exp_form, float expm1_form, con
   return split_log(exp_form, EXP ? c[e] : 0) * inverse;
 }
 
+struct alignas(16) RowEnd { float over_total, nothing; i64 to; };  // of a row: 1/Σp; o where acc is 0 or NaN; where o goes, or -1
+
+// o of 16 rows from `results` [16, XP]. Mostly a lane has four channels of every row
+__device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, const float* results, const RowEnd* ends, const int* c,
+                                           element* out, float* residual) {
+  const int lane = threadIdx.x % 32;
+  if (EXP && !EXPM1 && !FLOAT32 && pr.value_dim % 4 == 0) {
+    const float per_beta = inverse_of(pr.beta) * LN2;
+#pragma unroll 1
+    for (int e = lane * 4; e < pr.value_dim; e += 128) {
+      int own_c[4];
+      for (int h = 0; h < 4; h++) own_c[h] = c[e + h] - 127 + 0x4B400000;  // and 1.5 * 2^23, which makes floats of integers
+#pragma unroll 4
+      for (int r = 0; r < 16; r++) {
+        const RowEnd end = ends[r];
+        const Floats acc = *(const Floats*)(results + r * (XP + 4) + e);
+        Floats o;
+#pragma unroll
+        for (int h = 0; h < 4; h++) {  // the exponent apart, so that c is not in the bits of o
+          const float one = acc.x[h] * end.over_total;
+          const u32 bits = float_as_bits(one);
+          const float whole = bits_as_float((bits >> 23) + (u32)own_c[h]) - 12582912.f;
+          const float log_x = log2_fast(bits_as_float((bits & 0x7FFFFFu) | 0x3F800000u));
+          o.x[h] = one > 0.f ? (whole + log_x) * per_beta : end.nothing;
+        }
+        if (end.to < 0) continue;
+        store_pair(out + end.to + e, o.x[0], o.x[1]);
+        store_pair(out + end.to + e + 2, o.x[2], o.x[3]);
+        if (residual) *(Floats*)(residual + end.to + e) = o;
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int n = lane; n < 16 * EP; n += 32) {
+    const int r = n / EP, e = n % EP;
+    const RowEnd end = ends[r];
+    if (e >= pr.value_dim || end.to < 0) continue;
+    const float* from = results + r * (XP + 4) + e;
+    const float beta = beta_of(pr, at.h, e);
+    float o = output_of(from[0] * end.over_total, from[XP - EP] * end.over_total, c, e, beta, inverse_of(beta));
+    if (end.nothing == 0.f) o = 0.f;
+    out[end.to + e] = narrow(o);
+    if (residual) residual[end.to + e] = o;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
-    PROBLEM, const element* q, const element* k, const element* x, const element* rest, const int* c, const int* flags,
-    element* out, float* residual, float* lse, const u32* wanted) {
+    PROBLEM, const element* q, const element* k, const element* v, const element* x, const int* c,
+    const int* flags, element* out, float* residual, float* lse) {
   const Problem pr = THE_PROBLEM;
   SHARED_MEMORY(raw);
-  element* k_tiles = (element*)raw;                      // two of [KEYS, DP]
-  element* x_tiles = k_tiles + 2 * KEYS * (DP + PAD);    // two of [KEYS, XP]
+  element* q_tile = (element*)raw;                   // [QUERIES, DP]
+  element* k_tile = q_tile + QUERIES * (DP + PAD);   // [KEYS, DP]
+  element* x_tile = k_tile + KEYS * (DP + PAD);      // [KEYS, XP]
   const int blocks = (pr.query_length + QUERIES - 1) / QUERIES;
   const Head at = head_of(pr, blockIdx.x / blocks);
-  if (flags[at.key] & OUTSIDE) return;
+  const int flag = flags[at.key];
+  if (flag & OUTSIDE) return;
   const int i0 = (blocks - 1 - blockIdx.x % blocks) * QUERIES;  // causal: the longest first
-  if (wanted) {  // bit 4 * (row % 8) + row / 8 of a word for 16 rows: only these, because another kernel has the others
-    const int strips = (pr.query_length + 15) / 16;
-    wanted += (i64)at.query * strips + i0 / 16;
-    u32 any = 0;
-    for (int n = 0; n < QUERIES / 16 && i0 / 16 + n < strips; n++) any |= wanted[n];
-    if (!any) return;
-  }
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int own = i0 + warp * 16 * STRIPS + g;  // the first row of this thread; others are 8 * n further
+  const int rows = i0 + warp * 16 * STRIPS, rows_end = least(rows + 16 * STRIPS, at.q_end);
+  const int own = rows + g;  // the first row of this thread; others are 8 * n further
   const i64 keys = (i64)at.key * pr.key_length;
   q += (i64)at.query * pr.query_length * WIDTH;
   k += keys * WIDTH;
   x += keys * XP;
-  rest += keys * XP;
+  v += keys * pr.value_dim;
 
   float acc[STRIPS][XP / 8][4] = {};
-  float m[STRIPS][2], l[STRIPS][2], total[STRIPS][4] = {};  // total: the sum of the rounded weights
+  float m[STRIPS][2], top[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
   for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) { m[w][h] = -INF; l[w][h] = 0.f; }
+    for (int h = 0; h < 2; h++) m[w][h] = top[w][h] = -INF;
+  u32 heavy = 0;  // tiles in which a row had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
-  const bool ordered = !CAP && pr.scale > 0.f;  // scores are products times one factor, in their order
-  auto k_tile = [&](int tile) { return k_tiles + (tile - first) % 2 * KEYS * (DP + PAD); };
-  auto x_tile = [&](int tile) { return x_tiles + (tile - first) % 2 * KEYS * (XP + PAD); };
-  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile(tile), k, tile * KEYS, at.k_end); };
-  auto begin_x = [&](int tile) { if (tile < end) tile_begin<KEYS, XP, XP>(x_tile(tile), x, tile * KEYS, at.k_end); };
-
-  // q where the second tile of k will be, or beside the others
-  element* q_tile = HELD_Q ? k_tile(first + 1) : x_tiles + 2 * KEYS * (XP + PAD);  // [QUERIES, DP]
+  int span = 0;
+  while (end - first > 32 << span) span++;
+  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
-  begin_k(first);
-  copy_wait();
-  __syncthreads();
-#if HELD_Q
-  Left held[DP / 16];
-#pragma unroll
-  for (int d = 0; d < DP / 16; d++) load_a(held[d], q_tile + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
-#endif
 
-  // s += a part of q · kᵀ: the columns d * 16 … d * 16 + 15
-  auto add_scores = [&](float (&s)[STRIPS][KEYS / 8][4], const element* tile, int d) {
-    Left a[STRIPS];
+  // One walk over the keys. Unless GENERAL, scores are products times one factor, in their order, and what is seen are columns
+  // from one to another. AGAIN: with m and total as the first walk has left them, adds what the rounding of X has lost, for the keys
+  // of which it does not average out: those in tiles with a key of more than a quarter of the row. Each row decides that for
+  // itself, so that its bits do not depend on its neighbours.
+  auto walk = [&](auto again, u32 tiles) {
+    const float factor = GENERAL ? 1.f : pr.scale * UNIT;
+    begin_k(first);
+    copy_wait();
+    __syncthreads();
+    for (int tile = first; tile < end; tile++) {
+      const int j0 = tile * KEYS;
+      if (again.value) {
+        if (!(tiles >> (tile - first >> span) & 1)) {
+          __syncthreads();
+          begin_k(tile + 1);
+          copy_wait();
+          __syncthreads();
+          continue;
+        }
+        make_rest<KEYS>(pr, at, x_tile, v, c + (i64)at.key * CP, j0);
+      } else {
+        tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
+      }
+      float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+      // whether a query of this warp sees a key of this tile
+      const bool some = j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low;
+      if (some) {
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++) {
-#if HELD_Q
-      a[w] = held[d];
-#else
-      load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
-#endif
-    }
+        for (int d = 0; d < DP / 16; d++) {
+          Left a[STRIPS];
 #pragma unroll
-    for (int j = 0; j < KEYS / 16; j++) {
-      Right b;
-      load_b(b, tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+          for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
-      for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
-    }
-  };
-  float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
-  if (first < end) {
+          for (int j = 0; j < KEYS / 16; j++) {
+            Right b;
+            load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
-    for (int d = 0; d < DP / 16; d++) add_scores(s, k_tile(first), d);
-  }
-  __syncthreads();  // nobody reads q any more
-  begin_k(first + 1);
-  begin_x(first);
-  copy_wait();
-  __syncthreads();
+            for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
+          }
+        }
+      }
+      copy_wait();
+      __syncthreads();  // x is there, and nobody reads k any more
+      begin_k(tile + 1);
 
-  Left p[STRIPS][KEYS / 16];
-  bool few[STRIPS][2], any_few = false;
-  for (int tile = first; tile < end; tile++) {
-    const int j0 = tile * KEYS;
-    begin_k(tile + 2);
-    begin_x(tile + 1);
-
-    // A product of q and k that is not finite makes NaN of a row that sees it, and nothing of one that does not. Where
-    // few keys carry a row, the rounding of X does not average out; each row decides that for itself, so that its bits
-    // do not depend on its neighbours.
-    const bool whole = all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS);
-    const bool direct = ordered && !at.mask && !at.bias;
-    const float factor = direct ? pr.scale * UNIT : 1.f;
+      if (some) {
+        if constexpr (GENERAL) {
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++) {
-      if (whole && direct) {
+          for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-        for (int j = 0; j < KEYS / 8; j++)
+            for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-          for (int r = 0; r < 4; r++) l[w][r / 2] = fmaf(s[w][j][r], 0.f, l[w][r / 2]);
-      } else if (direct) {
+              for (int r = 0; r < 4; r++) {
+                float slope, bias, &one = s[w][j][r];
+                const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
+                l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
+                one = seen ? score(pr, one, slope) + bias : -INF;
+              }
+        } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int i = own + w * 16 + h * 8, from = i + pr.low - j0, to = i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1;
+          for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-          for (int j = 0; j < KEYS / 8; j++)
+            for (int h = 0; h < 2; h++) {
+              const int i = own + w * 16 + h * 8, from = i + pr.low - j0 - t * 2;
+              const int to = (i < at.q_end ? least(at.k_end - 1, i + pr.high) - j0 : -1) - t * 2;
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-              const int column = j * 8 + t * 2 + r;
-              float& one = s[w][j][2 * h + r];
-              const bool seen = column >= from && column <= to;
-              l[w][h] = seen ? fmaf(one, 0.f, l[w][h]) : l[w][h];
-              one = seen ? one : -INF;
+              for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                  float& one = s[w][j][2 * h + r];
+                  one = j * 8 + r >= from && j * 8 + r <= to ? one : -INF;
+                }
             }
         }
-      } else {
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-          for (int r = 0; r < 4; r++) {
-            float slope, bias;
-            const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
-            l[w][r / 2] = seen ? fmaf(s[w][j][r], 0.f, fmaf(bias, 0.f, l[w][r / 2])) : l[w][r / 2];
-            s[w][j][r] = seen ? score(pr, s[w][j][r], slope) + bias : -INF;
-          }
-      }
-    }
-    float minus_m[STRIPS][2], ahead[STRIPS][2];
-    bool grows = false;
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float top = -INF;
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) top = fmaxf(top, fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-        top = row_max(top);
-        ahead[w][h] = top == -INF ? -INF : top * factor;
-        grows |= ahead[w][h] > m[w][h] + SLACK;
-      }
-    if (warp_any(grows)) {
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
-          const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
-          m[w][h] = next;
-          l[w][h] *= shrink;
-          total[w][2 * h] *= shrink;
-#pragma unroll
-          for (int e = 0; e < XP / 8; e++) {
-            acc[w][e][2 * h] *= shrink;
-            acc[w][e][2 * h + 1] *= shrink;
-          }
-        }
-    }
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) minus_m[w][h] = P_SHIFT - (m[w][h] == -INF ? 0.f : m[w][h]);
 
-    // The weights of this tile, step by step with the scores of the next one: exponentials and products overlap. Beyond the
-    // last tile the scores are of no use, but of numbers that are there.
-    float next_s[STRIPS][KEYS / 8][4] = {};
-    constexpr int STEPS = DP / 16 > KEYS / 16 ? DP / 16 : KEYS / 16;
+        float ahead[STRIPS][2];  // the greatest score of this tile
+        bool grows = false;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-      if (step < DP / 16) add_scores(next_s, k_tile(tile + 1), step);
+        for (int w = 0; w < STRIPS; w++)
 #pragma unroll
-      for (int j = step * (KEYS / 16) / STEPS; j < (step + 1) * (KEYS / 16) / STEPS; j++)
+          for (int h = 0; h < 2; h++) {
+            float most[2] = {-INF, -INF};
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
+            const float one = row_max(fmaxf(most[0], most[1]));
+            ahead[w][h] = one == -INF ? -INF : one * factor;
+            top[w][h] = fmaxf(top[w][h], ahead[w][h]);
+            grows |= ahead[w][h] > m[w][h] + SLACK;
+          }
+        if (!again.value && warp_any(grows)) {
+#pragma unroll
+          for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
+              const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
+              m[w][h] = next;
+              l[w][h] *= shrink;
+              total[w][h] *= shrink;
+#pragma unroll
+              for (int e = 0; e < XP / 8; e++) {
+                acc[w][e][2 * h] *= shrink;
+                acc[w][e][2 * h + 1] *= shrink;
+              }
+            }
+        }
+        Left p[STRIPS][KEYS / 16];
 #pragma unroll
         for (int w = 0; w < STRIPS; w++) {
+          float minus_m[2];
 #pragma unroll
-          for (int r = 0; r < 8; r++) {
-            float& one = s[w][2 * j + r / 4][r % 4];
-            one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
-            l[w][r % 4 / 2] += one;
+          for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
+#pragma unroll
+          for (int j = 0; j < KEYS / 16; j++) {
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+              float& one = s[w][2 * j + r / 4][r % 4];
+              one = exp_fast(fmaf(one, factor, minus_m[r % 4 / 2]));
+              if (!again.value) l[w][r % 4 / 2] += one;
+            }
+            left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
           }
-          left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
+#if !FLOAT32
+          float sums[4] = {};
+          const u32 one = pack(1.f, 1.f);
+#pragma unroll
+          for (int j = 0; j < KEYS / 16; j++)
+            if (!again.value) mma(sums, p[w][j].x, one, one);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            total[w][h] += sums[2 * h];
+            const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
+            if (!again.value && carries) heavy |= 1u << (tile - first >> span);
+#pragma unroll
+            for (int j = 0; j < KEYS / 16; j++)
+              if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
+          }
+#endif
         }
-    }
-#if !FLOAT32
-    any_few = false;
 #pragma unroll
-    for (int w = 0; w < STRIPS; w++) {
-      const u32 one = pack(1.f, 1.f);
+        for (int k = 0; k < KEYS / 16; k++)
 #pragma unroll
-      for (int j = 0; j < KEYS / 16; j++) mma(total[w], p[w][j].x, one, one);
+          for (int e = 0; e < XP / 16; e++) {
+            Right b;
+            load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {  // few keys are seen, or one of this tile is more than a quarter of all so far
-        few[w][h] = !whole || total[w][2 * h] < 4.f * (1 << P_SHIFT) * exp_fast(ahead[w][h] - m[w][h]);
-        any_few |= few[w][h];
+            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
+          }
       }
-    }
-#endif
-    add_product(acc, p, x_tile(tile));
-    copy_wait();
-    const bool again = __syncthreads_or(any_few);  // k and x of the next tiles are there, and nobody reads those of this one
-#if !FLOAT32
-    if (again) {
-#pragma unroll
-      for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-        for (int j = 0; j < KEYS / 16; j++)
-#pragma unroll
-          for (int r = 0; r < 4; r++) p[w][j].x[r] = few[w][r % 2] ? shifted(p[w][j].x[r], -REST_SHIFT) : 0;
-      tile_begin<KEYS, XP, XP>(x_tile(tile), rest, j0, at.k_end);
       copy_wait();
-      __syncthreads();  // rest is there
-      add_product(acc, p, x_tile(tile));
-      __syncthreads();  // nobody reads rest any more
+      __syncthreads();  // k of the next tile is there, and nobody reads x any more
     }
-#endif
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) s[w][j][r] = next_s[w][j][r];
-  }
-  copy_wait();
-
-  const int* own_c = c + (i64)at.key * CP;
-  const i64 row = (i64)at.query * pr.query_length + own;
-  bool there[STRIPS][2], empty[STRIPS][2];
-  float over_total[STRIPS][2];
-#pragma unroll
+  };
+  walk(Flag<false>(), 0);
+#if !FLOAT32
+  bool few = flag & NARROW;
+  if (few) heavy = ~0u;
   for (int w = 0; w < STRIPS; w++)
+    for (int h = 0; h < 2; h++) few |= is_heavy(top[w][h] - m[w][h], total[w][h]);
+  if (__syncthreads_or(few)) {
+    u32* room = (u32*)k_tile;
+    room[threadIdx.x] = few ? heavy : 0;
+    __syncthreads();
+    u32 tiles = 0;
+    for (int n = 0; n < THREADS; n++) tiles |= room[n];
+    __syncthreads();
+    walk(Flag<true>(), tiles);
+  }
+#endif
+
+  // o by way of shared memory: a warp writes whole rows
+  float* results = (float*)raw + warp * 16 * (XP + 8);  // [16, XP] of a warp: sums over keys
+  RowEnd* ends = (RowEnd*)(results + 16 * (XP + 4));
+#pragma unroll
+  for (int w = 0; w < STRIPS; w++) {
+    __syncthreads();  // nobody reads the last tiles, or the strip before, any more
+#pragma unroll
+    for (int e = 0; e < XP / 8; e++)
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h], acc[w][e][2 * h + 1]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float sum = row_sum(l[w][h]);
-      there[w][h] = own + w * 16 + h * 8 < pr.query_length && (!wanted || wanted[warp * STRIPS + w] >> 4 * g + h & 1);
-      empty[w][h] = sum == 0.f;
-      over_total[w][h] = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][2 * h]) : NOT_A_NUMBER;
-      if (t == 0 && there[w][h]) lse[row + w * 16 + h * 8] = empty[w][h] ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
+      const int i = own + w * 16 + h * 8;
+      const i64 row = (i64)at.query * pr.query_length + i;
+      const bool there = i < pr.query_length;
+      if (t) continue;
+      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][h]) : NOT_A_NUMBER;
+      const float nothing = sum == 0.f ? 0.f : sum == sum ? -INF * inverse_of(pr.beta) : NOT_A_NUMBER;
+      ends[g + h * 8] = {over_total, nothing, there ? row * pr.value_dim : -1};
+      if (there) lse[row] = sum == 0.f ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
     }
-  const float inverse_of_beta = inverse_of(pr.beta);
-  out += row * pr.value_dim;
-  if (residual) residual += row * pr.value_dim;
-#pragma unroll
-  for (int e = 0; e < EP / 8; e++) {
-    const int channel = e * 8 + t * 2;
-    float beta[2] = {pr.beta, pr.beta}, inverse[2] = {inverse_of_beta, inverse_of_beta};
-    if (EXP && EXPM1)
-      for (int r = 0; r < 2; r++) {
-        if (channel + r < pr.value_dim) beta[r] = beta_of(pr, at.h, channel + r);
-        inverse[r] = inverse_of(beta[r]);
-      }
-#pragma unroll
-    for (int w = 0; w < STRIPS; w++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float o[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float one = acc[w][e][2 * h + r] * over_total[w][h];
-          const float other = acc[w][XP / 8 - EP / 8 + e][2 * h + r] * over_total[w][h];
-          o[r] = empty[w][h] ? 0.f : output_of(one, other, own_c, channel + r, beta[r], inverse[r]);
-        }
-        const int to = (w * 16 + h * 8) * pr.value_dim + channel;
-        if (there[w][h] && pr.value_dim % 2 == 0 && channel < pr.value_dim) {
-          store_pair(out + to, o[0], o[1]);
-          if (residual) store_two(residual + to, o[0], o[1]);
-        } else if (there[w][h]) {
-          for (int r = 0; r < 2; r++)
-            if (channel + r < pr.value_dim) {
-              out[to + r] = narrow(o[r]);
-              if (residual) residual[to + r] = o[r];
-            }
-        }
-      }
+    __syncwarp();
+    write_rows(pr, at, results, ends, c + (i64)at.key * CP, out, residual);
   }
 }

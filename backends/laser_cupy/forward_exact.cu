@@ -106,10 +106,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   bool any = false;
-  for (int n = threadIdx.x; n < heads / p.group; n += THREADS) any |= flags[n] != 0;
+  for (int n = threadIdx.x; n < heads / p.group; n += THREADS) any |= (flags[n] & (OUTSIDE | BROKEN)) != 0;
   if (!__syncthreads_or(any)) return;
   for (int n = 0; n < heads; n++) {  // of all rows of all heads every block has the same share
-    const int flag = flags[n / p.group], begin = (int)((blockIdx.x + (i64)n * (workers - p.query_length % workers)) % workers);
+    const int flag = flags[n / p.group] & (OUTSIDE | BROKEN), begin = (int)((blockIdx.x + (i64)n * (workers - p.query_length % workers)) % workers);
     if (flag) exact_rows(p, head_of(p, n), flag, q, k, v, out, residual, lse, begin, workers, raw);
   }
 }

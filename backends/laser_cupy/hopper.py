@@ -283,7 +283,7 @@ def values(x: host.Call) -> host.Values:
     _run(x, _passes(x), "hopper_values", heads * blocks, x.v, flags, ranges, made, *sizes)
     _run(x, _passes(x), "hopper_decide", heads, ranges, c, flags, hard)
     _run(x, _passes(x), "hopper_values_again", heads * WORKERS, x.v, c, hard, made, np.int32(WORKERS))
-    return host.Values(made, made, c, flags)
+    return host.Values(made, c, flags)
 
 
 def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values:
@@ -319,7 +319,7 @@ def forward_alone(
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
     if problem.group * problem.query_length >= BEHIND:
         made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
-        v, first, ranges = host.Values(made, made, c, flags), min(section, kv_heads), x.empty(kv_heads, 2, width)
+        v, first, ranges = host.Values(made, c, flags), min(section, kv_heads), x.empty(kv_heads, 2, width)
         ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
     else:
         v, first, ranges = values(x), -1, host.NOTHING

@@ -17,7 +17,8 @@ from .build import BLOCK, THREADS, Build
 
 WORKERS = 4  # blocks for each multiprocessor of a kernel that mostly has nothing to do
 EXACT = 64  # blocks for each head of the exact path of gradients
-CHUNK = 128  # keys of a block of the value pass, and queries of one of dβ
+AGAIN = 16  # blocks for each head of the second value pass, which mostly does nothing
+CHUNK = 128  # keys of a block of the passes over them, and queries of one of dβ
 BIAS_CHUNK = 512  # keys of a block that makes the gradient of a bias
 FAR = 2**30  # a band edge that is beyond every position
 
@@ -170,7 +171,6 @@ class Values(NamedTuple):
     """What the value pass makes."""
 
     x: Array  # (B·Hkv, Lk, XP)
-    rest: Array
     c: Array  # (B·Hkv, CP)
     flags: Array  # (B·Hkv,)
 
@@ -179,18 +179,15 @@ def values(x: Call) -> Values:
     """The value pass: X, its integers, and which heads are inside the fast range."""
     xp, heads, keys, build = x.machine.xp, x.key_value_heads, x.problem.key_length, x.build
     chunks = max(1, -(-keys // CHUNK))
-    lows, highs = (x.empty(heads, chunks, build.value_dim, dtype=xp.float32) for _ in range(2))
-    broken = x.empty(heads, chunks, dtype=xp.int32)
+    zeros = xp.zeros(heads * (2 * build.value_dim + 1), dtype=xp.uint32)  # ranges and flags
+    ranges, flags = zeros[heads:], zeros[:heads].view(xp.int32)
     c = x.empty(heads, build.wide + build.expm1 * build.value_dim, dtype=xp.int32)
-    flags = x.empty(heads, dtype=xp.int32)
-    x.run("value_range", heads * chunks, x.v, lows, highs, broken, np.int32(chunks), np.int32(CHUNK))
-    x.run("value_decide", heads, lows, highs, broken, c, flags, np.int32(chunks))
+    hard = x.empty(heads, dtype=xp.int32)
     made = x.empty(heads, keys, build.wide)
-    rest = x.empty(heads, keys, build.wide) if build.narrow else made
-    rows = heads * keys
-    grid = -(-rows * build.value_dim * build.bytes // (16 * THREADS))
-    x.run("value_exp", grid, x.v, c, flags, made, rest, np.int64(rows))
-    return Values(made, rest, c, flags)
+    x.run("value_exp", heads * chunks, x.v, flags, ranges, made, np.int32(chunks), np.int32(CHUNK))
+    x.run("value_decide", heads, ranges, c, flags, hard)
+    x.run("value_again", heads * AGAIN, x.v, c, hard, made, np.int32(AGAIN))
+    return Values(made, c, flags)
 
 
 def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
@@ -210,7 +207,7 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     v = special or values(x)
     if special is None:
         blocks = -(-problem.query_length // x.build.queries)
-        x.run("forward", x.heads * blocks, x.q, x.k, v.x, v.rest, v.c, v.flags, out, residual, lse, NOTHING)
+        x.run("forward", x.heads * blocks, x.q, x.k, x.v, v.x, v.c, v.flags, out, residual, lse)
     workers = min(WORKERS * machine.processors, x.heads * problem.query_length)
     sizes = (np.int32(x.heads), np.int32(workers))
     x.run("forward_exact", workers, x.q, x.k, x.v, v.flags, out, residual, lse, *sizes)
@@ -247,15 +244,15 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
     l, r, sizes, bounds = (x.empty(queries, dtype=xp.float32) for _ in range(4))
     g, marks = x.empty(queries, build.wide), x.empty(keys, dtype=xp.float32)
-    scales = x.empty(x.key_value_heads, 2, dtype=xp.int32)
-    per_warp = THREADS // 32
+    scales = xp.zeros((x.key_value_heads, 2), dtype=xp.int32)
     terms = (x.q, o, do, lse, dl, v.c, v.flags, l, r, sizes, bounds, g)
-    x.run("row_terms", -(-queries // per_warp), *terms, np.int64(queries))
-    x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
+    x.run("row_terms", -(-queries * build.lanes // THREADS), *terms, np.int64(queries))
     if problem.dtype == "float16":
+        x.run("row_scales", x.key_value_heads, sizes, bounds, scales)
         grid = -(-queries * build.wide // (2 * THREADS))
         x.run("row_weights", grid, o, do, l, v.c, v.flags, scales, g, np.int64(queries))
-    x.run("key_marks", -(-keys // per_warp), x.k, marks, v.flags, np.int64(keys))
+    blocks = -(-problem.key_length // CHUNK)
+    x.run("key_marks", x.key_value_heads * blocks, x.k, marks, v.flags, np.int32(blocks))
     return Rows(o, do, dl, l, r, g, marks, scales)
 
 
