@@ -7,27 +7,22 @@ the public function with autograd: the value pass, the exact path and what is ke
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bench import environment
+from gpu_common import ACCURACY_SHAPE, RANGES, ROWS, SHAPES, UNIT, Case, Record, Seconds, main
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from laser_core import explain, laser_attention
 
-SHAPES = ((4, 16, 4096, 128), (4, 32, 4096, 64), (1, 16, 16384, 128), (16, 16, 1024, 128))
-RANGES = (1, 3, 5, 10, 20, 50, 100, 400)  # standard deviations of the values
 BUSY = 6_000_000  # cycles, some milliseconds
-ROWS = 8  # queries of a head that are compared with float64
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
@@ -85,12 +80,12 @@ def errors(x: list[Tensor], causal: bool, out: Tensor, dq: Tensor | None) -> tup
     return worst, None if dq is None else math.sqrt(wrong / size)
 
 
-def times(calls: dict[str, Callable[[], Any]], turns: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def times(calls: dict[str, Callable[[], Any]], turns: int) -> tuple[Seconds, dict[str, float]]:
     """Seconds of each call on the device, taken in turns, and the median that the host needs to launch one.
 
     The device is kept busy until the launches are queued: in a model, other work does that.
     """
-    device: dict[str, list[float]] = {name: [] for name in calls}
+    device: Seconds = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 2):
         for name, call in calls.items():
@@ -120,56 +115,40 @@ def memory(run: Attention, x: list[Tensor], causal: bool) -> dict[str, int]:
     return {"held": held, "peak": torch.cuda.max_memory_allocated() - before}
 
 
-def measure(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, turns: int) -> list[dict[str, Any]]:
-    """Records of every candidate, forward and backward, at one shape."""
-    x = inputs(shape, dtype)
-    leaves = [a.clone().requires_grad_() for a in x[:3]]
-    outs = {name: run(*leaves, causal) for name, run in CANDIDATES.items()}
-    dq = torch.autograd.grad(outs["laser"], leaves, x[3], retain_graph=True)[0]
-    error, dq_error = errors(x, causal, outs["laser"].detach(), dq)
-    if not (error <= 1 and dq_error is not None and dq_error <= 0.02):
-        return [{"shape": shape, "causal": causal, "error": error, "dq error": dq_error, "not timed": "wrong"}]
-    backward = {n: lambda o=o: torch.autograd.grad(o, leaves, x[3], retain_graph=True) for n, o in outs.items()}
-    forward = {n: lambda run=run: run(*leaves, causal) for n, run in CANDIDATES.items()}
-    work = 4 * math.prod(shape) * shape[2] / (2 if causal else 1)
-    records = []
-    for what, calls, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        seconds, host = times(calls, turns)
-        for name, taken in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(seconds["softmax"], taken, strict=True))
-            records.append(
-                {
-                    "shape": shape,
-                    "causal": causal,
-                    "dtype": str(dtype)[6:],
-                    "pass": what,
-                    "candidate": name,
-                    "ms": statistics.median(taken) * 1e3,
-                    "host ms": host[name] * 1e3,
-                    "TFLOP/s": factor * work / statistics.median(taken) / 1e12,
-                    "speed": ratio,
-                    "error": error if name == "laser" else None,
-                    "dq error": dq_error if name == "laser" else None,
-                }
-            )
-    del outs, backward, forward
-    for name, run in CANDIDATES.items():
-        for record in records:
-            if record["candidate"] == name:
-                record.setdefault("memory", memory(run, x, causal))
-    return records
+def measure(cases: list[Case], options: argparse.Namespace) -> Iterator[list[Record]]:
+    """Records of every candidate, forward and backward, case by case."""
+    for case in cases:
+        causal = case.causal
+        x = inputs(case.shape, getattr(torch, case.dtype))
+        leaves = [a.clone().requires_grad_() for a in x[:3]]
+        outs = {name: run(*leaves, causal) for name, run in CANDIDATES.items()}
+        dq = torch.autograd.grad(outs["laser"], leaves, x[3], retain_graph=True)[0]
+        error, dq_error = errors(x, causal, outs["laser"].detach(), dq)
+        if (records := case.wrong(error, dq_error)) is None:
+            backward = {n: functools.partial(_gradients, o, leaves, x[3]) for n, o in outs.items()}
+            forward = {n: functools.partial(run, *leaves, causal) for n, run in CANDIDATES.items()}
+            taken = {what: times(c, options.turns) for what, c in (("forward", forward), ("backward", backward))}
+            del outs, backward, forward
+            more: dict[str, Record] = {n: {"memory": memory(run, x, causal)} for n, run in CANDIDATES.items()}
+            more["laser"] |= {"error": error, "dq error": dq_error}
+            records = [r for what, (seconds, host) in taken.items() for r in case.compared(what, seconds, host, more)]
+        yield records
 
 
-def accuracy(dtype: torch.dtype) -> list[dict[str, Any]]:
+def _gradients(out: Tensor, leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, leaves, do, retain_graph=True)
+
+
+def accuracy(dtype: str, options: argparse.Namespace) -> list[Record]:
     """Worst error over the bound for growing ranges of the values, LASER's and the recipe's."""
     records = []
     for sigma in RANGES:
-        x = inputs((2, 4, 1024, 128), dtype, sigma)
+        x = inputs(ACCURACY_SHAPE, getattr(torch, dtype), sigma)
         for name in ("laser", "recipe"):
             out = CANDIDATES[name](*x[:3], True)
             error, _ = errors(x, True, out, None)
             lost = int((~out.isfinite()).sum())
-            records.append({"dtype": str(dtype)[6:], "sigma": sigma, "candidate": name, "error": error, "lost": lost})
+            records.append({"dtype": dtype, "sigma": sigma, "candidate": name, "error": error, "lost": lost})
     return records
 
 
@@ -180,34 +159,12 @@ def ceiling() -> float:
     return 2 * 8192**3 / statistics.median(seconds["product"]) / 1e12
 
 
-def main() -> None:
-    """Measure and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=7, help="timings of each, in turns (default: %(default)s)")
-    parser.add_argument("--float16", action="store_true", help="the first two shapes in float16 too")
-    parser.add_argument("--out", type=Path, help="result file to write, after every shape (default: none)")
-    options = parser.parse_args()
-    result = environment() | {"device": torch.cuda.get_device_name(), "product": ceiling()}
-    result["records"], result["accuracy"] = [], []
+def about(options: argparse.Namespace) -> Record:
+    """The device, and what the automatic choice takes there."""
     x = inputs(SHAPES[0], torch.bfloat16)
-    result["chosen"] = explain(*x[:3], is_causal=True).chosen
-
-    def keep(kind: str, records: list[dict[str, Any]]) -> None:
-        result[kind] += records
-        for record in records:
-            print(json.dumps(record), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-    for shape in SHAPES:
-        for causal in (True, False):
-            keep("records", measure(shape, causal, torch.bfloat16, options.turns))
-    for dtype in (torch.bfloat16, torch.float16):
-        keep("accuracy", accuracy(dtype))
-    if options.float16:
-        for causal in (True, False):
-            keep("records", measure(SHAPES[0], causal, torch.float16, options.turns))
+    chosen = explain(*x[:3], is_causal=True).chosen
+    return {"device": torch.cuda.get_device_name(), "product": ceiling(), "chosen": chosen}
 
 
 if __name__ == "__main__":
-    main()
+    main(str(__doc__), about, measure, accuracy)

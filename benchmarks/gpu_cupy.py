@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cupy
 import ml_dtypes
 import numpy as np
 import torch
-from bench import environment
-from gpu import SHAPES, ceiling, errors, inputs, softmax, times
+from gpu import ceiling, errors, inputs, softmax, times
+from gpu_common import Case, Record, main
 from laser_cupy import CUDA, cuda, hopper, host
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +27,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from laser_core import _problem
 
 DTYPES = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16), torch.float16: np.dtype(np.float16)}
-LARGEST_ERROR = 0.02  # of a gradient, relative, in norm
 
 
 class Portable(cuda._Machine):
@@ -73,9 +69,15 @@ def _spied(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: inner(*found[0])
 
 
-def measure(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, turns: int) -> list[dict[str, Any]]:
-    """Records of every candidate, forward and backward, at one shape."""
-    x = inputs(shape, dtype)
+def measure(cases: list[Case], options: argparse.Namespace) -> Iterator[list[Record]]:
+    """Records of every candidate, forward and backward, case by case."""
+    for case in cases:
+        yield _measured(case, options.turns)
+
+
+def _measured(case: Case, turns: int) -> list[Record]:
+    causal, dtype = case.causal, getattr(torch, case.dtype)
+    x = inputs(case.shape, dtype)
     leaves = [a.clone().requires_grad_() for a in x[:3]]
     arrays = [to_cupy(a) for a in x]
     problem, operands = _problem.describe(*arrays[:3], is_causal=causal)
@@ -86,9 +88,8 @@ def measure(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, turns: int
     same = all(
         bool((a.view(np.int16) == b.view(np.int16)).all()) for a, b in zip(gradients[:3], again[:3], strict=True)
     )
-    record = {"shape": shape, "causal": causal, "dtype": str(dtype)[6:], "error": error, "dq error": dq_error}
-    if not (error <= 1 and dq_error is not None and dq_error <= LARGEST_ERROR and same):
-        return [record | {"same bits": same, "not timed": "wrong"}]
+    if (wrong := case.wrong(error if same else math.inf, dq_error)) is not None:
+        return wrong
     machine, alone = Portable(0), dataclasses.replace(problem, gradient=False)
     softmax_out, flash_out = softmax(*leaves, causal), flash(*leaves, causal)
     forward = {
@@ -106,36 +107,19 @@ def measure(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, turns: int
         "portable": lambda: host.backward(machine, problem, operands, result, arrays[3], None),
         "kernel": _spied("backward_alone", lambda: CUDA.backward(problem, operands, result, arrays[3], None)),
     }
-    work = 4 * math.prod(shape) * shape[2] / (2 if causal else 1)
-    records = []
-    for what, calls, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        seconds, launched = times(calls, turns)
-        for name, taken in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(seconds["softmax"], taken, strict=True))
-            figures = {"ms": statistics.median(taken) * 1e3, "host ms": launched[name] * 1e3, "speed": ratio}
-            figures["TFLOP/s"] = factor * work / statistics.median(taken) / 1e12
-            records.append(record | {"pass": what, "candidate": name} | figures)
-    return records
+    more: dict[str, Record] = {name: {"error": error, "dq error": dq_error} for name in forward}
+    return [
+        record
+        for what, calls in (("forward", forward), ("backward", backward))
+        for record in case.compared(what, *times(calls, turns), more)
+    ]
 
 
-def main() -> None:
-    """Measure and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=5, help="timings of each, in turns (default: %(default)s)")
-    parser.add_argument("--float16", action="store_true", help="the first two shapes in float16 too")
-    parser.add_argument("--out", type=Path, help="result file to write, after every shape (default: none)")
-    options = parser.parse_args()
+def about(options: argparse.Namespace) -> Record:
+    """The device, and the versions that count."""
     versions = {"cupy": cupy.__version__, "nvrtc": cupy.cuda.nvrtc.getVersion()}
-    result = environment() | versions | {"device": torch.cuda.get_device_name(), "product": ceiling(), "records": []}
-    runs = [(shape, causal, torch.bfloat16) for shape in SHAPES for causal in (True, False)]
-    runs += [(SHAPES[0], causal, torch.float16) for causal in (True, False) if options.float16]
-    for shape, causal, dtype in runs:
-        result["records"] += measure(shape, causal, dtype, options.turns)
-        for record in result["records"][-11:]:
-            print(json.dumps(record), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return versions | {"device": torch.cuda.get_device_name(), "product": ceiling(), "chosen": CUDA.name}
 
 
 if __name__ == "__main__":
-    main()
+    main(str(__doc__), about, measure)

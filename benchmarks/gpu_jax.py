@@ -1,34 +1,34 @@
 """LASER attention in JAX beside cuDNN's softmax attention, in one process: ``python benchmarks/gpu_jax.py --help``.
 
 The counterpart of ``gpu.py``, with records of the same form. What is timed is the public function under ``jit``: the
-forward pass is that of ``jax.vjp``, which keeps what its pullback needs, and the backward pass is the pullback.
+forward pass is that of ``jax.vjp``, which keeps what its pullback needs, and the backward pass is the pullback. All is
+compiled before anything is timed, in threads. ``example`` is JAX's own Pallas kernel of softmax attention, which has no
+causal backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
+import itertools
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench import environment
+from gpu_common import ACCURACY_SHAPE, RANGES, ROWS, SHAPES, UNIT, Case, Record, Seconds, main
+from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from laser_core import explain, laser_attention
 
-SHAPES = ((4, 16, 4096, 128), (4, 32, 4096, 64), (1, 16, 16384, 128), (16, 16, 1024, 128))
-CASES = [(shape, causal) for shape in SHAPES for causal in (True, False)]
-RANGES = (1, 3, 5, 10, 20, 50, 100, 400)  # standard deviations of the values
 BUSY = 0.02  # seconds of calls that are launched together
-ROWS = 8  # queries of a head that are compared with float64
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+EXAMPLE_GROUPS = 2  # warpgroups of the example's backward kernels: the faster of 1 and 2
 
 Array = jax.Array
 Attention = Callable[[Array, Array, Array], Array]
@@ -53,6 +53,16 @@ def recipe(q: Array, k: Array, v: Array, causal: bool) -> Array:
 def laser(q: Array, k: Array, v: Array, causal: bool, backend: str | None = None) -> Array:
     """LASER attention by what the automatic choice takes."""
     return laser_attention(q, k, v, is_causal=causal, backend=backend)
+
+
+def example(q: Array, k: Array, v: Array, causal: bool) -> Array:
+    """Softmax attention by JAX's example kernel, in the same layout; the scale is in q."""
+    block = 128 if q.shape[-1] == 128 else 256
+    config = attention_mgpu.TuningConfig(
+        block_q=64, block_kv=block, max_concurrent_steps=2, causal=causal, compute_wgs_bwd=EXAMPLE_GROUPS,
+        block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64,
+    )  # fmt: skip
+    return attention_mgpu.attention(q, k, v, config)
 
 
 def inputs(shape: tuple[int, ...], dtype: str, sigma: float = 1.0) -> list[Array]:
@@ -90,26 +100,34 @@ def errors(x: list[Array], causal: bool, out: Array, dq: Array | None) -> tuple[
     return worst, None if dq is None else math.sqrt(wrong / size)
 
 
-def times(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns; many are launched at a time, so that the device never waits."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+def times(calls: dict[str, Callable[[], Any]], turns: int) -> tuple[Seconds, dict[str, float]]:
+    """Seconds of each call, taken in turns, and the median that the host needs to launch one.
+
+    Many are launched at a time, so that the device never waits.
+    """
+    taken: Seconds = {name: [] for name in calls}
+    host: Seconds = {name: [] for name in calls}
     count: dict[str, int] = {}
     for turn in range(turns + 1):
         for name, call in calls.items():
             jax.block_until_ready(call())
-            start = time.perf_counter()
-            jax.block_until_ready([call() for _ in range(count.get(name, 1))][-1])
-            seconds = (time.perf_counter() - start) / count.get(name, 1)
+            results, launched = [], [time.perf_counter()]
+            for _ in range(count.get(name, 1)):
+                results = [call()]
+                launched.append(time.perf_counter())
+            jax.block_until_ready(results)
+            seconds = (time.perf_counter() - launched[0]) / count.get(name, 1)
             count.setdefault(name, max(3, min(50, round(BUSY / seconds))))
             if turn:
                 taken[name].append(seconds)
-    return taken
+                host[name].append(statistics.median(b - a for a, b in itertools.pairwise(launched)))
+    return taken, {name: statistics.median(seconds) for name, seconds in host.items()}
 
 
 class Passes:
     """The two passes of a function, compiled. What is kept between them is what is neither argument nor output."""
 
-    def __init__(self, run: Attention, x: tuple[Array, ...]) -> None:
+    def __init__(self, run: Attention, x: tuple[Array, ...], forward_alone: bool = False) -> None:
         """Compile for arguments like ``x``: query, key, value and the cotangent."""
         self.x = x
         self.tree: Any = None
@@ -129,7 +147,9 @@ class Passes:
 
         self.forward = jax.jit(forward).lower(*x[:3]).compile()
         self.out, self.kept = self.forward(*x[:3])
-        self.backward = jax.jit(backward).lower((*x[:3], self.out), self.kept, x[3]).compile()
+        self.backward: Any = None
+        if not forward_alone:
+            self.backward = jax.jit(backward).lower((*x[:3], self.out), self.kept, x[3]).compile()
 
     def run_forward(self) -> Any:
         """The output, and what is kept."""
@@ -147,56 +167,59 @@ class Passes:
         return {"held": held, "peak": max(held + first.temp_size_in_bytes, later)}
 
 
-def measure(shape: tuple[int, ...], causal: bool, dtype: str, turns: int, backend: str | None) -> list[dict[str, Any]]:
-    """Records of every candidate, forward and backward, at one shape."""
-    ours = tuple(inputs(shape, dtype))
+def compiled(case: Case, backend: str | None, pool: ThreadPoolExecutor) -> dict[str, Future[Passes]]:
+    """The passes of every candidate, in the making."""
+    ours = tuple(inputs(case.shape, case.dtype))
     theirs = tuple(map(swapped, ours))
-    passes = {
-        "softmax": Passes(functools.partial(softmax, causal=causal), theirs),
-        "recipe": Passes(functools.partial(recipe, causal=causal), theirs),
-        "laser": Passes(functools.partial(laser, causal=causal, backend=backend), ours),
+    runs: dict[str, tuple[Callable[..., Array], tuple[Array, ...]]] = {
+        "softmax": (softmax, theirs),
+        "recipe": (recipe, theirs),
+        "example": (example, (theirs[0] * case.shape[-1] ** -0.5, *theirs[1:])),
+        "laser": (functools.partial(laser, backend=backend), ours),
     }
-    found = passes["laser"]
-    error, dq_error = errors(list(ours), causal, found.out, found.run_backward()[0])
-    if not (error <= 1 and dq_error is not None and dq_error <= 0.02):
-        return [{"shape": shape, "causal": causal, "error": error, "dq error": dq_error, "not timed": "wrong"}]
-    forward = {name: one.run_forward for name, one in passes.items()}
-    backward = {name: one.run_backward for name, one in passes.items()}
-    work = 4 * math.prod(shape) * shape[2] / (2 if causal else 1)
-    records = []
-    for what, calls, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        seconds = times(calls, turns)
-        for name, taken in seconds.items():
-            records.append(
-                {
-                    "shape": shape,
-                    "causal": causal,
-                    "dtype": dtype,
-                    "pass": what,
-                    "candidate": name,
-                    "ms": statistics.median(taken) * 1e3,
-                    "TFLOP/s": factor * work / statistics.median(taken) / 1e12,
-                    "speed": statistics.median(a / b for a, b in zip(seconds["softmax"], taken, strict=True)),
-                    "error": error if name == "laser" else None,
-                    "dq error": dq_error if name == "laser" else None,
-                    "memory": passes[name].memory(),
+    return {
+        name: pool.submit(Passes, functools.partial(run, causal=case.causal), x, name == "example" and case.causal)
+        for name, (run, x) in runs.items()
+    }
+
+
+def measure(cases: list[Case], options: argparse.Namespace) -> Iterator[list[Record]]:
+    """Records of every candidate, forward and backward, case by case."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        making = [compiled(case, options.backend, pool) for case in cases]
+        for future in [future for made in making for future in made.values()]:
+            future.exception()  # wait for all: nothing else may run beside what is timed
+        for case, made in zip(cases, making, strict=True):
+            passes = {name: future.result() for name, future in made.items()}
+            found = passes["laser"]
+            error, dq_error = errors(list(found.x), case.causal, found.out, found.run_backward()[0])
+            records = case.wrong(error, dq_error)
+            if records is None:
+                more: dict[str, Record] = {
+                    name: {"memory": one.memory()} for name, one in passes.items() if one.backward
                 }
-            )
-    return records
+                engine = explain(*found.x[:3], is_causal=case.causal, backend=options.backend).chosen
+                more["laser"] |= {"error": error, "dq error": dq_error, "engine": engine}
+                forward = {name: one.run_forward for name, one in passes.items()}
+                backward = {name: one.run_backward for name, one in passes.items() if one.backward}
+                records = []
+                for what, calls in (("forward", forward), ("backward", backward)):
+                    records += case.compared(what, *times(calls, options.turns), more)
+            made.clear()  # and with it the arrays
+            yield records
 
 
-def accuracy(dtype: str, backend: str | None) -> list[dict[str, Any]]:
+def accuracy(dtype: str, options: argparse.Namespace) -> list[Record]:
     """Worst error over the bound for growing ranges of the values, LASER's and the recipe's."""
+    ours = jax.jit(functools.partial(laser, causal=True, backend=options.backend))
+    theirs = jax.jit(lambda *x: swapped(recipe(*map(swapped, x), causal=True)))
     records = []
     for sigma in RANGES:
-        x = inputs((2, 4, 1024, 128), dtype, sigma)
-        outs = {
-            "laser": jax.jit(functools.partial(laser, causal=True, backend=backend))(*x[:3]),
-            "recipe": swapped(jax.jit(functools.partial(recipe, causal=True))(*map(swapped, x[:3]))),
-        }
-        for name, out in outs.items():
+        x = inputs(ACCURACY_SHAPE, dtype, sigma)
+        for name, run in (("laser", ours), ("recipe", theirs)):
+            out = run(*x[:3])
             error, _ = errors(x, True, out, None)
-            lost = int(jnp.sum(~jnp.isfinite(out)))
+            lost = int(np.sum(~np.isfinite(np.asarray(out, np.float32))))
             records.append({"dtype": dtype, "sigma": sigma, "candidate": name, "error": error, "lost": lost})
     return records
 
@@ -205,35 +228,15 @@ def ceiling() -> float:
     """TFLOP/s of an 8192³ bfloat16 product of random matrices."""
     a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
-    return 2 * 8192**3 / statistics.median(times({"product": lambda: product(a, b)}, 5)["product"]) / 1e12
+    seconds, _ = times({"product": lambda: product(a, b)}, 5)
+    return 2 * 8192**3 / statistics.median(seconds["product"]) / 1e12
 
 
-def main() -> None:
-    """Measure and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=7, help="timings of each, in turns (default: %(default)s)")
-    parser.add_argument("--backend", help="which to measure (default: what the automatic choice takes)")
-    parser.add_argument("--cases", type=int, nargs="*", choices=range(len(CASES)), default=range(len(CASES)),
-        help="which shapes, causal and full in turn (default: all)")  # fmt: skip
-    parser.add_argument("--no-accuracy", action="store_true", help="leave out the table of growing ranges")
-    parser.add_argument("--out", type=Path, help="result file to write, after every shape (default: none)")
-    options = parser.parse_args()
-    result = environment() | {"device": jax.devices()[0].device_kind, "product": ceiling()}
-    result["records"], result["accuracy"] = [], []
-    result["chosen"] = options.backend or explain(*inputs(SHAPES[0], "bfloat16")[:3], is_causal=True).chosen
-
-    def keep(kind: str, records: list[dict[str, Any]]) -> None:
-        result[kind] += records
-        for record in records:
-            print(json.dumps(record), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-    for case in options.cases:
-        keep("records", measure(*CASES[case], "bfloat16", options.turns, options.backend))
-    for dtype in () if options.no_accuracy else ("bfloat16", "float16"):
-        keep("accuracy", accuracy(dtype, options.backend))
+def about(options: argparse.Namespace) -> Record:
+    """The device, and what the automatic choice takes there."""
+    report = explain(*inputs(SHAPES[0], "bfloat16")[:3], is_causal=True, backend=options.backend)
+    return {"device": jax.devices()[0].device_kind, "product": ceiling(), "chosen": report.chosen}
 
 
 if __name__ == "__main__":
-    main()
+    main(str(__doc__), about, measure, accuracy, backend={"help": "which to measure (default: the automatic choice)"})

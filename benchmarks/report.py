@@ -137,10 +137,12 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def gpu_page(result: dict[str, Any]) -> str:
     """Speed beside cuDNN's softmax attention, memory, and accuracy, from a run of gpu.py or one of its kind."""
-    names = list(dict.fromkeys(r["candidate"] for r in result["records"]))
+    timed = [r for r in result["records"] if "candidate" in r]
+    names = list(dict.fromkeys(r["candidate"] for r in timed))
     others = [name for name in names if name != "softmax"]
+    engines = any("engine" in r for r in timed)
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for r in result["records"]:
+    for r in timed:
         groups.setdefault((tuple(r["shape"]), r["dtype"], r["causal"], r["pass"]), {})[r["candidate"]] = r
     rows = []
     for (shape, dtype, causal, what), own in groups.items():
@@ -153,14 +155,21 @@ def gpu_page(result: dict[str, Any]) -> str:
                 what,
                 *(_cell(own, name, lambda r: f"{r['TFLOP/s']:.0f}") for name in names),
                 *(_cell(own, name, lambda r: f"{r['speed']:.2f}") for name in others),
+                *(
+                    [_cell(own, "example", lambda r, ms=laser["ms"]: f"{r['ms'] / ms:.2f}")]
+                    if "example" in names
+                    else []
+                ),
                 f"{laser['TFLOP/s'] / result['product']:.0%}",
                 " / ".join(_cell(own, name, lambda r: f"{r['host ms']:.2f}") for name in names),
                 " / ".join(_cell(own, name, lambda r: f"{r['memory']['peak'] / MEBI:.0f}") for name in names),
                 f"{laser['error']:.2f}",
+                *([str(laser.get("engine", "–")).removeprefix("jax-")] if engines else []),
             ]
         )
     header = ["B,H,L,D", "dtype", "causal", "pass", *(f"{x}, TFLOP/s" for x in names)]
-    header += [*(f"{x} ÷ softmax" for x in others), "of the product's rate", "host, ms", "peak, MiB", "error / bound"]
+    header += [*(f"{x} ÷ softmax" for x in others), *(["laser ÷ example"] if "example" in names else [])]
+    header += ["of the product's rate", "host, ms", "peak, MiB", "error / bound", *(["engine"] if engines else [])]
     widths = sorted({r["sigma"] for r in result.get("accuracy", [])})
     accuracy = []
     for dtype in dict.fromkeys(r["dtype"] for r in result.get("accuracy", [])):
@@ -176,9 +185,12 @@ def gpu_page(result: dict[str, Any]) -> str:
         f"whose time is in a column of its own ({order}). Peak: of a forward and a backward pass, beside the inputs "
         "(the same order). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded; *flash* is "
         "torch's FlashAttention-2, *portable* our kernel for any card, *kernel* the Hopper kernel without "
-        "what is around it."
+        "what is around it, *example* JAX's own Pallas kernel of softmax attention."
     )
     parts = [provenance(result), about, table(header, rows)]
+    wrong = [f"{r['shape']}, {'causal' if r['causal'] else 'full'}" for r in result["records"] if "not timed" in r]
+    if wrong:
+        parts.append(f"Wrong, and so not timed: {'; '.join(wrong)}.")
     if accuracy:
         parts += [
             "Worst error of sampled rows over the bound of [numerics](numerics.md) by the standard deviation of the "

@@ -64,6 +64,14 @@ def test_export_round_trip():
     assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
 
 
+def test_export_for_any_batch():
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 2, 9, 4), "float32")
+    exported = jax.export.export(jax.jit(lambda q: laser_attention(q, q, q, is_causal=True)))(shape)
+    for batch in (1, 3):
+        q = normal(batch, 2, 9, 4)
+        assert np.allclose(exported.call(q), attend(q, q, q), rtol=0, atol=1e-6)
+
+
 def test_donated_arguments_are_reused():
     q, k, v = (normal(2, 2, 9, 4, seed=i) for i in range(3))
     want = attend(q, k, v)

@@ -1,8 +1,5 @@
 """Which engine the Triton backend takes, from tables that are written here: no GPU is needed."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,7 +7,7 @@ pytest.importorskip("triton")
 
 from laser_torch import cudnn, engines, hopper, tune  # noqa: E402
 
-from laser_core import Problem  # noqa: E402
+from laser_core import Problem, _tables  # noqa: E402
 
 
 def problem(**changes) -> Problem:
@@ -62,41 +59,10 @@ def test_the_nearest_length_of_the_same_kind_counts():
         assert [engine for engine, _ in chosen(found, **unmeasured)] == list(engines.ENGINES["forward"])
 
 
-def test_tables_are_found_by_variable_then_own_then_shipped(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.delenv(engines.VARIABLE, raising=False)
-    shipped = tmp_path / "shipped.json"
-    shipped.write_text(json.dumps(table() | {"device": "another card"}))
-    monkeypatch.setattr(engines, "_shipped", lambda: [shipped])
-    engines.table.cache_clear()
-    try:
-        assert engines.table("A card", (8, 0)) is None
-        engines.table.cache_clear()
-        found = engines.table("A card", (9, 0))
-        assert found is not None
-        assert found["device"] == "another card"
-        own = engines.own_table("A card")
-        assert own.name == "a-card.json"
-        own.parent.mkdir()
-        own.write_text(json.dumps(table()))
-        engines.table.cache_clear()
-        found = engines.table("A card", (9, 0))
-        assert found is not None
-        assert found["device"] == "a card"
-        broken = tmp_path / "broken.json"
-        broken.write_text('{"device": "x"}')
-        monkeypatch.setenv(engines.VARIABLE, str(broken))
-        engines.table.cache_clear()
-        with pytest.raises(ValueError, match=r"broken\.json: no table of engines: it has no capability, date, rows"):
-            engines.table("A card", (9, 0))
-    finally:
-        engines.table.cache_clear()
-
-
 def test_shipped_tables_are_tables():
     """Each says where it comes from, and names engines and tiles that there are."""
-    for path in engines._shipped():
-        found = engines._read(path)
+    for path in _tables.shipped("laser_torch"):
+        found = _tables.read(path)
         assert found["commit"]
         assert found["versions"]
         for r in found["rows"]:
@@ -106,7 +72,7 @@ def test_shipped_tables_are_tables():
 
 def test_candidates_begin_with_the_default_of_each_engine():
     for which, names in engines.ENGINES.items():
-        for width in engines.WIDTHS:
+        for width in _tables.WIDTHS:
             found = list(tune.candidates(which, width))
             assert [c.engine for c in found if c.tile is None] == list(names)
             assert len(set(found)) == len(found)

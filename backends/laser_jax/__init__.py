@@ -9,7 +9,7 @@ from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_o
 from laser_core._array import Array
 from laser_core._registry import Kept
 
-from . import served
+from . import engines, served
 
 if TYPE_CHECKING:
     from .functional import attention_fn as attention_fn
@@ -80,6 +80,20 @@ def _mosaic_residual(problem: Problem) -> Kept:
     return (problem.out_shape, "int8"), ((*heads, problem.value_dim), "float32"), (heads, "int32")
 
 
+def _cudnn_forward(problem: Problem, inputs: Inputs) -> Forward:
+    from . import cudnn
+
+    done: Forward = cudnn.forward(problem, inputs)
+    return done
+
+
+def _cudnn_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
+    from . import cudnn
+
+    gradients: Gradients = cudnn.backward(problem, inputs, forward, d_out, d_lse)
+    return gradients
+
+
 def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
     from . import tpu
 
@@ -110,7 +124,8 @@ XLA = Backend(
     backward=_xla_backward,
     frameworks=("jax",),
     requires=("jax",),
-    priority=lambda problem: 30,
+    priority=engines.priority("jax-xla", elsewhere=30),
+    how=engines.how("jax-xla"),
     residual=unrounded_output,
 )
 
@@ -137,8 +152,24 @@ MOSAIC = Backend(
     dtypes=("float16", "bfloat16"),
     requires=("jax",),
     why_not=lambda problem: served.missing() or served.why_not(problem) or served.wrong_device(),
-    priority=lambda problem: 50 if problem.device == "cuda" else -10,  # JAX's interpreter is for tests
+    priority=engines.priority("jax-mosaic", elsewhere=-10),  # JAX's interpreter is for tests
+    how=engines.how("jax-mosaic"),
     residual=_mosaic_residual,
+)
+
+CUDNN = Backend(
+    name="jax-cudnn",
+    summary="cuDNN's attention on exponentiated values; heads outside the fast range take the exact path",
+    forward=_cudnn_forward,
+    backward=_cudnn_backward,
+    frameworks=("jax",),
+    devices=("cuda",),
+    dtypes=("bfloat16",),  # what cuDNN rounds before the logarithm, the error bound has room for in this one alone
+    requires=("jax",),
+    why_not=lambda problem: served.cudnn_why_not(problem) or served.cudnn_wrong_device(),
+    priority=engines.priority("jax-cudnn", elsewhere=0),
+    how=engines.how("jax-cudnn"),
+    residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )
 
 TPU = Backend(

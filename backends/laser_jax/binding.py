@@ -10,19 +10,22 @@ from typing import Any, TypeAlias
 
 import jax
 
-from laser_core import Backend, Forward, Inputs, Problem, Unsupported, _registry
+from laser_core import Forward, Inputs, Problem, Unsupported, _registry
 
 from . import partition, tiles
 from .partition import Operands, Step
 
 Array: TypeAlias = jax.Array
+Asked: TypeAlias = str | tuple[str, ...] | None  # backends by name
 Saved: TypeAlias = tuple[Inputs, Forward]
 
 
 def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | None) -> tuple[Array, Array]:
     """Output and log-sum-exp, with the analytic gradient unless the backend leaves differentiation to JAX."""
-    chosen = _registry.select(problem, backend)
-    split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, chosen.name))
+    if backend is None and not all(isinstance(n, int) for n in problem.batch):
+        backend = "jax-xla"  # exported for any batch; the others compare sizes, or compile for them
+    chosen = _registry.select(_alone(problem), backend)
+    split = partition.by_types(problem, inputs, lambda problem, inputs: attention(problem, inputs, backend))
     if split is not None:
         return split
     inputs = tiles.vary(inputs, inputs)  # so that shard_map sums what belongs to a replicated argument
@@ -30,8 +33,14 @@ def attention(problem: Problem, inputs: Inputs, backend: str | Sequence[str] | N
         with quiet():
             out, lse, _ = chosen.forward(problem, inputs)
         return out, lse
-    result: tuple[Array, Array] = _attention(problem, chosen, inputs)
+    asked = backend if backend is None or isinstance(backend, str) else tuple(backend)
+    result: tuple[Array, Array] = _attention(problem, asked, inputs)
     return result
+
+
+def _alone(problem: Problem) -> Problem:
+    """Without a gradient: the engine may be another one."""
+    return dataclasses.replace(problem, gradient=False)
 
 
 def quiet() -> AbstractContextManager[object]:
@@ -41,22 +50,22 @@ def quiet() -> AbstractContextManager[object]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[Array, Array]:
-    return _forward(dataclasses.replace(problem, gradient=False), backend, inputs)[0]
+def _attention(problem: Problem, asked: Asked, inputs: Inputs) -> tuple[Array, Array]:
+    return _forward(_alone(problem), asked, inputs)[0]
 
 
-def _forward(problem: Problem, backend: Backend, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
+def _forward(problem: Problem, asked: Asked, inputs: Inputs) -> tuple[tuple[Array, Array], Saved]:
     with quiet():
-        done = _run(Step(problem, backend), Operands(inputs))
+        done = _run(Step(problem, _registry.select(problem, asked)), Operands(inputs))
     return (done.out, done.lse), (inputs, done)
 
 
-def _backward(problem: Problem, backend: Backend, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
+def _backward(problem: Problem, asked: Asked, saved: Saved, cotangents: tuple[Array, Array]) -> tuple[Inputs]:
     inputs, done = saved
     d_out, d_lse = cotangents
     with quiet():
         operands = Operands(inputs, done, d_out, d_lse if problem.return_lse else None)
-        gradients = _run(Step(problem, backend), operands)
+        gradients = _run(Step(problem, _registry.select(problem, asked)), operands)
     none = Inputs(*(None,) * len(Inputs._fields))
     return (none._replace(**gradients._asdict()),)  # None: masks and lengths have no cotangent
 

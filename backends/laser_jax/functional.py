@@ -13,6 +13,7 @@ from laser_core import Unsupported, _problem, backends, laser_attention
 
 Array: TypeAlias = jax.Array
 ArrayLike: TypeAlias = Any  # whatever jnp.asarray takes
+Implementation: TypeAlias = Literal["xla", "cudnn", "pallas"]
 
 ENGINES = {"xla": ("jax-xla",), "cudnn": ("jax-cudnn",), "pallas": ("jax-mosaic", "jax-tpu")}
 
@@ -32,7 +33,7 @@ def dot_product_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     beta: float | Array = 1.0,
-    implementation: Literal["xla", "cudnn", "pallas"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Array:
     r"""LASER attention with the arguments of ``jax.nn.dot_product_attention``.
 
@@ -151,6 +152,7 @@ def attention_fn(
     is_causal: bool = False,
     *,
     beta: float | Array = 1.0,
+    implementation: Implementation | None = None,
 ) -> Array:
     """LASER attention as the ``attention_fn`` of ``flax.nnx.MultiHeadAttention``, with its arguments.
 
@@ -172,6 +174,7 @@ def attention_fn(
         promote_dtype: Flax's function to bring query, key and value to one dtype.
         is_causal: Query i sees keys ≤ i.
         beta: Inverse temperature: a finite number, or an array that broadcasts to ``(N, E)``.
+        implementation: As in :func:`dot_product_attention`.
 
     Returns:
         ``(..., T, N, E)``.
@@ -179,6 +182,7 @@ def attention_fn(
     Raises:
         TypeError: An argument of the wrong kind or dtype.
         ValueError: A shape or option that does not fit; dropout; a module.
+        Unsupported: The implementation asked for cannot run this; says why.
     """
     if dropout_rate != 0 and not deterministic:
         reason = "0, or deterministic=True: dropping every visible key of a channel would be log 0"
@@ -201,5 +205,6 @@ def attention_fn(
             bias,
             beta=beta,
             is_causal=is_causal,
+            backend=_engines(implementation),
         )
     return jnp.swapaxes(out, -3, -2)

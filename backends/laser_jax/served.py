@@ -1,15 +1,18 @@
-"""What the Pallas kernels for Hopper serve; JAX need not be there to ask."""
+"""What the engines for NVIDIA GPUs serve; JAX need not be there to ask."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from importlib.metadata import version
+from typing import Any
 
 from laser_core import Problem
 
 WIDTHS = (64, 128)  # of the kernels' tiles; narrower heads are padded
+DETERMINISTIC = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 INTERPRETING = os.environ.get("LASER_MOSAIC_INTERPRET", "0") == "1"  # on the CPU, by JAX's interpreter: for tests
 
 
@@ -47,11 +50,53 @@ def missing() -> str | None:
 
 def wrong_device() -> str | None:
     """Why the GPUs that JAX has found cannot run the kernels; None where they can, or none has been looked for."""
-    jax = sys.modules.get("jax")
-    if jax is None or jax.default_backend() != "gpu":
+    found = capability()
+    return None if found in (None, (9, 0)) else f"GPU of compute capability {_dotted(found)} (supported: 9.0, Hopper)"
+
+
+def cudnn_why_not(problem: Problem) -> str | None:
+    """Why cuDNN does not serve a problem, from its description alone; None if it does."""
+    if causal_offset(problem) not in (None, 0):
+        return "is_causal and window_size: cuDNN knows causality from the top left alone"
+    if problem.gradient and not deterministic():
+        return (
+            "a gradient may be asked for: cuDNN sums dq in another order in every run "
+            f"(supported with XLA_FLAGS={DETERMINISTIC[0]}=true)"
+        )
+    return why_not(problem)
+
+
+def deterministic() -> bool:
+    """Whether the user has told XLA to leave out kernels whose results differ from run to run."""
+    flags = (flag.partition("=") for flag in os.environ.get("XLA_FLAGS", "").split())
+    return any(name in DETERMINISTIC and value.lower() in ("", "true", "1") for name, _, value in flags)
+
+
+def cudnn_wrong_device() -> str | None:
+    """As :func:`wrong_device`, for cuDNN's attention."""
+    found = capability()
+    if found is None or found >= (8, 0):
         return None
-    found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    return None if found == "9.0" else f"GPU of compute capability {found} (supported: 9.0, Hopper)"
+    return f"GPU of compute capability {_dotted(found)} (supported: 8.0 and later)"
+
+
+def gpu() -> Any:
+    """The GPU that JAX has found; None where there is none, or none has been looked for."""
+    jax = sys.modules.get("jax")
+    return jax.devices()[0] if jax is not None and jax.default_backend() == "gpu" else None
+
+
+def capability() -> tuple[int, ...] | None:
+    """Its compute capability, () where it has no such number; None without a GPU."""
+    device = gpu()
+    if device is None:
+        return None
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return () if found is None else tuple(map(int, found.groups()))
+
+
+def _dotted(found: tuple[int, ...] | None) -> str:
+    return ".".join(map(str, found or ("unknown",)))
 
 
 def causal_offset(problem: Problem) -> int | None:

@@ -60,7 +60,7 @@ class Grid(NamedTuple):
         block_q, block_k = 256, 512
         if problem.band != (None, None) and problem.query_length <= 512:
             block_q, block_k = 128, 256  # smaller, to skip more of them
-        heads = math.prod(problem.batch) * problem.query_heads
+        heads = problem.query_heads * math.prod(n for n in problem.batch if isinstance(n, int))  # or exported for any n
         while heads * block_q * block_k > 2**20 and block_q > 32:
             block_q, block_k = block_q // 2, max(block_k // 2, 64)
         return cls(Axis.cut(problem.query_length, block_q), Axis.cut(problem.key_length, block_k))

@@ -9,12 +9,7 @@ A result is compared with float64 before it is timed, and a wrong one is not tim
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
-import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laser_core import Forward, Inputs, Problem
+from laser_core import Forward, Inputs, Problem, _tables
 
 from . import engines, fused, fused_backward
 from .call import prepare, value_pass
@@ -155,32 +150,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m laser_torch.tune", description=__doc__)
     parser.add_argument("--out", type=Path, help="the table to write (default: where the automatic choice looks)")
     parser.add_argument("--turns", type=int, default=5, help="timings of each (default: %(default)s)")
-    parser.add_argument("--widths", type=int, nargs="+", default=engines.WIDTHS, choices=engines.WIDTHS)
+    parser.add_argument("--widths", type=int, nargs="+", default=_tables.WIDTHS, choices=_tables.WIDTHS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("laser_torch.tune: needs a GPU that torch can use", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name()
-    out: Path = options.out or engines.own_table(name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {}
-    for package in ("laser-attention", "torch", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    table: dict[str, Any] = {
-        "device": name,
-        "capability": torch.cuda.get_device_capability(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": os.environ.get("LASER_COMMIT", ""),
-        "versions": versions,
-        "rows": [],
-    }
-    for row in measure(tuple(options.widths), tuple(options.lengths), options.turns):
-        print(json.dumps(row), flush=True)
-        table["rows"].append(row)
-        out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")  # nothing is lost
-    print(out)
+    out = options.out or _tables.own("laser_torch", name)
+    rows = measure(tuple(options.widths), tuple(options.lengths), options.turns)
+    _tables.write(out, name, torch.cuda.get_device_capability(), ("torch", "triton"), rows)
     return 0
 
 

@@ -15,6 +15,7 @@ from .generate import Fill, Floats, fill, key_of, rounded, uniform
 NORMAL = Fill()
 Alignment = Literal["top_left", "bottom_right"]
 GRADIENTS = ("query", "key", "value", "bias", "beta")
+CONTENTS = ("query", "key", "value", "betas", "mask_density", "bias", "bias_hides", "seed")  # what no shape depends on
 
 
 @dataclass(frozen=True, kw_only=True)

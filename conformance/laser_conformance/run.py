@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ import laser_core
 from .arrays import Absent, open_library
 from .cases import Case, all_cases
 from .judge import Verdict, arrays_of, free_memory, from_json, judge, to_json
+from .problems import CONTENTS, Spec
 from .subject import Subject
 
 TIME_LIMIT = 300.0  # seconds per case
@@ -105,25 +107,61 @@ def run(setup: Setup, cases: tuple[Case, ...], limit: float = TIME_LIMIT, jobs: 
     for worker in workers:
         free.put(worker)
 
-    def verdicts(case: Case) -> list[Verdict]:
-        worker, start = free.get(), time.monotonic()
-        answer = worker.ask(case.id, limit)
-        if isinstance(answer, str):
-            worker.restart()
-        free.put(worker)
-        if not isinstance(answer, str):
-            return [from_json(verdict) for verdict in answer]
-        seconds = time.monotonic() - start
-        return [Verdict(case.id, case.level, setup.backend, arrays_of(subject), "", "failed", None, answer, seconds)]
+    found: queue.SimpleQueue[list[Verdict] | None] = queue.SimpleQueue()
 
+    def verdicts(group: list[Case]) -> None:
+        worker = free.get()
+        try:
+            for case in group:
+                start = time.monotonic()
+                answer = worker.ask(case.id, limit)
+                if not isinstance(answer, str):
+                    found.put([from_json(verdict) for verdict in answer])
+                    continue
+                worker.restart()
+                who = (case.id, case.level, setup.backend, arrays_of(subject), "")
+                found.put([Verdict(*who, "failed", None, answer, time.monotonic() - start)])
+        finally:
+            found.put(None)
+            free.put(worker)
+
+    groups = _groups(cases) if len(workers) > 1 else [list(cases)]
     pool = ThreadPoolExecutor(len(workers))
     try:
-        for future in as_completed([pool.submit(verdicts, case) for case in cases]):
-            yield from future.result()
+        futures = [pool.submit(verdicts, group) for group in groups]
+        left = len(groups)
+        while left:
+            answer = found.get()
+            left -= answer is None
+            yield from answer or ()
+        for future in futures:
+            future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.close()
+
+
+def _groups(cases: tuple[Case, ...]) -> list[list[Case]]:
+    """Cases of the same sizes and options together, in one worker: an implementation may compile once for all of them.
+
+    Every level begins early, so that a run that is interrupted has judged something of each.
+    """
+    groups: dict[object, list[Case]] = {}
+    begins: dict[object, int] = {}
+    seen: dict[str, int] = {}
+    for case in cases:
+        what: object = case.id
+        if case.level not in _OF_THEIR_OWN:
+            what = dataclasses.replace(case.spec, **_CONTENTS)
+        groups.setdefault(what, []).append(case)
+        place = seen[case.level] = seen.get(case.level, -1) + 1
+        begins[what] = min(place, begins.get(what, place))
+    return [groups[what] for what in sorted(groups, key=lambda what: begins[what])]
+
+
+_OF_THEIR_OWN = ("laws", "framework", "scale")  # levels whose cases draw or transform problems
+_CONTENTS: Any = {f.name: f.default for f in dataclasses.fields(Spec) if f.name in CONTENTS}
 
 
 class _Worker:
