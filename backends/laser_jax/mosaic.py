@@ -89,8 +89,7 @@ class Values(NamedTuple):
         x = mosaic_values.refer(x, call.v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
         flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
         if causal_offset(problem) is not None:  # elsewhere the fast kernel puts o between the two
-            size = jnp.maximum(high, -low)
-            narrow = (high - low <= limits.narrow) & (size > 0) & (size < 1)  # X of zeros is not rounded
+            narrow = (high - low <= limits.narrow) & (jnp.maximum(high, -low) < 1)
             flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), NARROW, 0)
         return cls(x, c, low, high, flags.astype(jnp.int32))
 
