@@ -56,7 +56,7 @@ def laser(q: Array, k: Array, v: Array, causal: bool, backend: str | None = None
 
 
 def example(q: Array, k: Array, v: Array, causal: bool) -> Array:
-    """Softmax attention by JAX's example kernel, in the same layout; the scale is in q."""
+    """Softmax attention by JAX's example kernel, in the same layout; the scale is in q. It takes float16 alone."""
     block = 128 if q.shape[-1] == 128 else 256
     config = attention_mgpu.TuningConfig(
         block_q=64, block_kv=block, max_concurrent_steps=2, causal=causal, compute_wgs_bwd=EXAMPLE_GROUPS,
@@ -174,7 +174,7 @@ def compiled(case: Case, backend: str | None, pool: ThreadPoolExecutor) -> dict[
     runs: dict[str, tuple[Callable[..., Array], tuple[Array, ...]]] = {
         "softmax": (softmax, theirs),
         "recipe": (recipe, theirs),
-        "example": (example, (theirs[0] * case.shape[-1] ** -0.5, *theirs[1:])),
+        "example": (example, tuple(x.astype("float16") for x in (theirs[0] * case.shape[-1] ** -0.5, *theirs[1:]))),
         "laser": (functools.partial(laser, backend=backend), ours),
     }
     return {
@@ -190,6 +190,8 @@ def measure(cases: list[Case], options: argparse.Namespace) -> Iterator[list[Rec
         for future in [future for made in making for future in made.values()]:
             future.exception()  # wait for all: nothing else may run beside what is timed
         for case, made in zip(cases, making, strict=True):
+            if made["example"].exception() is not None:  # what it takes is up to the version of JAX
+                del made["example"]
             passes = {name: future.result() for name, future in made.items()}
             found = passes["laser"]
             error, dq_error = errors(list(found.x), case.causal, found.out, found.run_backward()[0])

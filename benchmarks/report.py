@@ -185,7 +185,7 @@ def gpu_page(result: dict[str, Any]) -> str:
         f"whose time is in a column of its own ({order}). Peak: of a forward and a backward pass, beside the inputs "
         "(the same order). *recipe* is log(softmax(QKᵀ)·exp(V − max V)) + max V on cuDNN, unguarded; *flash* is "
         "torch's FlashAttention-2, *portable* our kernel for any card, *kernel* the Hopper kernel without "
-        "what is around it, *example* JAX's own Pallas kernel of softmax attention."
+        "what is around it, *example* JAX's own Pallas kernel of softmax attention, in float16."
     )
     parts = [provenance(result), about, table(header, rows)]
     wrong = [f"{r['shape']}, {'causal' if r['causal'] else 'full'}" for r in result["records"] if "not timed" in r]

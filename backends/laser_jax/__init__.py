@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
+from laser_core import Backend, Forward, Gradients, Inputs, Problem, Unsupported, unrounded_output
 from laser_core._array import Array
 from laser_core._registry import Kept
 
@@ -88,10 +88,7 @@ def _cudnn_forward(problem: Problem, inputs: Inputs) -> Forward:
 
 
 def _cudnn_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import cudnn, tiles
-
-    gradients: Gradients = tiles.unchecked(cudnn.backward, problem, inputs, forward, d_out, d_lse)
-    return gradients
+    raise Unsupported("backend 'jax-cudnn': dq of cuDNN's backward pass is not the same bits in every run; it has none")
 
 
 def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
@@ -159,7 +156,7 @@ MOSAIC = Backend(
 
 CUDNN = Backend(
     name="jax-cudnn",
-    summary="cuDNN's attention on exponentiated values; heads outside the fast range take the exact path",
+    summary="cuDNN's attention on exponentiated values; outputs alone, without gradients",
     forward=_cudnn_forward,
     backward=_cudnn_backward,
     frameworks=("jax",),
@@ -169,7 +166,6 @@ CUDNN = Backend(
     why_not=lambda problem: served.cudnn_why_not(problem) or served.cudnn_wrong_device(),
     priority=engines.priority("jax-cudnn", elsewhere=0),
     how=engines.how("jax-cudnn"),
-    residual=lambda problem: ((problem.out_shape, problem.dtype),),
 )
 
 TPU = Backend(

@@ -1,14 +1,9 @@
 """Engine ``jax-cudnn``: the published recipe on cuDNN's softmax attention, with X for exp(v), and guarded.
 
-cuDNN attends over X = exp(βv)·2^−c and returns a = p·X, rounded. That is one more unit of rounding, relative to a and
-so absolute in o, for which the error bound of o has room in bfloat16; in float16, whose exponents p needs for itself,
-it has none. Backward cuDNN differentiates its own attention: from G = do/(βa) it has ds = p ∘ (G·Xᵀ − rowsum(G ∘ a)),
-which is LASER's, and pᵀ·G, of which dv = βX ∘ pᵀ·G. What is kept is a and not o: the weights of a query sum to one up
-to the rounding of a, however large o is. Heads outside the fast range, or with NaN or infinity, are computed exactly in
-the same call, chosen on the device.
-
-cuDNN sums dq in another order in every run, unless XLA is told to leave such kernels out: gradients are served where it
-has been.
+cuDNN attends over X = exp(βv)·2^−c and returns p·X, rounded. That is one more unit of rounding, relative to p·X and so
+absolute in o, for which the error bound of o has room in bfloat16; in float16, whose exponents p needs for itself, it
+has none. Heads outside the fast range, or with NaN or infinity, are computed exactly in the same call, chosen on the
+device. It computes outputs alone: dq of cuDNN's own backward pass differs from run to run.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused  # the public function rounds the log-sum-exp
 
-from laser_core import Forward, Gradients, Inputs, Problem, _gradient, _reference
+from laser_core import Forward, Inputs, Problem, _reference
 
 from . import served, tiles, xla
 from .mosaic import FEW, padded
@@ -108,17 +103,6 @@ def attend(problem: Problem, q: Array, k: Array, x: Array) -> tuple[Array, Array
     return out[..., : x.shape[-1]], l
 
 
-def pull(problem: Problem, q: Array, k: Array, x: Array, out: Array, l: Array, g: Array) -> tuple[Array, Array, Array]:
-    """Cotangents of q, k and x from ``g``, that of ``out``; both as in :func:`attend`."""
-    q_, k_, x_, out_, g_ = _one_width(q, k, x, out, g)
-    none = jnp.zeros(0, q.dtype)
-    saved = (q_, k_, x_, *(none,) * 7, l, out_)
-    options = (problem.scale, 42, 0.0, (False, False), _mask(problem), fused.AttentionLayout.BNTH.value, None, 0, False)
-    rule: Any = fused._dot_product_attention_bwd_rule
-    dq, dk, dx, *_ = rule(*options, saved, g_)
-    return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dx[..., : x.shape[-1]]
-
-
 def _mask(problem: Problem) -> Any:
     return fused.MaskType.NO_MASK if causal_offset(problem) is None else fused.MaskType.CAUSAL
 
@@ -132,16 +116,15 @@ def _one_width(*arrays: Array) -> list[Array]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
-    """The output, the log-sum-exp, and p·X as cuDNN rounds it."""
+    """The output and the log-sum-exp."""
     if 0 in problem.score_shape:
         out = jnp.zeros(problem.out_shape, problem.dtype)
-        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), jnp.zeros_like(out))
+        return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32))
     call = Call.of(problem, inputs)
     p = call.problem
     a, l = attend(p, call.q, call.k, call.x)
     o, l = _mended(call, _finished(call, a).astype(problem.dtype), l)
-    o, a = (jnp.reshape(x, problem.out_shape) for x in (o, a))
-    return Forward(o, jnp.reshape(l, problem.lse_shape), a)
+    return Forward(jnp.reshape(o, problem.out_shape), jnp.reshape(l, problem.lse_shape))
 
 
 def _finished(call: Call, a: Array) -> Array:
@@ -203,60 +186,3 @@ def _first_rows(call: Call) -> Array:
     beta = jnp.full((1, 1, 1, 1), call.problem.beta or 0.0, jnp.float32)
     o: Array = _reference.attend(jnp, s, v[:, :, None], beta, large_beta=True)[0]
     return o
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    """All gradients."""
-    if 0 in problem.score_shape:
-        none: Gradients = _gradient.no_gradients(jnp, inputs)
-        return none
-    call = Call.of(problem, inputs)
-    p = call.problem
-    a, do = (jnp.reshape(x, (*p.batch, *x.shape[-3:])) for x in (done.residual, d_out))
-    l = jnp.reshape(done.lse, a.shape[:-1])
-    dl = None if d_lse is None else jnp.reshape(d_lse, l.shape)
-    total = _fast_backward(p, call.q, call.k, call.x, a, l, do, dl)
-    # The first key is seen by every query, and the last query sees every key: what is not finite has come to them.
-    signs = (total[0][:, :, -1:], total[1][:, :, :1], total[2][:, :, :1])
-    odd = (jnp.any(jnp.reshape(~jnp.isfinite(x), (*call.broken.shape, -1)), axis=-1) for x in signs)
-    flags = functools.reduce(jnp.logical_or, odd, call.outside | call.broken)
-
-    def again(at: Start, total: tuple[Array, ...]) -> tuple[Array, ...]:
-        one, head = call.head(at)
-        l_, a_, x_, do_ = (call.cut(x, at) for x in (l, a, call.x, do))
-        dl_ = None if dl is None else call.cut(dl, at)
-        exact = xla.backward(one, head, xla.forward(one, head), do_, dl_)
-        live = jnp.isfinite(l_) & functools.reduce(
-            jnp.logical_and, (jnp.all(jnp.isfinite(x), axis=-1) for x in (head.query, a_, do_))
-        )
-        q, do_, a_ = (jnp.where(live[..., None], x, y) for x, y in ((head.query, 0), (do_, 0), (a_, 1)))
-        k = jnp.where(jnp.isfinite(head.key), head.key, 0)
-        dl_ = None if dl_ is None else jnp.where(live & jnp.isfinite(dl_), dl_, 0)
-        q, k, x_, a_, l_, do_ = (x[None] for x in (q, k, x_, a_, jnp.where(live, l_, jnp.inf), do_))
-        one = dataclasses.replace(one, batch=(1,))
-        fast = _fast_backward(one, q, k, x_, a_, l_, do_, None if dl_ is None else dl_[None])
-        found = (_merged(call.outside[at], x[0], y) for x, y in zip(fast, exact[:3], strict=True))
-        return tuple(call.put(x, y, at) for x, y in zip(total, found, strict=True))
-
-    dq, dk, dv = tiles.for_heads(p, flags, again, total)
-    unseen = problem.key_length - p.key_length
-    dk, dv = (jnp.pad(x, ((0, 0), (0, 0), (0, unseen), (0, 0))) if unseen else x for x in (dk, dv))
-    return Gradients(*(jnp.reshape(x, y.shape) for x, y in zip((dq, dk, dv), inputs[:3], strict=True)))
-
-
-def _fast_backward(
-    problem: Problem, q: Array, k: Array, x: Array, a: Array, l: Array, do: Array, dl: Array | None
-) -> tuple[Array, ...]:
-    """dq, dk and dv of heads inside the fast range: cuDNN's own backward pass on (X, G)."""
-    beta = problem.beta or 0.0
-    g = (do.astype(jnp.float32) / (beta * a.astype(jnp.float32))).astype(a.dtype)
-    dq, dk, pg = pull(problem, q, k, x, a, l, g)
-    if dl is not None:  # ds = p∘dl: its products with k and q are attention over k, and the gradient of that
-        twice = k + k  # XLA fails on a call that takes one array twice
-        attended, _ = attend(problem, q, k, twice)
-        of_keys = pull(problem, q, k, twice, attended, l, (dl[..., None] * q).astype(a.dtype))[2]
-        dq = dq + 0.5 * problem.scale * dl[..., None] * attended
-        dk = dk + problem.scale * of_keys.astype(jnp.float32)
-    dv = beta * x.astype(jnp.float32) * pg.astype(jnp.float32)
-    return tuple(y.astype(problem.dtype) for y in (dq, dk, dv))

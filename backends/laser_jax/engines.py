@@ -15,8 +15,11 @@ from . import served
 
 Pass = Literal["forward", "forward and backward"]  # without a gradient, or with one
 PASSES: tuple[Pass, ...] = ("forward", "forward and backward")
-ENGINES = ("jax-mosaic", "jax-cudnn", "jax-xla")  # where nothing was measured, in this order
-_BEST, _STEP = 50, 5  # priorities; those of the others are lower
+ENGINES: dict[Pass, tuple[str, ...]] = {  # where nothing was measured, in this order
+    "forward": ("jax-mosaic", "jax-cudnn", "jax-xla"),
+    "forward and backward": ("jax-mosaic", "jax-xla"),
+}
+_BEST, _STEP, _NEVER = 50, 5, -20  # priorities; those of the others are lower than any but the last
 
 
 def order(which: Pass, problem: Problem) -> dict[str, str]:
@@ -26,7 +29,7 @@ def order(which: Pass, problem: Problem) -> dict[str, str]:
     known: dict[str, str] = {}
     for row, why in _tables.fastest_first(found, which, problem):
         known.setdefault(row["engine"], why)
-    return known | {name: "not measured" for name in ENGINES if name not in known}
+    return known | {name: "not measured" for name in ENGINES[which] if name not in known}
 
 
 def priority(name: str, elsewhere: int) -> Callable[[Problem], int]:
@@ -35,19 +38,20 @@ def priority(name: str, elsewhere: int) -> Callable[[Problem], int]:
     def of(problem: Problem) -> int:
         if problem.device != "cuda":
             return elsewhere
-        return _BEST - _STEP * list(order(_pass(problem), problem)).index(name)
+        places = list(order(_pass(problem), problem))
+        return _BEST - _STEP * places.index(name) if name in places else _NEVER
 
     return of
 
 
 def how(name: str) -> Callable[[Problem], str | None]:
-    """A line on what the place of an engine rests on."""
+    """A line for each pass on what the place of an engine rests on."""
 
     def of(problem: Problem) -> str | None:
         if problem.device != "cuda":
             return None
-        which = _pass(problem)
-        return f"{which}: {order(which, problem)[name]}"
+        found = ((which, order(which, problem).get(name, "not by this one")) for which in PASSES)
+        return "\n".join(f"{which}: {why}" for which, why in found)
 
     return of
 

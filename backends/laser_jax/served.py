@@ -12,7 +12,6 @@ from typing import Any
 from laser_core import Problem
 
 WIDTHS = (64, 128)  # of the kernels' tiles; narrower heads are padded
-DETERMINISTIC = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 INTERPRETING = os.environ.get("LASER_MOSAIC_INTERPRET", "0") == "1"  # on the CPU, by JAX's interpreter: for tests
 
 
@@ -58,18 +57,7 @@ def cudnn_why_not(problem: Problem) -> str | None:
     """Why cuDNN does not serve a problem, from its description alone; None if it does."""
     if causal_offset(problem) not in (None, 0):
         return "is_causal and window_size: cuDNN knows causality from the top left alone"
-    if problem.gradient and not deterministic():
-        return (
-            "a gradient may be asked for: cuDNN sums dq in another order in every run "
-            f"(supported with XLA_FLAGS={DETERMINISTIC[0]}=true)"
-        )
     return why_not(problem)
-
-
-def deterministic() -> bool:
-    """Whether the user has told XLA to leave out kernels whose results differ from run to run."""
-    flags = (flag.partition("=") for flag in os.environ.get("XLA_FLAGS", "").split())
-    return any(name in DETERMINISTIC and value.lower() in ("", "true", "1") for name, _, value in flags)
 
 
 def cudnn_wrong_device() -> str | None:

@@ -120,8 +120,8 @@ def trials(widths: tuple[int, ...], lengths: tuple[int, ...]) -> Iterator[Trial]
             shape = (1, max(1, ELEMENTS // (length * width)), length, width)
             x = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
             for causal in (True, False):
-                for engine in engines.ENGINES:
-                    yield from (Trial(engine, which, causal, x) for which in engines.PASSES)
+                for which, names in engines.ENGINES.items():
+                    yield from (Trial(engine, which, causal, x) for engine in names)
 
 
 def measure(widths: tuple[int, ...], lengths: tuple[int, ...], turns: int) -> Iterator[dict[str, Any]]:
