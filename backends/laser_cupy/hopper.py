@@ -344,7 +344,7 @@ def backward(
         What the passes make; X is not among it: the kernel makes its own.
     """
     if isinstance(forward.residual, tuple):
-        v = host.Values(host.NOTHING, host.NOTHING, *forward.residual[1:])
+        v = host.Values(host.NOTHING, *forward.residual[1:])
     else:  # of a pass by other kernels
         v = values(x)
     tiles = BackwardTiles.of(x.problem)
