@@ -204,7 +204,7 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     apart = (flags & (OUTSIDE | NARROW) != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
     dq, dk, dv = mosaic_backward.backward(
         q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
-        scale=p.scale, beta=beta, causal_offset=offset, shift=shift, interpret=_interpreter(p),
+        scale=p.scale, beta=beta, causal_offset=offset, key_length=keys, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
     dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale).astype(p.dtype)
     form = mosaic_exact_backward.Form(keys, offset, p.scale, beta, shift, interpreted)

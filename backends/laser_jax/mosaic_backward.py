@@ -302,10 +302,11 @@ def _pad(a: Array, length: int) -> Array:
     return a.reshape(-1, *a.shape[3:])
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "beta", "causal_offset", "shift", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "beta", "causal_offset", "key_length", "shift", "interpret"))
 def backward(
     q: Array, k: Array, v: Array, c: Array, g: Array, r: Array, l2: Array, careful: Array, reach: Array, *,
-    scale: float, beta: float = 1.0, causal_offset: int | None = None, shift: int = 0, interpret: Any = None,
+    scale: float, beta: float = 1.0, causal_offset: int | None = None, key_length: int | None = None, shift: int = 0,
+    interpret: Any = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of query, key and value; that of query in float32, still without the scale.
 
@@ -325,6 +326,7 @@ def backward(
         scale: Of the scores.
         beta: β.
         causal_offset: Query i sees the keys up to i + causal_offset; None: all keys.
+        key_length: The rows of k and v behind these are padding; None: there is none.
         shift: p is held as p·2^shift.
         interpret: Parameters of the interpreter of Pallas.
 
@@ -338,7 +340,7 @@ def backward(
     tiles, blocks = padded_q // block_q, pl.cdiv(length_k, _BLOCK_K)
     together = max(1, _TOGETHER // (tiles * block_q * (6 * head_dim + 2 * value_dim)))
     span = math.gcd(batch * heads_kv, 1 << (together.bit_length() - 1))
-    walk = _Walk(heads // heads_kv, tiles, blocks, block_q, span, length_k, causal_offset)
+    walk = _Walk(heads // heads_kv, tiles, blocks, block_q, span, key_length or length_k, causal_offset)
     padded_k = blocks * _BLOCK_K
 
     wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
