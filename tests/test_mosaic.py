@@ -114,5 +114,5 @@ def test_fits_the_hardware(form: tuple[Any, ...]) -> None:
 
 
 @needs_jax
-def test_traced_under_shard_map() -> None:
-    assert "(2, 2, 128, 64)" in run("trace_mosaic.py")
+def test_lowered_under_shard_map() -> None:
+    assert "(2, 2, 128, 64)" in run("lower_mosaic.py")

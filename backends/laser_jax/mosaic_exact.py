@@ -55,7 +55,6 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
     group = heads // k.shape[1]
     tiles, parts = pl.cdiv(rows, BLOCK), width // BLOCK
     share = min(tiles * parts, max(1, pl.cdiv(512, batch * heads)))
-    written = tuple(map(jax.new_ref, results))
     scratch = _scratch(width, q.dtype, len(results) > 2)
 
     def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, flags_ref: Ref, *results: Ref) -> None:
@@ -76,10 +75,16 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
                 )  # fmt: skip
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
-    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name="laser_exact",
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
-    )(q, k, v, flags, *written)  # fmt: skip
-    return tuple(map(jax.freeze, written))
+
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}
+    parameters = plgpu.CompilerParams(approx_math=True)
+
+    def write(written: tuple[Ref, ...]) -> None:
+        pl.kernel(block, out_type=(), mesh=mesh, compiler_params=parameters, name="laser_exact", **options)(
+            q, k, v, flags, *written
+        )
+
+    return pl.run_state(write)(results)  # with references of its own: shard_map cannot resolve those of a caller
 
 
 def _scratch(width: int, dtype: Any, rest: bool) -> list[Any]:

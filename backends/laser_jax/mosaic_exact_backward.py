@@ -87,10 +87,9 @@ def rewrite(
     batch, kv_heads, keys, width = dk.shape
     heads, queries = dq.shape[1:3]
     group = heads // kv_heads
-    written = tuple(map(jax.new_ref, (dq, dk, dv)))
     scratch = _scratch(width, k.dtype)
 
-    def run(name: str, tiles: int, heads: int, block: Any) -> None:
+    def run(written: tuple[Ref, ...], name: str, tiles: int, heads: int, block: Any) -> None:
         share = min(tiles, max(1, pl.cdiv(512, batch * heads)))
 
         def every(*refs: Ref) -> None:
@@ -110,9 +109,11 @@ def rewrite(
             **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
         )(chosen, reach, *rows, k, v, *written)  # fmt: skip
 
-    run("laser_exact_queries", queries // BLOCK, heads, _queries)
-    run("laser_exact_keys", keys // BLOCK, kv_heads, functools.partial(_keys, group, queries // BLOCK))
-    return tuple(map(jax.freeze, written))
+    def write(written: tuple[Ref, ...]) -> None:
+        run(written, "laser_exact_queries", queries // BLOCK, heads, _queries)
+        run(written, "laser_exact_keys", keys // BLOCK, kv_heads, functools.partial(_keys, group, queries // BLOCK))
+
+    return pl.run_state(write)((dq, dk, dv))
 
 
 def _scratch(width: int, dtype: Any) -> list[Any]:

@@ -189,7 +189,6 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
     batch, heads, keys, width = v.shape
     blocks = pl.cdiv(keys, ROWS)
     share = min(blocks, max(1, pl.cdiv(512, batch * heads)))  # most often there is nothing to do
-    out = jax.new_ref(x)
 
     def block(v_ref: Ref, c_ref: Ref, hard_ref: Ref, x_ref: Ref) -> None:
         b, h = lax.axis_index("batch"), lax.axis_index("head")
@@ -214,7 +213,12 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
             pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT), plgpu.Barrier())
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
-    pl.kernel(block, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name="laser_refer",
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}),
-    )(v, c, hard, out)  # fmt: skip
-    return jax.freeze(out)
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}
+    parameters = plgpu.CompilerParams(approx_math=True)
+
+    def write(out: Ref) -> None:
+        pl.kernel(block, out_type=(), mesh=mesh, compiler_params=parameters, name="laser_refer", **options)(
+            v, c, hard, out
+        )
+
+    return pl.run_state(write)(x)

@@ -1,4 +1,4 @@
-"""Trace the Mosaic backend under shard_map, whose checks do not know the references that its kernels write through."""
+"""Lower the Mosaic backend under shard_map, whose checks do not know the references that its kernels write through."""
 
 from __future__ import annotations
 
@@ -30,4 +30,5 @@ mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
 whole = PartitionSpec("x")
 split = jax.shard_map(gradients, mesh=mesh, in_specs=whole, out_specs=whole)
 x = jax.ShapeDtypeStruct((2, 2, 128, 64), jnp.bfloat16)
-print([y.shape for y in jax.tree.leaves(jax.jit(split).trace(x, x, x).out_info)])
+lowered = jax.jit(split).trace(x, x, x).lower(lowering_platforms=("cuda",))
+print([y.shape for y in jax.tree.leaves(lowered.out_info)])
