@@ -107,7 +107,11 @@ def probabilities(
     if MASKED:
         s, slope = to_scores(qk, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end),
             low, high, scale, cap, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP)  # fmt: skip
-        p = tl.where((s == float("-inf")) | (l2 == float("inf")), 0.0, tl.exp2(s - (l2 - SHIFT)))
+        if CAP or BIAS:
+            power = s - (l2 - SHIFT)
+        else:  # as without a mask, bit for bit; infinite scores are NaN
+            power = tl.fma(qk + qk * 0.0, scale * 1.4426950408889634, -(l2 - SHIFT))
+        p = tl.where((s == float("-inf")) | (l2 == float("inf")), 0.0, tl.exp2(power))
     else:
         if CAP:
             s, slope = to_scores(qk, i, j, b, h, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, (q_end, k_end),
@@ -115,13 +119,34 @@ def probabilities(
             p = tl.exp2(s - (l2 - SHIFT))
         else:
             slope = qk
-            p = tl.exp2(qk * (scale * 1.4426950408889634) - (l2 - SHIFT))
+            p = tl.exp2(tl.fma(qk, scale * 1.4426950408889634, -(l2 - SHIFT)))
     return p, slope
 
 
 @triton.jit
+def _count(first, full_first, full_last, last, careful, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """How many tiles a walk has: where care is needed, the masked one has them all."""
+    inner = tile_count(first, full_first, full_last, last, SIZE, False)
+    if MASKED:
+        return tile_count(first, full_first, full_last, last, SIZE, True) + tl.where(careful, inner, 0)
+    else:
+        return tl.where(careful, 0, inner)
+
+
+@triton.jit
+def _start(index, first, full_first, full_last, last, careful, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """Where a tile starts; in the same order with care and without, so that sums have the same bits."""
+    if MASKED:
+        inner = tl.where(careful, tile_count(first, full_first, full_last, last, SIZE, False), 0)
+        outer = tile_start(index - inner, first, full_first, full_last, SIZE, True)
+        return tl.where(index < inner, full_first + index * SIZE, outer)
+    else:
+        return tile_start(index, first, full_first, full_last, SIZE, False)
+
+
+@triton.jit
 def _walk_queries(
-    dk, dv, k, x, Q, G, Row, L2, first, full_first, full_last, last, q_end, k_end, j, b, h,
+    dk, dv, k, x, Q, G, Row, L2, first, full_first, full_last, last, careful, q_end, k_end, j, b, h,
     q_n, g_n, own_row,
     m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
@@ -129,8 +154,8 @@ def _walk_queries(
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for index in tl.range(0, tile_count(first, full_first, full_last, last, BM, MASKED)):
-        start = tile_start(index, first, full_first, full_last, BM, MASKED)
+    for index in tl.range(0, _count(first, full_first, full_last, last, careful, BM, MASKED)):
+        start = _start(index, first, full_first, full_last, last, careful, BM, MASKED)
         if TMA:
             q = Q.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BM, DP)
             g = G.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(BM, EP)
@@ -200,8 +225,6 @@ def backward_keys(
         n0, k_end, q_end, -high, -low, BN, BM, BAND_HIGH, BAND_LOW, MASK or BIAS
     )
     careful = flags >= 4
-    full_first = tl.where(careful, first, full_first)
-    full_last = tl.where(careful, first, full_last)
     for member in range(0, group):
         h = h_kv * group + member
         own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS)
@@ -212,12 +235,12 @@ def backward_keys(
             Qh, Gh = Q + b_q * q_b + h * q_h, G + g_at
         if not (MASK or BIAS):
             dk, dv = _walk_queries(dk, dv, k, x, Qh, Gh, Row, L2, first, full_first, full_last, last,
-            q_end, k_end, j, b, h,
+                careful, q_end, k_end, j, b, h,
                 q_n, g_n, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
                 low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, False, TMA,
                 BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
         dk, dv = _walk_queries(dk, dv, k, x, Qh, Gh, Row, L2, first, full_first, full_last, last,
-            q_end, k_end, j, b, h,
+            careful, q_end, k_end, j, b, h,
             q_n, g_n, own_row, m_, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
             low, high, scale, cap, inverse_beta, D, E, DP, EP, BM, True, TMA,
             BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, SHIFT, PRECISION)  # fmt: skip
@@ -235,15 +258,15 @@ def backward_keys(
 
 @triton.jit
 def _walk_keys(
-    dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h, k_n, x_n, h_kv,
+    dq, q, g, l2, r, K, X, first, full_first, full_last, last, careful, q_end, k_end, i, b, h, k_n, x_n, h_kv,
     n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for index in tl.range(0, tile_count(first, full_first, full_last, last, BN, MASKED)):
-        start = tile_start(index, first, full_first, full_last, BN, MASKED)
+    for index in tl.range(0, _count(first, full_first, full_last, last, careful, BN, MASKED)):
+        start = _start(index, first, full_first, full_last, last, careful, BN, MASKED)
         if TMA:
             k = K.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, DP)
             x = X.load([b.to(tl.int32), h_kv, start, 0]).reshape(BN, EP)
@@ -317,14 +340,12 @@ def backward_queries(
         m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
     )
     careful = flags >= 4
-    full_first = tl.where(careful, first, full_first)
-    full_last = tl.where(careful, first, full_last)
     if not (MASK or BIAS):
-        dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
+        dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, careful, q_end, k_end, i, b, h,
             k_n, x_n, h_kv,
             n, d, e, Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
             D, E, DP, EP, BN, False, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip
-    dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, q_end, k_end, i, b, h,
+    dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, careful, q_end, k_end, i, b, h,
         k_n, x_n, h_kv, n, d, e,
         Mask, Bias, m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, low, high, scale, cap, inverse_beta,
         D, E, DP, EP, BN, True, TMA, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, PRECISION)  # fmt: skip

@@ -111,8 +111,12 @@ def _by_vjp(subject: Subject, data: Data, transform: Callable[[Function], Functi
     jax: Any = importlib.import_module("jax")
     with subject.library.context(data.dtype):
         call = _Call(subject, data)
-        outputs, pullback = jax.vjp(transform(call.__call__), *call.values)
-        return call.judged(outputs, pullback(tuple(call.cotangents)))
+        try:
+            outputs, pullback = jax.vjp(transform(call.__call__), *call.values)
+            gradients = pullback(tuple(call.cotangents))
+        except laser_core.Unsupported as error:  # where the call did not know that a gradient would be asked for
+            raise Refused(f"no gradient: {error}") from error
+        return call.judged(outputs, gradients)
 
 
 CHECKS: dict[str, Callable[[Subject, Data], list[Finding]]] = {
