@@ -186,7 +186,7 @@ class BackwardTiles(Operands):
 
     KEYS: ClassVar = 128
     THREADS: ClassVar = 3 * WARPGROUP
-    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_backward.cu", "hopper_queries.cu")
+    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_movers.cu", "hopper_backward.cu", "hopper_queries.cu")
 
     @classmethod
     def of(cls, problem: Problem) -> BackwardTiles:
