@@ -91,9 +91,9 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
         )  # fmt: skip
     if name == "exact_backward":
         backward = mosaic_exact_backward.Form(L, offset, 0.1, 1.0, shift, False)
-        rows = mosaic_exact_backward.Rows(array, array, rest, array, numbers, numbers)
+        rows = mosaic_exact_backward.Rows(*(array,) * 3, numbers, numbers)
         return compiled(
-            lambda a, b, *c: mosaic_exact_backward.rewrite(backward, a, b, mosaic_exact_backward.Rows(*c[:6]), *c[6:]),
+            lambda a, b, *c: mosaic_exact_backward.rewrite(backward, a, b, mosaic_exact_backward.Rows(*c[:5]), *c[5:]),
             *((heads, jnp.int32),) * 2, *rows, *(array,) * 5,
         )  # fmt: skip
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)

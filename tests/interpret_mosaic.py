@@ -17,7 +17,9 @@ from laser_core import _problem, laser_attention, laser_attention_vjp
 PROBLEMS: dict[str, tuple[Any, ...]] = {
     "causal": (1, 2, 1, 200, 130, 64, 64, "bfloat16", 0, 1, {"is_causal": "bottom_right"}),
     "full": (1, 1, 1, 70, 264, 40, 64, "float16", 0, 1, {"beta": -2.0}),
-    "reference": (1, 1, 1, 40, 133, 64, 64, "bfloat16", -500, 1, {"is_causal": True}),  # X of padding would be infinite
+    "reference": (1, 1, 1, 40, 133, 64, 64, "bfloat16", -200, 1, {"is_causal": True}),  # X of padding would be infinite
+    "large": (1, 2, 1, 40, 133, 64, 64, "bfloat16", 1e4, 30, {}),  # 8 bits beside o are too few
+    "larger": (1, 1, 1, 70, 72, 64, 64, "float16", 0, 1e4, {"beta": -1.5, "is_causal": True}),
     "hidden": (1, 2, 1, 20, 40, 16, 64, "bfloat16", 0, 1, {"is_causal": True}),  # NaN in what no query sees
     "odd": (1, 2, 2, 70, 72, 64, 64, "float16", 0, 1, {"is_causal": True}),  # a head outside the range, and infinities
 }

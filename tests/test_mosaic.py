@@ -93,8 +93,8 @@ needs_jax = pytest.mark.skipif(served.missing() is not None, reason=f"laser_jax:
 @needs_jax
 def test_interpreted() -> None:
     # XLA runs the interpreter's warpgroups, which wait for one another, in a pool of NPROC threads
-    told = run("interpret_mosaic.py", "causal", "odd", "hidden", LASER_MOSAIC_INTERPRET="1", NPROC="16")
-    assert told.count("right") == 3
+    told = run("interpret_mosaic.py", "causal", "odd", "hidden", "large", LASER_MOSAIC_INTERPRET="1", NPROC="16")
+    assert told.count("right") == 4
 
 
 @needs_jax

@@ -2,7 +2,8 @@
 
 On the device alone and without a branch on the host: the value pass writes X and measures every head, one kernel serves
 all heads, and another mends those outside the fast range, or that hold NaN or infinity; it returns at once where there
-is none. Backward, likewise: a pass over rows, one kernel for all heads, and others for those outside the fast range.
+is none. Backward, likewise: a pass over rows, one kernel for all heads, and others for those outside the fast range
+and for large values.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import jax.numpy as jnp
 from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 
 from .served import WIDTHS, causal_offset
-from .values import BROKEN, LIMITS, NARROW, OUTSIDE, decide, needs_sum
+from .values import BROKEN, FAR, LIMITS, NARROW, OUTSIDE, decide, needs_sum
 
 Array: TypeAlias = jax.Array
 
 FEW = 16  # a mean of fewer rounded X may well leave the range of the values
+LARGE = 256  # below it the 8 bits of what rounding took from o keep βo, and so the logarithm of Σ_j w, to half of u
 _LOG2E = math.log2(math.e)
 
 
@@ -114,6 +116,8 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     if not rest:
         return Forward(o, l)
     c = jnp.reshape(values.c[..., : problem.value_dim], (*heads, problem.value_dim))
+    far = jnp.any(jnp.maximum(values.high, -values.low) >= LARGE, axis=-1)  # only here: forward nothing is amiss
+    flags = flags | jnp.where(far, FAR, 0)
     return Forward(o, l, Kept(rest[0], c, jnp.reshape(flags, heads)))
 
 
@@ -201,14 +205,14 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     odd = (l2 >= mosaic_rows.ODD) & (l2 < jnp.inf)
     sees = jnp.minimum(jnp.arange(1, length + 1, dtype=jnp.int32) + (keys if offset is None else offset), keys)
     reach = of_heads(jnp.where(odd, sees, 0))
-    apart = (flags & (OUTSIDE | NARROW) != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
+    apart = (flags & (OUTSIDE | NARROW | FAR) != 0) | of_heads(l2 == mosaic_rows.ODD_QUERY)
     dq, dk, dv = mosaic_backward.backward(
         q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
         scale=p.scale, beta=beta, causal_offset=offset, key_length=keys, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
     dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale).astype(p.dtype)
     form = mosaic_exact_backward.Form(keys, offset, p.scale, beta, shift, interpreted)
-    of_rows = mosaic_exact_backward.Rows(q, out, rest, do, r, l2)
+    of_rows = mosaic_exact_backward.Rows(q, out, do, r, l2)
     dq, dk, dv = mosaic_exact_backward.rewrite(
         form, apart.astype(jnp.int32), reach, of_rows, call.k, call.v, dq, dk, dv
     )

@@ -1,10 +1,11 @@
 """The gradients of single heads from the definition, in Pallas (Mosaic GPU): what the fast kernel has left is replaced.
 
-    w_ije = exp(s_ij − l_i + β(v_je − o_ie))    ds = Σ_e do_ie w_ije/β + p_ij r_i    dv_je = Σ_i do_ie w_ije
+    w_ije = p_ij exp(β(v_je − o_ie) − n_ie)    ds = Σ_e do_ie w_ije/β + p_ij r_i    dv_je = Σ_i do_ie w_ije
 
-One kernel owns its queries and makes dq, another its keys and makes dk and dv; w is worked out a query at a time, for
-some keys and all channels. A block of a head that is not asked for returns at once. Device code only, in JAX 0.11 or
-later.
+o is the rounded output: n, from another pass over the keys, makes Σ_j w_ije of it what Σ_j p_ij is, however large o may
+be. One kernel owns its queries and makes n and dq, another its keys and makes dk and dv; w is worked out a query at a
+time, for some keys and all channels. A block of a head that is not asked for returns at once. Device code only, in JAX
+0.11 or later.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_rows import ODD
-from .mosaic_values import joined, rest_tile
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -46,7 +46,6 @@ class Rows(NamedTuple):
 
     q: Any
     o: Any
-    rest: Any
     do: Any
     r: Any  # as mosaic_rows.prepare makes them
     l2: Any
@@ -57,15 +56,14 @@ class _Tiles(NamedTuple):
 
     q: Ref
     o: Ref
-    rest: Ref
     do: Ref
     k: Ref
     v: Ref
     s: Ref  # of queries and keys, in base 2, without l
     raw: Ref  # Σ_e do·w
     ds: Ref
-    total: Ref  # dq or dk
-    u: Ref  # βo in base 2
+    total: Ref  # dq or dk; before, of the exponentials
+    norm: Ref  # n in base 2; before, the greatest exponents
 
 
 def rewrite(
@@ -87,9 +85,10 @@ def rewrite(
     batch, kv_heads, keys, width = dk.shape
     heads, queries = dq.shape[1:3]
     group = heads // kv_heads
-    scratch = _scratch(width, k.dtype)
+    norms = jax.ShapeDtypeStruct(dq.shape, jnp.float32)
 
-    def run(written: tuple[Ref, ...], name: str, tiles: int, heads: int, block: Any) -> None:
+    def run(arrays: tuple[Any, ...], out_type: Any, name: str, tiles: int, heads: int, block: Any) -> Any:
+        scratch = _scratch(width, k.dtype, norms=not out_type)
         share = min(tiles, max(1, pl.cdiv(512, batch * heads)))
 
         def every(*refs: Ref) -> None:
@@ -105,25 +104,27 @@ def rewrite(
                     pl.run_scoped(lambda *scoped: block(form, place, arrays, scoped), *scratch)
 
         mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
-        pl.kernel(every, out_type=(), mesh=mesh, compiler_params=plgpu.CompilerParams(approx_math=True), name=name,
+        parameters = plgpu.CompilerParams(approx_math=True)
+        return pl.kernel(every, out_type=out_type, mesh=mesh, compiler_params=parameters, name=name,
             **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
-        )(chosen, reach, *rows, k, v, *written)  # fmt: skip
+        )(chosen, reach, *rows, k, v, *arrays)  # fmt: skip
 
     def write(written: tuple[Ref, ...]) -> None:
-        run(written, "laser_exact_queries", queries // BLOCK, heads, _queries)
-        run(written, "laser_exact_keys", keys // BLOCK, kv_heads, functools.partial(_keys, group, queries // BLOCK))
+        (norm,) = run(written, (norms,), "laser_exact_queries", queries // BLOCK, heads, _queries)
+        block = functools.partial(_keys, group, queries // BLOCK)
+        run((*written, norm), (), "laser_exact_keys", keys // BLOCK, kv_heads, block)
 
     return pl.run_state(write)((dq, dk, dv))
 
 
-def _scratch(width: int, dtype: Any) -> list[Any]:
+def _scratch(width: int, dtype: Any, norms: bool) -> list[Any]:
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     operand = plgpu.SMEM((BLOCK, width), dtype, transforms=layout)
     plain, wide = plgpu.SMEM((BLOCK, width), dtype), plgpu.SMEM((BLOCK, width), jnp.float32)
     square = plgpu.SMEM((BLOCK, BLOCK), jnp.float32)
-    return [operand, operand, rest_tile(BLOCK, width), plain, operand, operand, square, square,
+    return [operand, plain, plain, operand, plain, square, square,
         plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout), wide, wide,
-        plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=2)]  # fmt: skip
+        plgpu.Barrier(num_arrivals=3 + norms), plgpu.Barrier(num_arrivals=2)]  # fmt: skip
 
 
 def _parts(tile: Ref) -> list[Ref]:
@@ -141,16 +142,14 @@ def _clean(tile: Ref) -> None:
         part[...] = _finite(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def _fetch_rows(form: Form, refs: Rows, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -> tuple[Array, Array]:
+def _fetch_rows(refs: Rows, norm: Ref | None, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -> tuple[Array, Array]:
     """r and l2; all else is in shared memory."""
-    for ref, tile in zip(refs[:4], tiles[:4], strict=True):
-        plgpu.copy_gmem_to_smem(ref.at[at], tile, full)
+    for ref, tile in ((refs.q, tiles.q), (refs.o, tiles.o), (refs.do, tiles.do), (norm, tiles.norm)):
+        if ref is not None:
+            plgpu.copy_gmem_to_smem(ref.at[at], tile, full)
     r, l2 = (plgpu.load(ref.at[at], layout=_ROWS, optimized=False) for ref in (refs.r, refs.l2))
     plgpu.barrier_wait(full)
     _clean(tiles.q)
-    for o, rest, u in zip(_parts(tiles.o), _parts(tiles.rest), _parts(tiles.u), strict=True):
-        o32 = joined(*(plgpu.load(tile, layout=plgpu.Layout.WGMMA) for tile in (o, rest)))
-        u[...] = _finite(o32 * (form.beta * _LOG2E))
     return r, l2
 
 
@@ -161,41 +160,101 @@ def _fetch_keys(k: Ref, v: Ref, tiles: _Tiles, at: tuple[Any, ...], full: Ref) -
     _clean(tiles.k)
 
 
-def _exponents(form: Form, v: Ref) -> list[Array]:
-    """βv in base 2, −∞ where it is not finite: what sees that is not asked for here."""
-    parts = (plgpu.load(part, layout=plgpu.Layout.WGMMA) for part in _parts(v))
-    return [_finite(part.astype(jnp.float32) * (form.beta * _LOG2E), -jnp.inf) for part in parts]
+def _values(form: Form, v: Array) -> Array:
+    """v, infinite where βv is not finite, so that w is 0: what sees that is not asked for here."""
+    v = v.astype(jnp.float32)
+    return jnp.where(jnp.abs(v * (form.beta * _LOG2E)) < jnp.inf, v, math.copysign(math.inf, -form.beta))
+
+
+def _all_values(form: Form, v: Ref) -> list[Array]:
+    return [_values(form, plgpu.load(part, layout=plgpu.Layout.WGMMA, optimized=False)) for part in _parts(v)]
+
+
+def _exponents(form: Form, v: Array, o: Array) -> Array:
+    """β(v − o) in base 2. The difference first: it is small where it matters, v and o may be large."""
+    return jnp.minimum((v - o) * (form.beta * _LOG2E), 1e38)
 
 
 def _zeros(number: int) -> tuple[Array, ...]:
     return tuple(plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.float32), plgpu.Layout.WGMMA) for _ in range(number))
 
 
+def _seen(form: Form, first: Array, start: Array, keys: int) -> Array:
+    """Of a tile that has its keys along that axis."""
+    shape = (BLOCK, BLOCK)
+    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, a, layout=plgpu.Layout.WGMMA) for a in (1 - keys, keys))
+    seen = column < form.key_length - start
+    return seen if form.offset is None else seen & (column - row <= first + form.offset - start)
+
+
+def _add_norms(form: Form, tiles: _Tiles, l2: Array, sums: Array, first: Array, start: Array, end: Array) -> Array:
+    """Adds a tile of keys to the exponentials of all channels; returns Σ p with its share."""
+    shape = (BLOCK, BLOCK)
+    plgpu.commit_smem()
+    s = _product(tiles.k, tiles.q.transpose((1, 0))) * (form.scale * _LOG2E)
+    tiles.s[...] = jnp.where(_seen(form, first, start, 0), s, -jnp.inf)
+    plgpu.commit_smem()
+
+    def scores(j: Array) -> Array:
+        return plgpu.load(tiles.s.at[j], layout=_ROWS, optimized=False) - (l2 + form.shift)
+
+    number = jnp.minimum(end - start, BLOCK)
+    for column, o_s, top_s, acc_s in zip(
+        range(0, tiles.o.shape[1], BLOCK), *map(_parts, (tiles.o, tiles.norm, tiles.total)), strict=True
+    ):
+        o, top, acc = (plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False) for x in (o_s, top_s, acc_s))
+        o = _finite(o.astype(jnp.float32))
+
+        def one(j: Array, state: tuple[Array, ...], column: int = column, o: Array = o) -> tuple[Array, ...]:
+            top, acc = state
+            v = plgpu.load(tiles.v.at[j, pl.ds(column, BLOCK)], layout=_COLUMNS, optimized=False)
+            t = _exponents(form, lax.broadcast_in_dim(_values(form, v), shape, [1]), o)
+            t = t + lax.broadcast_in_dim(scores(j), shape, [0])
+            higher = jnp.maximum(top, t)
+            about = _finite(higher)
+            return higher, acc * jnp.exp2(top - about) + jnp.exp2(t - about)
+
+        top_s[...], acc_s[...] = lax.fori_loop(0, number, one, (top, acc))
+    sums = lax.fori_loop(0, number, lambda j, sums: sums + jnp.exp2(scores(j)), sums)
+    plgpu.commit_smem()
+    return sums
+
+
+def _finish_norms(tiles: _Tiles, sums: Array, place: Ref) -> None:
+    """log2 of Σ_j p_ij exp(β(v_je − o_ie)) over Σ_j p_ij; ∞ in rows that nothing flows through, so that w is 0."""
+    sums = lax.broadcast_in_dim(sums, (BLOCK, BLOCK), [0])
+    for norm, total in zip(_parts(tiles.norm), _parts(tiles.total), strict=True):
+        top, acc = (plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False) for x in (norm, total))
+        sound = (acc > 0) & (acc < jnp.inf) & (sums > 0) & (sums < jnp.inf)
+        found = top + lax.log2(jnp.where(sound, acc, 1.0)) - lax.log2(jnp.where(sound, sums, 1.0))
+        norm[...] = jnp.where(sound, found, jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tiles.norm, place)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _cotangents(
-    form: Form, tiles: _Tiles, y: list[Array], r: Array, l2: Array, first: Array, start: Array, dv: tuple[Array, ...]
+    form: Form, tiles: _Tiles, v: list[Array], r: Array, l2: Array, first: Array, start: Array, dv: tuple[Array, ...]
 ) -> tuple[Array, ...]:
     """Puts ds of the queries from ``first`` and the keys from ``start`` into its tile; returns dv with their share."""
     shape = (BLOCK, BLOCK)
     plgpu.commit_smem()
     s = _product(tiles.q, tiles.k.transpose((1, 0))) * (form.scale * _LOG2E)
     s = s - lax.broadcast_in_dim(l2 + form.shift, shape, [0])
-    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-    seen = column < form.key_length - start
-    if form.offset is not None:
-        seen = seen & (column - row <= first + form.offset - start)
-    tiles.s[...] = jnp.where(seen, s, -jnp.inf)
+    tiles.s[...] = jnp.where(_seen(form, first, start, 1), s, -jnp.inf)
     plgpu.commit_smem()
 
     def one(i: Array, dv: tuple[Array, ...]) -> tuple[Array, ...]:
         s_i = lax.broadcast_in_dim(plgpu.load(tiles.s.at[i], layout=_ROWS, optimized=False), shape, [0])
         shares = []
-        for n, y_n in enumerate(y):
+        for n, v_n in enumerate(v):
             channels = pl.ds(n * BLOCK, BLOCK)
-            u, do = (
+            o, norm, do = (
                 plgpu.load(tile.at[i, channels], layout=_COLUMNS, optimized=False).astype(jnp.float32)
-                for tile in (tiles.u, tiles.do)
+                for tile in (tiles.o, tiles.norm, tiles.do)
             )
-            w = jnp.exp2(y_n - lax.broadcast_in_dim(u, shape, [1]) + s_i)
+            o, norm = (lax.broadcast_in_dim(x, shape, [1]) for x in (_finite(o), norm))
+            w = jnp.exp2(_exponents(form, v_n, o) + s_i - norm)
             shares.append(w * lax.broadcast_in_dim(_finite(do), shape, [1]))
         raw = shares[0] if len(shares) == 1 else shares[0] + shares[1]
         tiles.raw.at[i][...] = raw.sum(axis=1)
@@ -221,9 +280,9 @@ def _product(a: Ref, b: Ref) -> Array:
     return found
 
 
-def _start(total: Ref) -> None:
-    for part in _parts(total):
-        part[...] = _zeros(1)[0]
+def _fill(tile: Ref, value: float) -> None:
+    for part in _parts(tile):
+        part[...] = plgpu.layout_cast(jnp.full((BLOCK, BLOCK), value, jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _add(total: Ref, ds: Ref, other: Ref) -> None:
@@ -252,23 +311,35 @@ def _queries(form: Form, place: tuple[Array, ...], arrays: list[Ref], scoped: tu
     """dq of a tile."""
     b, h, h_kv, first, _ = place
     *tiles_, q_full, kv_full = scoped
-    tiles, rows = _Tiles(*tiles_), Rows(*arrays[:6])
-    k, v, dq, _, _ = arrays[6:]
-    r, l2 = _fetch_rows(form, rows, tiles, (b, h, pl.ds(first, BLOCK)), q_full)
-    _start(tiles.total)
+    tiles, rows = _Tiles(*tiles_), Rows(*arrays[:5])
+    k, v, dq, _, _, norm = arrays[5:]
+    here = (b, h, pl.ds(first, BLOCK))
+    r, l2 = _fetch_rows(rows, None, tiles, here, q_full)
     end = jnp.int32(form.key_length)
     if form.offset is not None:
         end = jnp.clip(first + (BLOCK + form.offset), 0, end)
+    number = lax.div(end + (BLOCK - 1), BLOCK)
 
-    @pl.loop(0, lax.div(end + (BLOCK - 1), BLOCK))
-    def _(index: Array) -> None:
+    def fetch(index: Array) -> Array:
         start = index * BLOCK
         _fetch_keys(k, v, tiles, (b, h_kv, pl.ds(start, BLOCK)), kv_full)
-        _cotangents(form, tiles, _exponents(form, tiles.v), r, l2, first, start, ())
+        return start
+
+    _fill(tiles.total, 0.0)
+    _fill(tiles.norm, -jnp.inf)
+    nothing = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), _ROWS)
+    sums = lax.fori_loop(0, number, lambda i, x: _add_norms(form, tiles, l2, x, first, fetch(i), end), nothing)
+    _finish_norms(tiles, sums, norm.at[here])
+    _fill(tiles.total, 0.0)
+
+    @pl.loop(0, number)
+    def _(index: Array) -> None:
+        start = fetch(index)
+        _cotangents(form, tiles, _all_values(form, tiles.v), r, l2, first, start, ())
         _add(tiles.total, tiles.ds, tiles.k)
 
     odd = (l2 >= ODD) & (l2 < jnp.inf)
-    _finish(_scaled(form, tiles.total), odd, tiles.q, dq.at[b, h, pl.ds(first, BLOCK)])
+    _finish(_scaled(form, tiles.total), odd, tiles.q, dq.at[here])
 
 
 def _keys(
@@ -277,24 +348,24 @@ def _keys(
     """dk and dv of a tile."""
     b, _, h_kv, start, reach = place
     *tiles_, q_full, kv_full = scoped
-    tiles, rows = _Tiles(*tiles_), Rows(*arrays[:6])
-    k, v, _, dk, dv = arrays[6:]
+    tiles, rows = _Tiles(*tiles_), Rows(*arrays[:5])
+    k, v, _, dk, dv, norm = arrays[5:]
     keys = (b, h_kv, pl.ds(start, BLOCK))
     _fetch_keys(k, v, tiles, keys, kv_full)
-    y = _exponents(form, tiles.v)
-    _start(tiles.total)
+    values = _all_values(form, tiles.v)
+    _fill(tiles.total, 0.0)
     since = jnp.int32(0) if form.offset is None else lax.div(jnp.clip(start - form.offset, 0, number * BLOCK), BLOCK)
     each = number - since
 
     def one(index: Array, total: tuple[Array, ...]) -> tuple[Array, ...]:
         member = lax.div(index, each)
         first = (since + index - member * each) * BLOCK
-        r, l2 = _fetch_rows(form, rows, tiles, (b, h_kv * group + member, pl.ds(first, BLOCK)), q_full)
-        total = _cotangents(form, tiles, y, r, l2, first, start, total)
+        r, l2 = _fetch_rows(rows, norm, tiles, (b, h_kv * group + member, pl.ds(first, BLOCK)), q_full)
+        total = _cotangents(form, tiles, values, r, l2, first, start, total)
         _add(tiles.total, tiles.ds.transpose((1, 0)), tiles.q)
         return total
 
-    values = lax.fori_loop(0, each * group, one, _zeros(len(y)))
+    shares = lax.fori_loop(0, each * group, one, _zeros(len(values)))
     odd = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=_ROWS) < reach - start
     _finish(_scaled(form, tiles.total), odd, tiles.k, dk.at[keys])
-    _finish(list(values), odd, tiles.v, dv.at[keys])
+    _finish(list(shares), odd, tiles.v, dv.at[keys])

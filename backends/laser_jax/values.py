@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 
-OUTSIDE, BROKEN, NARROW = 1, 2, 4  # flags of a head: beyond the fast range; NaN or infinity; values that hardly vary
+# flags of a head: beyond the fast range; NaN or infinity; values that hardly vary, or that are large
+OUTSIDE, BROKEN, NARROW, FAR = 1, 2, 4, 8
 _LOG2E = math.log2(math.e)
 
 
