@@ -21,7 +21,7 @@ __device__ __forceinline__ float natural_score(const Problem& p, const Head& at,
   float slope, bias;
   if (!visible(p, at, i, j, bias)) return -INF;
   const float product = product_of(q, k + (i64)j * WIDTH, WIDTH);
-  return finite(product) && bias < INF ? (score(p, product, slope) + bias) / UNIT : NOT_A_NUMBER;
+  return finite(product) && bias < INF ? score(p, product, bias, slope) / UNIT : NOT_A_NUMBER;
 }
 
 // the rows begin, begin + step, … of a head
