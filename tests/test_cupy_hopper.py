@@ -101,6 +101,53 @@ def test_rows_that_the_hopper_kernel_leaves(
     assert before.sum() > rows.sum() > 0
 
 
+@needs_emulator
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"window_size": (70, 3)},
+        {"window_size": (200, None)},
+        {"is_causal": "bottom_right", "query_seq_lengths": [150], "key_value_seq_lengths": [130]},
+    ],
+)
+def test_outputs_of_narrow_heads_are_between_visible_values(
+    dtype: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a kernel leaves there; other heads, and what is not finite, are as they were."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
+    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(tmp_path))
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, h, n, 24)).astype(kind) for h, n in ((4, 170), (2, 150), (2, 150)))
+    v[0, 0, 60, 5] = -np.inf  # beta*v is not finite: nothing that sees it is touched, and no output is that
+    options = {n: np.asarray(x) if n.endswith("lengths") else x for n, x in options.items()}
+    problem, inputs = laser_core._problem.describe(q, k, v, **options)
+    left = 3 * rng.standard_normal((1, 4, 170, 24)).astype(np.float32)
+    left[0, 0, 100, 3] = np.nan
+
+    def special(self: host.Machine, x: host.Call, out: Any, residual: Any, lse: Any) -> host.Values:
+        residual[...], out[...], lse[...] = left, left.astype(kind), 0.0
+        made = host.values(x)
+        made.flags[:] = 8, 0  # NARROW is that of the first one
+        return made
+
+    monkeypatch.setattr(emulated._Machine, "special_forward", special)
+    found = emulated.EMULATED.forward(problem, inputs)
+    low, high = (far if n is None else n for n, far in zip(problem.band, (-(2**30), 2**30), strict=True))
+    q_end, k_end = (int(options.get(f"{n}_seq_lengths", [size])[0]) for n, size in (("query", 170), ("key_value", 150)))
+    expected = left.copy()
+    for i in range(q_end):
+        seen = v[0, 0, max(0, i + low) : max(0, min(k_end - 1, i + high) + 1)].astype(np.float32)
+        if len(seen):
+            ends = np.where(np.isfinite(seen).all(axis=0), [seen.min(axis=0), seen.max(axis=0)], [[-np.inf], [np.inf]])
+            expected[0, :2, i] = np.clip(left[0, :2, i], *ends)
+    assert (expected != left).sum() > 200
+    np.testing.assert_array_equal(found.residual[0], expected)
+    np.testing.assert_array_equal(found.out.astype(np.float32), expected.astype(kind).astype(np.float32))
+
+
 BUILDS = (
     hopper.Operands(False, 128, 128),
     hopper.ForwardTiles(True, 128, 128, turns=True),

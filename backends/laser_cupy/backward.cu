@@ -100,7 +100,7 @@ __device__ __forceinline__ void weigh_all(const Problem& pr, const Factors& f, f
         ds = p * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
       } else {
         const bool flows = seen && l != INF;
-        const float above = CAP ? score(pr, s[n][h], slope) + (bias - l) : fmaf(s[n][h], factor, bias - l);  // the bits of DIRECT
+        const float above = GENERAL ? score(pr, s[n][h], bias, slope) - l : fmaf(s[n][h], factor, -l);  // the bits of DIRECT
         const float weight = exp_fast(above + mark);
         ds = weight * (FLOAT16 ? fmaf(gx[n][h] * f.in, f.in2, r) : gx[n][h] + r);
         p = flows ? weight : 0.f;

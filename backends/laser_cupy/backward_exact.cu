@@ -11,7 +11,7 @@ __device__ __forceinline__ float log_weight(const Problem& p, const Head& at, fl
   float bias;
   slope = 1.f;
   if (!visible(p, at, i, j, bias) || l == INF) return -INF;
-  return (score(p, product, slope) + bias - l + mark) / UNIT;
+  return (score(p, product, bias, slope) - l + mark) / UNIT;
 }
 
 // (w - p)/beta of one channel, and w

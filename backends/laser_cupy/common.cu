@@ -124,15 +124,16 @@ __device__ __forceinline__ bool all_visible(const Problem& p, const Head& at, in
   return !at.mask && !at.bias && i1 <= at.q_end && j1 <= at.k_end && j0 - (i1 - 1) >= p.low && j1 - 1 - i0 <= p.high;
 }
 
-// the score from a product of q and k; `slope` is the derivative of the cap
-__device__ __forceinline__ float score(const Problem& p, float product, float& slope) {
+// the score from a product of q and k, with its bias; `slope` is the derivative of the cap. It is rounded in the same way
+// everywhere: what the sum with a large bias loses is in l as well, so that it cancels in exp(s - l)
+__device__ __forceinline__ float score(const Problem& p, float product, float bias, float& slope) {
 #if CAP
   const float t = tanhf(product * p.scale / p.cap);
   slope = 1.f - t * t;
-  return p.cap * t * UNIT;
+  return fmaf(p.cap * t, UNIT, bias);
 #else
   slope = 1.f;
-  return product * (p.scale * UNIT);
+  return fmaf(product, p.scale * UNIT, bias);
 #endif
 }
 

@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
         float slope, bias;
         const bool seen = visible(pr, at[r / 2], i[r / 2], j0 + n * 8 + t * 2 + r % 2, bias) && j0 + n * 8 + t * 2 + r % 2 < last;
         sum[r / 2] = seen ? fmaf(s[n][r], 0.f, fmaf(bias, 0.f, sum[r / 2])) : sum[r / 2];
-        s[n][r] = seen ? score(pr, s[n][r], slope) + bias : -INF;
+        s[n][r] = seen ? score(pr, s[n][r], bias, slope) : -INF;
         top[r / 2] = fmaxf(top[r / 2], s[n][r]);
       }
     bool grows = false;
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
       if (!visible(pr, own, row % pr.query_length, j, bias)) continue;
       for (int d = lane; d < WIDTH; d += 32)
         product = fmaf(widen(q[(rows + row) * WIDTH + d]), widen(k[(keys + j) * WIDTH + d]), product);
-      const float s = (score(pr, warp_sum(product), slope) + bias) / UNIT;
+      const float s = score(pr, warp_sum(product), bias, slope) / UNIT;
       for (int n = 0; n < (EP + 31) / 32; n++) {
         const int e = lane + n * 32;
         if (e >= pr.value_dim) continue;

@@ -158,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
                 float slope, bias, &one = s[w][j][r];
                 const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
                 l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
-                one = seen ? score(pr, one, slope) + bias : -INF;
+                one = seen ? score(pr, one, bias, slope) : -INF;
               }
         } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
 #pragma unroll

@@ -3,6 +3,9 @@
 // An exponential for each query, key and channel: slow, and meant to be rare. A block takes a row at a time. Heads inside
 // the fast range are passed over; those that hold NaN or infinity are computed too, but only what is not finite is
 // written, so that what does not see it keeps its bits.
+//
+// Here too, because it is as rare: of heads with a channel whose small values hardly vary, o is put back between the least and
+// the greatest value that its query sees, which the rounding of X and of weights can leave.
 
 // <q, k> for one key, with q in shared memory as float32
 __device__ __forceinline__ float product_of(const float* q, const element* k, int columns) {
@@ -21,7 +24,7 @@ __device__ __forceinline__ float natural_score(const Problem& p, const Head& at,
   float slope, bias;
   if (!visible(p, at, i, j, bias)) return -INF;
   const float product = product_of(q, k + (i64)j * WIDTH, WIDTH);
-  return finite(product) && bias < INF ? (score(p, product, slope) + bias) / UNIT : NOT_A_NUMBER;
+  return finite(product) && bias < INF ? score(p, product, bias, slope) / UNIT : NOT_A_NUMBER;
 }
 
 // the rows begin, begin + step, … of a head
@@ -100,14 +103,59 @@ __device__ __forceinline__ void exact_rows(const Problem& p, const Head& at, int
   }
 }
 
+#define ROWS_WITHIN 64  // that a block takes at a time
+#define WITHIN (GENERAL ? 0 : NARROW)  // a mask would hide values here: there `forward` adds what the rounding lost
+
+// Rows begin … end of a head. What exact_rows writes of it is what this leaves: o that is not finite, or of such values
+__device__ __forceinline__ void rows_within(const Problem& p, const Head& at, const element* v, element* out, float* residual, int begin,
+                                            int end) {
+  v += (i64)at.key * p.key_length * p.value_dim;
+  const int common = greatest(0, end - 1 + p.low);  // all of these rows see the keys from here to their last ones
+  for (int e = threadIdx.x; e < p.value_dim; e += THREADS) {
+    const float beta = beta_of(p, at.h, e);
+    auto meet = [&](int j, float& least_value, float& greatest_value) {
+      const float one = widen(v[(i64)j * p.value_dim + e]);
+      const bool there = finite(beta * one);
+      least_value = fminf(least_value, there ? one : -INF);
+      greatest_value = fmaxf(greatest_value, there ? one : INF);
+    };
+    float low = INF, high = -INF;  // of the keys common … next
+    int next = common;
+    for (int i = begin; i < end; i++) {
+      const int last = least(at.k_end - 1, i + p.high);
+#pragma unroll 4
+      for (; next <= last; next++) meet(next, low, high);
+      float own_low = low, own_high = high;
+#pragma unroll 4
+      for (int j = greatest(0, i + p.low); j <= least(common - 1, last); j++) meet(j, own_low, own_high);
+      const i64 to = ((i64)at.query * p.query_length + i) * p.value_dim + e;
+      const float o = residual ? residual[to] : widen(out[to]);
+      const bool outside = o < own_low || o > own_high;
+      if (!finite(o) || !outside || own_low > own_high) continue;
+      const float inside = o < own_low ? own_low : own_high;
+      out[to] = narrow(inside);
+      if (residual) residual[to] = inside;
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
     PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int heads,
     int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   bool any = false;
-  for (int n = threadIdx.x; n < heads / p.group; n += THREADS) any |= (flags[n] & (OUTSIDE | BROKEN)) != 0;
+  for (int n = threadIdx.x; n < heads / p.group; n += THREADS) any |= (flags[n] & (OUTSIDE | BROKEN | WITHIN)) != 0;
   if (!__syncthreads_or(any)) return;
+  int part = blockIdx.x;  // of the rows of a head
+  for (int n = 0; n < heads; n++) {
+    if ((flags[n / p.group] & (OUTSIDE | WITHIN)) != WITHIN || !WITHIN) continue;
+    const Head at = head_of(p, n);
+    const int end = least(at.q_end, p.query_length), parts = (end + ROWS_WITHIN - 1) / ROWS_WITHIN;
+    for (; part < parts; part += workers)
+      rows_within(p, at, v, out, residual, part * ROWS_WITHIN, least(end, part * ROWS_WITHIN + ROWS_WITHIN));
+    part -= parts;
+  }
   for (int n = 0; n < heads; n++) {  // of all rows of all heads every block has the same share
     const int flag = flags[n / p.group] & (OUTSIDE | BROKEN), begin = (int)((blockIdx.x + (i64)n * (workers - p.query_length % workers)) % workers);
     if (flag) exact_rows(p, head_of(p, n), flag, q, k, v, out, residual, lse, begin, workers, raw);

@@ -49,12 +49,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_decide(PROBLEM, const u32* ranges, int* c, int* flags, int* hard) {
   const Problem p = THE_PROBLEM;
   const int kv = blockIdx.x, e = threadIdx.x;
-  Choice own = {false, true, 0};
+  Choice own = {false, true, false, 0};
   if (e < EP && ranges[(i64)kv * 2 * EP + e]) own = choose(p, number(ranges[(i64)kv * 2 * EP + e]), -number(ranges[((i64)kv * 2 + 1) * EP + e]));
   const bool any_outside = __syncthreads_or(own.outside), any_hard = __syncthreads_or(!own.easy);
+  const bool any_narrow = __syncthreads_or(own.narrow);
   if (e < EP) c[(i64)kv * CP + e] = any_hard ? own.c : 0;
   if (e) return;
-  if (any_outside) atomicOr(flags + kv, OUTSIDE);
+  if (any_outside || any_narrow) atomicOr(flags + kv, (any_outside ? OUTSIDE : 0) | (any_narrow ? NARROW : 0));
   hard[kv] = any_hard && !any_outside;
 }
 

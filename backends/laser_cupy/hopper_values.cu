@@ -6,10 +6,12 @@
 #define X_LANES (EP > 64 ? 16 : 8)  // of a row of values, 8 channels each
 #define X_ROWS (32 / X_LANES)       // of a warp
 #if FLOAT16
+#define HARDLY 0x1p-9f  // of beta*v: four roundings of X
 #define EASY_LOW -14.f  // bits of X with c = 0 that are in range
 #define EASY_HIGH 15.f
 #define PAIRS "f16x2"
 #else
+#define HARDLY 0x1p-6f
 #define EASY_LOW -49.f
 #define EASY_HIGH 49.f
 #define PAIRS "bf16x2"
@@ -54,11 +56,13 @@ __device__ __forceinline__ float easy_value_of(float v, const Base& base) {
 }
 
 // What the integer of a channel, and the path of its head, rest on
-struct Choice { bool outside, easy; int c; };
+struct Choice { bool outside, easy, narrow; int c; };
 __device__ __forceinline__ Choice choose(const Problem& p, float high, float low) {  // of beta*v
   const float reach = fminf(MAX_BITS, SUM_BITS - log2f((float)greatest(p.key_length, 1)));
   const bool outside = !((high - low) * LOG2E <= reach);
-  return {outside, low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH,
+  // p is rounded too, and its sum is not: from 4 on both together are less than half a rounding of o
+  const bool narrow = high - low <= HARDLY && fmaxf(fabsf(low), fabsf(high)) < 4.f;
+  return {outside, low * LOG2E >= EASY_LOW && high * LOG2E <= EASY_HIGH, narrow,
           outside ? 0 : (int)rintf(fminf(fmaxf((0.5f * low + 0.5f * high) * LOG2E, -1e9f), 1e9f))};
 }
 
@@ -100,7 +104,7 @@ struct ValuePass {
 __device__ __forceinline__ Choice choose(const Problem& p, const ValuePass& pass, int kv, int e) {
   const u16* range = pass.ranges + (i64)kv * 2 * EP + e;
   const float high = widen(__ldcg(range)), low = widen(__ldcg(range + EP));
-  if (!(low <= high)) return {false, true, 0};  // nothing is finite
+  if (!(low <= high)) return {false, true, false, 0};  // nothing is finite
   return choose(p, fmaxf(p.beta * high, p.beta * low), fminf(p.beta * high, p.beta * low));
 }
 
@@ -206,16 +210,18 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   const int before = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.done + kv, count) : 0, 0);
   if (before + count < all) return;
   __threadfence();
-  bool outside = false, easy = true;
+  bool outside = false, easy = true, narrow = false;
   for (int e = lane; e < EP; e += 32) {
     const Choice one = choose(p, pass, kv, e);
     outside |= one.outside;
     easy &= one.easy;
+    narrow |= one.narrow;
   }
   outside = __any_sync(FULL_WARP, outside);
+  narrow = __any_sync(FULL_WARP, narrow);
   const bool hard = __any_sync(FULL_WARP, !easy);
   for (int e = lane; e < EP; e += 32) pass.c[(i64)kv * CP + e] = hard ? choose(p, pass, kv, e).c : 0;
-  if (outside && lane == 0) atomicOr(pass.flags + kv, OUTSIDE);
+  if ((outside || narrow) && lane == 0) atomicOr(pass.flags + kv, (outside ? OUTSIDE : 0) | (narrow ? NARROW : 0));
   release();
   if (lane == 0) atomicExch(pass.states + kv, hard && !outside ? HARD : MADE);
 }
