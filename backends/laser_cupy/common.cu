@@ -200,10 +200,6 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int n = 16; n; n /= 2) x += __shfl_xor_sync(FULL_WARP, x, n);
   return x;
 }
-__device__ __forceinline__ float warp_max(float x) {
-  for (int n = 16; n; n /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, n));
-  return x;
-}
 
 // over all threads of the block; every thread gets the result. `room` is one float per thread
 __device__ __forceinline__ float block_max(float x, float* room) {

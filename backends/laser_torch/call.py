@@ -321,42 +321,40 @@ class Values(NamedTuple):
     counter: Tensor  # int32 that are 0, for whom they may serve
 
 
-def value_pass(call: Call, keys: bool, narrow: bool = False) -> Values:
+def value_pass(call: Call, narrow: bool = False) -> Values:
     """X, c, and which heads need what.
 
     Args:
         call: The arrays.
-        keys: Whether to flag heads whose keys are not all finite.
         narrow: Whether to flag heads with a channel of small values that hardly vary.
     """
     plan, v = call.plan, call.v
     heads, width = plan.batch * v.shape[1], padded(v.shape[-1])
-    write, decide, blocks = plan.prepared(_value_launches, keys, narrow)
+    write, decide, blocks = plan.prepared(_value_launches, narrow)
     x = plan.new(v.shape[1], plan.problem.key_length, v.shape[-1], keys=True)
     partial = torch.empty((heads * blocks * (3 * width + 1),), dtype=torch.float32, device=v.device)
     c = torch.empty((heads, width), dtype=torch.int32, device=v.device)
     flags = torch.empty((heads,), dtype=torch.int32, device=v.device)
     counter = torch.empty((1,), dtype=torch.int32, device=v.device)
-    write(call.k, v, x, partial, counter, call.key_lengths)
+    write(v, x, partial, counter, call.key_lengths)
     decide(v, x, partial, c, flags, call.key_lengths)
     return Values(x, c, flags, counter)
 
 
-def _value_launches(plan: Plan, keys: bool, narrow: bool) -> tuple[Launch, Launch, int]:
+def _value_launches(plan: Plan, narrow: bool) -> tuple[Launch, Launch, int]:
     """The two launches of the value pass, and into how many blocks it cuts the keys of a head."""
     p, limits = plan.problem, plan.limits
     heads, width = plan.batch * p.key_value_heads, padded(p.value_dim)
-    block = 4096 // max(width, padded(p.head_dim) if keys else 0)
+    block = 4096 // width
     span = cdiv(cdiv(p.key_length, max(1, _VALUE_PROGRAMS // heads)), block) * block
     blocks = cdiv(p.key_length, span)
     lengths = plan.lengths()["KEY_LENGTHS"]
     common = {"E": p.value_dim, "EP": width, "LENGTHS": lengths, "LINEAR": p.beta == 0, "SUMS": plan.sums}
     write = Launch(
         triton_values.value_pass, heads * blocks,
-        (*plan.strides("k", "v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
-        **common, D=p.head_dim, DP=padded(p.head_dim), BLOCK=block, KEYS=keys, num_warps=8, **_registers(64),
+        (*plan.strides("v"), p.key_value_heads, p.key_length, blocks, span, plan.y_scale),
+        **common, BLOCK=block, num_warps=8, **_registers(64),
     )  # fmt: skip
-    block = 4096 // width
     share = min(cdiv(256, heads), cdiv(p.key_length, block))
     decide = Launch(
         triton_values.decide, heads * share,

@@ -46,10 +46,15 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     if out.shape != problem.out_shape:  # several batch axes, or none
         out, l = out.view(problem.out_shape), l.view(problem.lse_shape)
         rest = None if rest is None else rest.view(problem.out_shape)
-    if rest is None or hopper.why_not(problem) is not None:
+    if rest is None or not call.plan.prepared(_hopper_serves):
         return Forward(out, l, rest)
     heads = (*problem.batch, problem.key_value_heads)
     return Forward(out, l, (rest, values.c.view(*heads, -1), values.flags.view(heads)))
+
+
+def _hopper_serves(plan: Plan) -> bool:
+    """Whether the kernel for Hopper may run the backward pass: it needs what is known of the values."""
+    return hopper.why_not(plan.problem) is None
 
 
 def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None, Values]:
@@ -62,10 +67,10 @@ def run(call: Call, choice: Choice) -> tuple[Tensor, Tensor, Tensor | None, Valu
         if made.chunks:  # it does the value pass
             values = _unwritten(call)
         else:
-            values = value_pass(call, keys=False, narrow=narrow)
+            values = value_pass(call, narrow)
         out, l, rest = hopper.forward(made, call.q, call.k, call.v, *values)
     else:
-        values = value_pass(call, keys=False, narrow=narrow)
+        values = value_pass(call, narrow)
         if choice.engine == "cudnn":
             out, l = _cudnn_forward(call, values)
         else:

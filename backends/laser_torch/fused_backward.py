@@ -81,7 +81,7 @@ def run(call: Call, values: Values, side: Cotangents, choice: Choice) -> tuple[T
 def known(call: Call, forward: Forward, choice: Choice) -> Values:
     """What is known of the values: the kernel for Hopper works X out on its way, and needs c and the flags alone."""
     if choice.engine != "hopper":
-        return value_pass(call, keys=False)  # those kernels clean what they read
+        return value_pass(call)  # those kernels clean what they read
     v = call.v if call.plan.fits("v") else call.v.clone(memory_format=torch.contiguous_format)
     _, c, flags = forward.residual
     turns = torch.empty((call.plan.prepared(_hopper).turns,), dtype=torch.int32, device=v.device)

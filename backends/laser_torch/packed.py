@@ -43,7 +43,7 @@ def backward(call: Call, state: Forward, d_out: Tensor, d_lse: Tensor | None) ->
     if _by_pointers(plan):
         tiles = (Tile(32, 64, 4, 2), backward_tiles(*plan.tile_of())[1])
     with on(plan.device):
-        values = value_pass(call, keys=False)  # the kernels clean what they read
+        values = value_pass(call)  # the kernels clean what they read
         side = fused_backward.prepare_rows(call, values, state, d_out, d_lse)
         dq, dk, dv = fused_backward.run(call, values, side, Choice("triton", tiles, ""))
         if plan.problem.beta != 0:

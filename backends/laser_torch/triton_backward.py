@@ -77,7 +77,7 @@ def prepare_rows(
     silent = (tl.max((do != 0).to(tl.int32), 1) == 0) & (dl == 0)
     nothing = silent | (l == float("-inf"))
     if tl.max((~fine & (l != float("-inf"))).to(tl.int32)) > 0:
-        tl.atomic_or(Flags + head // group, 4)
+        tl.atomic_or(Flags + head // group, CAREFUL)
     live = fine & ~nothing
     o = tl.where(live[:, None], o, 0.0)
     do = tl.where(live[:, None], do, 0.0)
@@ -224,7 +224,7 @@ def backward_keys(
     first, full_first, full_last, last = key_range(
         n0, k_end, q_end, -high, -low, BN, BM, BAND_HIGH, BAND_LOW, MASK or BIAS
     )
-    careful = flags >= 4
+    careful = flags >= CAREFUL
     for member in range(0, group):
         h = h_kv * group + member
         own_row = own_numbers(b_q, b, h, heads, padded_length, BEHIND, QUERY_LENGTHS)
@@ -339,7 +339,7 @@ def backward_queries(
     first, full_first, full_last, last = key_range(
         m0, q_end, k_end, low, high, BM, BN, BAND_LOW, BAND_HIGH, MASK or BIAS
     )
-    careful = flags >= 4
+    careful = flags >= CAREFUL
     if not (MASK or BIAS):
         dq = _walk_keys(dq, q, g, l2, r, K, X, first, full_first, full_last, last, careful, q_end, k_end, i, b, h,
             k_n, x_n, h_kv,

@@ -194,11 +194,11 @@ def _rows_to(base, start, stride, n, e, final, width, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def value_pass(
-    K, V, X, Partial, Counter, KeyLengths,
-    k_b, k_h, k_n, v_b, v_h, v_n,
+    V, X, Partial, Counter, KeyLengths,
+    v_b, v_h, v_n,
     heads, key_length, blocks, span, y_scale,
-    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
-    LENGTHS: tl.constexpr, LINEAR: tl.constexpr, KEYS: tl.constexpr, SUMS: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    LENGTHS: tl.constexpr, LINEAR: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """X for c = 0, as if all were finite and near. Grid: B·Hkv · blocks, each of ``span`` keys.
 
@@ -212,7 +212,7 @@ def value_pass(
         tl.store(Counter, 0)
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    n, d, e = tl.arange(0, BLOCK), tl.arange(0, DP), tl.arange(0, EP)
+    n, e = tl.arange(0, BLOCK), tl.arange(0, EP)
     end = length_of(KeyLengths, b, key_length, LENGTHS)
     place = place_of(KeyLengths, b, LENGTHS)
     if LENGTHS >= PACKED:
@@ -222,7 +222,6 @@ def value_pass(
     final = tl.maximum(end - 1, 0)
     last = tl.minimum((block + 1) * span, key_length)
     V += place * v_b + h * v_h
-    K += place * k_b + h * k_h
     if LENGTHS >= PACKED:
         x_n = heads * E
         X += (place * heads + h) * E
@@ -238,11 +237,6 @@ def value_pass(
     high = tl.full((HALF, EP), float("-inf"), tl.float32)
     total = tl.zeros((HALF, EP), tl.float32)
     odd = tl.zeros((BLOCK, EP // 8), tl.float32)  # NaN where something is not finite
-    odd_keys = tl.zeros((BLOCK, DP // 8), tl.float32)
-    if KEYS:
-        k = _rows_to(K, block * span, k_n, n, d, final, D, D != DP)
-    else:
-        k = tl.zeros((BLOCK, DP), K.dtype.element_ty)
     v = _rows_to(V, block * span, v_n, n, e, final, E, E != EP)
     for start in range(block * span, last, BLOCK):
         x = v.to(tl.float32)
@@ -255,9 +249,6 @@ def value_pass(
             high = tl.maximum(high, tl.max(y.reshape(2, HALF, EP), 0))
             if SUMS:
                 total += tl.sum(tl.where((start + n < end)[:, None], x, 0.0).reshape(2, HALF, EP), 0)
-        if KEYS:
-            odd_keys += tl.sum((k.to(tl.float32) * 0.0).reshape(BLOCK, DP // 8, 8), 2)
-            k = _rows_to(K, start + BLOCK, k_n, n, d, final, D, D != DP)
         at = X + tl.cast(start, tl.int64) * x_n + (n[:, None] * x_n + e[None, :])
         tl.store(at, x.to(X.dtype.element_ty), mask=(start + n < last)[:, None] & (e < E)[None, :])
     if not LINEAR:
@@ -266,8 +257,7 @@ def value_pass(
         tl.store(own + EP, tl.max(high, 0))
         if SUMS:
             tl.store(own + 2 * EP, tl.sum(total, 0))
-    keys = tl.sum(odd_keys)
-    tl.store(Odd + block, tl.sum(odd) + tl.where(keys == keys, 0.0, float("inf")))  # ∞: a key only
+    tl.store(Odd + block, tl.sum(odd))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -322,8 +312,8 @@ def decide(
             high = tl.maximum(high, tl.max(highs, 0))
             if SUMS:
                 total += tl.sum(tl.load(at + 2 * EP, mask=there, other=0.0), 0)
-    flags = tl.where(tl.abs(odd) < float("inf"), 0, 2)
     again = odd != odd
+    flags = tl.where(again, 2, 0)
     c = tl.zeros((EP,), tl.float32)
     if not LINEAR:
         if again:  # the same without what is not finite
