@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laser_core import Problem
+from laser_core import Problem, _tables
 
 SHAPES = {  # batch, Hq, Hkv, Lq, Lk, D, E
     "square": ((2,), 2, 2, 9, 9, 4, 4),
@@ -94,3 +96,16 @@ def on_gpu(framework: str, **sizes: Any) -> Problem:
         "scale": 0.125,
     }
     return Problem(framework=framework, device="cuda", dtype="bfloat16", **plain | sizes)
+
+
+def check_tables(package: str, engines: Mapping[str, tuple[str, ...]]) -> list[Path]:
+    """The tables that a package ships: each says where it comes from, and names engines that there are."""
+    shipped = _tables.shipped(package)
+    for path in shipped:
+        found = _tables.read(path)
+        assert found["commit"]
+        assert found["versions"]
+        for r in found["rows"]:
+            assert r["engine"] in engines[r["pass"]]
+            assert ("ms" in r) != ("not timed" in r)
+    return shipped

@@ -60,15 +60,20 @@ def test_registers_fit_what_a_block_is_launched_with() -> None:
         assert producer + consumers * consumer <= launched * (1 + consumers)
 
 
+@pytest.fixture
+def kind(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """NumPy's dtype of that name; what the emulator compiles goes to a folder of its own."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
+    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(tmp_path))
+    return np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+
 @needs_emulator
 @pytest.mark.parametrize(("dtype", "options"), [("float16", {"beta": -1.5}), ("bfloat16", {"window_size": (70, 3)})])
 def test_rows_that_the_hopper_kernel_leaves(
-    dtype: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are right to a rounding, in any order, whatever is beside them; others are not written."""
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
-    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(tmp_path))
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, h, 300, n)).astype(kind) for h, n in ((4, 40), (2, 40), (2, 24)))
     v[:, :, 200:, 0] = 5.0
@@ -89,7 +94,7 @@ def test_rows_that_the_hopper_kernel_leaves(
     found = emulated.EMULATED.forward(problem, inputs)
     arrays = [x.astype(np.float64) for x in (q, k, v)]
     o, l = laser_core.laser_attention(*arrays, is_causal=True, **options, return_lse=True, backend="reference")
-    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    unit = 2.0**-8 if kind.name == "bfloat16" else 2.0**-11
     np.testing.assert_allclose(found.residual[0], np.where(rows[..., None], o, 7.0), atol=2 * unit)
     np.testing.assert_allclose(found.lse, np.where(rows, l, 7.0), atol=1e-5)
     if "window_size" in options:  # these see nothing but 5
@@ -113,12 +118,9 @@ def test_rows_that_the_hopper_kernel_leaves(
     ],
 )
 def test_outputs_of_narrow_heads_are_between_visible_values(
-    dtype: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a kernel leaves there; other heads, and what is not finite, are as they were."""
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 for NumPy is in ml_dtypes")
-    monkeypatch.setenv("LASER_EMULATOR_CACHE", str(tmp_path))
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, h, n, 24)).astype(kind) for h, n in ((4, 170), (2, 150), (2, 150)))
     v[0, 0, 60, 5] = -np.inf  # beta*v is not finite: nothing that sees it is touched, and no output is that
