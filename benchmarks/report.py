@@ -200,6 +200,27 @@ def gpu_page(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_summary(results: dict[str, dict[str, Any]]) -> str:
+    """One line per shape: the speeds of the kernels of each framework beside cuDNN's softmax attention."""
+    speeds: dict[tuple[str, bool], dict[tuple[str, str], str]] = {}
+    for framework, result in results.items():
+        for r in result["records"]:
+            if r.get("candidate") == "laser" and r["dtype"] == "bfloat16":
+                shape = ",".join(map(str, r["shape"]))
+                speeds.setdefault((shape, r["causal"]), {})[framework, r["pass"]] = f"{r['speed']:.2f}"
+    columns = [(framework, what) for framework in results for what in ("forward", "backward")]
+    rows = [
+        [shape, "yes" if causal else "no", *(own.get(column, "–") for column in columns)]
+        for (shape, causal), own in speeds.items()
+    ]
+    devices = "; ".join(sorted({r["device"] for r in results.values()}))
+    note = (
+        f"Speed over that of cuDNN's softmax attention in the same run, bfloat16, on {devices}; above 1 LASER is "
+        "faster. The recipe on cuDNN, memory, accuracy, dates and versions: [performance](docs/performance.md)."
+    )
+    return table(["B,H,L,D", "causal", *(f"{f}, {w}" for f, w in columns)], rows) + "\n\n" + note
+
+
 def _cell(records: dict[str, dict[str, Any]], name: str, shown: Callable[[dict[str, Any]], str]) -> str:
     """A field of a candidate's record; a dash where it was not measured."""
     try:
@@ -253,15 +274,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     check = parser.parse_args().check
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu*.json"))]
-    gpu, decode = (latest(name) for name in ("gpu", "decode"))
+    gpu, gpu_jax, gpu_cupy = (latest(name) for name in ("gpu", "gpu-jax", "gpu-cupy"))
     stale = False
     for path, name, text in (
         (ROOT / "docs" / "performance.md", "gpu", gpu_page(gpu)),
-        (ROOT / "docs" / "performance.md", "gpu-jax", gpu_page(latest("gpu-jax"))),
-        (ROOT / "docs" / "performance.md", "gpu-cupy", gpu_page(latest("gpu-cupy"))),
+        (ROOT / "docs" / "performance.md", "gpu-jax", gpu_page(gpu_jax)),
+        (ROOT / "docs" / "performance.md", "gpu-cupy", gpu_page(gpu_cupy)),
         (ROOT / "docs" / "performance.md", "cupy-start", start_page(latest("cupy-start"))),
-        (ROOT / "docs" / "performance.md", "decode", decode_page(decode)),
+        (ROOT / "docs" / "performance.md", "decode", decode_page(latest("decode"))),
         (ROOT / "docs" / "performance.md", "cpu", cpu_page(results)),
+        (ROOT / "README.md", "gpu", gpu_summary({"torch": gpu, "JAX": gpu_jax, "CuPy": gpu_cupy})),
         (ROOT / "README.md", "benchmarks", summary(results)),
     ):
         new = filled(path, name, text)

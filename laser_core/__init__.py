@@ -3,7 +3,7 @@
 from ._attention import Report, explain, laser_attention, laser_attention_vjp
 from ._merge import merge_states
 from ._problem import Inputs, Problem
-from ._registry import Backend, Forward, Gradients, Unsupported, backends, unrounded_output
+from ._registry import Backend, Forward, Gradients, Unsupported, backends, deferred, unrounded_output
 
 __all__ = [
     "Backend",
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "Unsupported",
     "backends",
+    "deferred",
     "explain",
     "laser_attention",
     "laser_attention_vjp",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,19 @@ def unrounded_output(problem: Problem) -> Kept:
     The backward pass normalises its weights by the output: rounded, they would not sum to one.
     """
     return () if problem.dtype == problem.compute_dtype else ((problem.out_shape, problem.compute_dtype),)
+
+
+def deferred(where: str) -> Callable[..., Any]:
+    """The function that ``"package.module:name"`` names, imported when it is first called.
+
+    For the passes of a record: listing backends must not import a framework.
+    """
+    module, _, name = where.partition(":")
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # one is another only if it is the same: cheap keys

@@ -88,6 +88,14 @@ def record(name: str, **fields: object) -> Backend:
     return Backend(name=name, summary="", forward=None, backward=None, **fields)  # type: ignore[arg-type]
 
 
+def test_a_deferred_function_imports_when_it_is_called(tmp_path):
+    install(tmp_path, "stranger", "laser_stranger", STRANGER)
+    (tmp_path / "laser_heavy.py").write_text("def double(x):\n    return 2 * x\n")
+    code = "import laser_core; f = laser_core.deferred('laser_heavy:double'); print('laser_heavy' in sys.modules, f(4))"
+    ran = probe(tmp_path, code)
+    assert ran.stdout.split() == ["False", "8"], ran.stderr
+
+
 def test_selection(monkeypatch):
     from problems import make
 

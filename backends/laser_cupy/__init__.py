@@ -13,8 +13,7 @@ that speaks DLPack.
 
 from __future__ import annotations
 
-from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
-from laser_core._array import Array
+from laser_core import Backend, Problem, deferred, unrounded_output
 
 from .build import LARGEST_DIM, SHARED, Build
 from .dlpack import laser_attention, laser_attention_vjp
@@ -22,18 +21,6 @@ from .dlpack import laser_attention, laser_attention_vjp
 __all__ = ["CUDA", "laser_attention", "laser_attention_vjp", "why_not"]
 
 LONGEST = 2**30 - 2**10  # positions are 32-bit integers, and so is their sum with the edge of a band
-
-
-def _forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import cuda
-
-    return cuda.forward(problem, inputs)
-
-
-def _backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import cuda
-
-    return cuda.backward(problem, inputs, forward, d_out, d_lse)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -58,8 +45,8 @@ def why_not(problem: Problem) -> str | None:
 CUDA = Backend(
     name="cupy-cuda",
     summary="CUDA C++ for every GPU from sm_80 on; heads outside the fast range take an exact kernel in the same call",
-    forward=_forward,
-    backward=_backward,
+    forward=deferred("laser_cupy.cuda:forward"),
+    backward=deferred("laser_cupy.cuda:backward"),
     frameworks=("cupy",),
     devices=("cuda",),
     dtypes=("float16", "bfloat16", "float32"),

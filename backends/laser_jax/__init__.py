@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from laser_core import Backend, Forward, Gradients, Inputs, Problem, Unsupported, unrounded_output
+from laser_core import Backend, Forward, Gradients, Inputs, Problem, Unsupported, deferred, unrounded_output
 from laser_core._array import Array
 from laser_core._registry import Kept
 
@@ -22,34 +22,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(".functional", __name__), name)
 
 
-def _xla_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import xla
-
-    done: Forward = xla.forward(problem, inputs)
-    return done
-
-
-def _xla_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import xla
-
-    gradients: Gradients = xla.backward(problem, inputs, forward, d_out, d_lse)
-    return gradients
-
-
-def _dpa_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import dpa
-
-    done: Forward = dpa.forward(problem, inputs)
-    return done
-
-
-def _dpa_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import dpa
-
-    gradients: Gradients = dpa.backward(problem, inputs, forward, d_out, d_lse)
-    return gradients
-
-
 def _dpa_why_not(problem: Problem) -> str | None:
     if problem.bias_shape is not None:
         return "bias: its gradient would need the probabilities, which JAX's function does not return"
@@ -58,51 +30,14 @@ def _dpa_why_not(problem: Problem) -> str | None:
     return None
 
 
-def _mosaic_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import mosaic, tiles
-
-    done: Forward = tiles.unchecked(mosaic.forward, problem, inputs)
-    return done
-
-
-def _mosaic_backward(
-    problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
-) -> Gradients:
-    from . import mosaic, tiles
-
-    gradients: Gradients = tiles.unchecked(mosaic.backward, problem, inputs, forward, d_out, d_lse)
-    return gradients
-
-
 def _mosaic_residual(problem: Problem) -> Kept:
     """What rounding took from the output, the references of the channels, and the flags of the heads."""
     heads = (*problem.batch, problem.key_value_heads)
     return (problem.out_shape, "int8"), ((*heads, problem.value_dim), "float32"), (heads, "int32")
 
 
-def _cudnn_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import cudnn, tiles
-
-    done: Forward = tiles.unchecked(cudnn.forward, problem, inputs)
-    return done
-
-
 def _cudnn_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     raise Unsupported("backend 'jax-cudnn': dq of cuDNN's backward pass is not the same bits in every run; it has none")
-
-
-def _tpu_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import tpu
-
-    done: Forward = tpu.forward(problem, inputs)
-    return done
-
-
-def _tpu_backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import tpu
-
-    gradients: Gradients = tpu.backward(problem, inputs, forward, d_out, d_lse)
-    return gradients
 
 
 def _tpu_why_not(problem: Problem) -> str | None:
@@ -117,8 +52,8 @@ def _tpu_why_not(problem: Problem) -> str | None:
 XLA = Backend(
     name="jax-xla",
     summary="tile loops in lax on every device that XLA serves: every option, exact for all finite inputs, O(L) memory",
-    forward=_xla_forward,
-    backward=_xla_backward,
+    forward=deferred("laser_jax.xla:forward"),
+    backward=deferred("laser_jax.xla:backward"),
     frameworks=("jax",),
     requires=("jax",),
     priority=engines.priority("jax-xla", elsewhere=30),
@@ -129,8 +64,8 @@ XLA = Backend(
 DPA = Backend(
     name="jax-dpa",
     summary="jax.nn.dot_product_attention on exponentiated values; heads outside the fast range take the exact path",
-    forward=_dpa_forward,
-    backward=_dpa_backward,
+    forward=deferred("laser_jax.dpa:forward"),
+    backward=deferred("laser_jax.dpa:backward"),
     frameworks=("jax",),
     dtypes=("float16", "bfloat16", "float32"),  # JAX's function takes the softmax in float32 whatever it is given
     requires=("jax",),
@@ -142,8 +77,8 @@ DPA = Backend(
 MOSAIC = Backend(
     name="jax-mosaic",
     summary="fused kernels in Pallas for NVIDIA Hopper: a flash kernel on exponentiated values, exact where it is not",
-    forward=_mosaic_forward,
-    backward=_mosaic_backward,
+    forward=deferred("laser_jax.mosaic:forward"),
+    backward=deferred("laser_jax.mosaic:backward"),
     frameworks=("jax",),
     devices=("cuda", "cpu") if served.INTERPRETING else ("cuda",),
     dtypes=("float16", "bfloat16"),
@@ -157,7 +92,7 @@ MOSAIC = Backend(
 CUDNN = Backend(
     name="jax-cudnn",
     summary="cuDNN's attention on exponentiated values; outputs alone, without gradients",
-    forward=_cudnn_forward,
+    forward=deferred("laser_jax.cudnn:forward"),
     backward=_cudnn_backward,
     frameworks=("jax",),
     devices=("cuda",),
@@ -171,8 +106,8 @@ CUDNN = Backend(
 TPU = Backend(
     name="jax-tpu",
     summary="Pallas kernels for TPUs, forward and backward: compiled for them and interpreted, not yet run",
-    forward=_tpu_forward,
-    backward=_tpu_backward,
+    forward=deferred("laser_jax.tpu:forward"),
+    backward=deferred("laser_jax.tpu:backward"),
     frameworks=("jax",),
     devices=("tpu",),
     dtypes=("bfloat16", "float32"),  # a TPU has no float16

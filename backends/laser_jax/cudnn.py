@@ -22,7 +22,7 @@ from laser_core import Forward, Inputs, Problem, _reference
 from . import served, tiles, xla
 from .mosaic import FEW, padded
 from .served import causal_offset
-from .tiles import Array, Start
+from .tiles import Array, Start, unchecked
 from .values import BROKEN, LIMITS, OUTSIDE, decide, needs_sum
 
 _LOG2E = math.log2(math.e)
@@ -114,6 +114,7 @@ def _one_width(*arrays: Array) -> list[Array]:
     return [jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) if x.shape[-1] < width else x for x in arrays]
 
 
+@unchecked
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output and the log-sum-exp."""

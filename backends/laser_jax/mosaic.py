@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 
 from .served import WIDTHS, causal_offset
+from .tiles import unchecked
 from .values import BROKEN, FAR, LIMITS, NARROW, OUTSIDE, decide, needs_sum
 
 Array: TypeAlias = jax.Array
@@ -96,6 +97,7 @@ class Values(NamedTuple):
         return cls(x, c, low, high, flags.astype(jnp.int32))
 
 
+@unchecked
 @functools.partial(jax.jit, static_argnums=0)
 def forward(problem: Problem, inputs: Inputs) -> Forward:
     """The output, the log-sum-exp, and what is kept."""
@@ -171,6 +173,7 @@ def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | No
     return mosaic_exact.rewrite(form, call.q, call.k, call.v, flags, o, l, *([] if rest is None else [rest]))
 
 
+@unchecked
 @functools.partial(jax.jit, static_argnums=0)
 def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
     """All gradients."""

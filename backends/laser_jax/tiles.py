@@ -7,6 +7,7 @@ keeps the layout, with leading axes of 1, so that the same code serves all heads
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -254,19 +255,24 @@ def vary(tree: Any, like: Any) -> Any:
     return jax.tree.map(cast, tree) if axes else tree
 
 
-def unchecked(run: Callable[..., T], problem: Problem, *operands: Any) -> T:
+def unchecked(run: Callable[..., T]) -> Callable[..., T]:
     """``run(problem, *operands)`` without shard_map's account of what varies: it knows no kernels that write in place.
 
     Everything in the result varies as anything in the operands does.
     """
-    axes: frozenset[Any] = frozenset().union(*(_varying(x) for x in jax.tree.leaves(operands)))
-    if not axes:
-        return run(problem, *operands)
-    with config._check_vma(False):  # as jax.shard_map(…, check_vma=False) does
-        plain = jax.tree.map(lambda x: x & True if x.dtype == bool else x * jnp.ones((), x.dtype), operands)
-        result = run(problem, *plain)
-    done: T = vary(result, operands)
-    return done
+
+    @functools.wraps(run)
+    def without(problem: Problem, *operands: Any) -> T:
+        axes: frozenset[Any] = frozenset().union(*(_varying(x) for x in jax.tree.leaves(operands)))
+        if not axes:
+            return run(problem, *operands)
+        with config._check_vma(False):  # as jax.shard_map(…, check_vma=False) does
+            plain = jax.tree.map(lambda x: x & True if x.dtype == bool else x * jnp.ones((), x.dtype), operands)
+            result = run(problem, *plain)
+        done: T = vary(result, operands)
+        return done
+
+    return without
 
 
 def _varying(x: Array) -> frozenset[Any]:

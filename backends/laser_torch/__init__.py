@@ -7,8 +7,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from laser_core import Backend, Forward, Gradients, Inputs, Problem, unrounded_output
-from laser_core._array import Array
+from laser_core import Backend, Problem, deferred, unrounded_output
 from laser_core._registry import Kept
 
 if TYPE_CHECKING:
@@ -28,18 +27,6 @@ def __getattr__(name: str) -> Any:
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_FUNCTIONS[name]}", __name__), name)
-
-
-def _forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import sdpa
-
-    return sdpa.forward(problem, inputs)
-
-
-def _backward(problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None) -> Gradients:
-    from . import sdpa
-
-    return sdpa.backward(problem, inputs, forward, d_out, d_lse)
 
 
 def causal(problem: Problem) -> bool | None:
@@ -82,8 +69,8 @@ def _why_not(problem: Problem) -> str | None:
 SDPA = Backend(
     name="torch-sdpa",
     summary="torch's own flash attention on exponentiated values; heads outside the fast range take the exact path",
-    forward=_forward,
-    backward=_backward,
+    forward=deferred("laser_torch.sdpa:forward"),
+    backward=deferred("laser_torch.sdpa:backward"),
     frameworks=("torch",),
     devices=("cpu",),  # elsewhere torch cannot branch on the device: the exact path would need a host round trip
     requires=("torch",),
@@ -96,20 +83,6 @@ SDPA = Backend(
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton on the CPU: for tests
 WIDEST = 256  # head and value dims of the Triton kernels
 DECODE_QUERIES = 16
-
-
-def _triton_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import fused
-
-    return fused.forward(problem, inputs)
-
-
-def _triton_backward(
-    problem: Problem, inputs: Inputs, forward: Forward, d_out: Array, d_lse: Array | None
-) -> Gradients:
-    from . import fused_backward
-
-    return fused_backward.backward(problem, inputs, forward, d_out, d_lse)
 
 
 def _triton_residual(problem: Problem) -> Kept:
@@ -150,8 +123,8 @@ def _how(problem: Problem) -> str | None:
 TRITON = Backend(
     name="torch-triton",
     summary="fused kernels in Triton: a flash kernel on exponentiated values, an exact one outside the fast range",
-    forward=_triton_forward,
-    backward=_triton_backward,
+    forward=deferred("laser_torch.fused:forward"),
+    backward=deferred("laser_torch.fused_backward:backward"),
     frameworks=("torch",),
     devices=("cuda", "cpu") if INTERPRETING else ("cuda",),
     dtypes=("float16", "bfloat16", "float32"),
@@ -161,12 +134,6 @@ TRITON = Backend(
     how=_how,
     residual=_triton_residual,
 )
-
-
-def _decode_forward(problem: Problem, inputs: Inputs) -> Forward:
-    from . import decode
-
-    return decode.forward(problem, inputs)
 
 
 def _decode_why_not(problem: Problem) -> str | None:
@@ -184,8 +151,8 @@ def _decode_priority(problem: Problem) -> int:
 DECODE = Backend(
     name="torch-decode",
     summary="Triton, for few queries against a long cache: split over keys, merged in the log domain",
-    forward=_decode_forward,
-    backward=_triton_backward,
+    forward=deferred("laser_torch.decode:forward"),
+    backward=deferred("laser_torch.fused_backward:backward"),
     frameworks=("torch",),
     devices=("cuda", "cpu") if INTERPRETING else ("cuda",),
     dtypes=("float16", "bfloat16", "float32"),
