@@ -60,6 +60,8 @@ def _why_not(problem: Problem) -> str | None:
         return "logits_soft_cap: torch's kernel has none"
     if causal(problem) is None:
         return "is_causal and window_size: torch's kernel knows causality from the top left alone"
+    if causal(problem) and problem.scale <= 0:
+        return f"scale = {problem.scale} and is_causal: torch's kernel scales −∞, too (supported: scale > 0)"
     shape = mask_shape(problem)
     if shape is not None and 8 * math.prod(shape) > MASK_BYTES:
         return f"attn_mask and lengths: the additive mask of shape {shape} would take over {MASK_BYTES >> 20} MiB"

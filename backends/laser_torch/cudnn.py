@@ -30,6 +30,8 @@ def why_not(problem: Problem) -> str | None:
         return f"D = {problem.head_dim}, E = {problem.value_dim}: cuDNN takes multiples of 8 up to {WIDEST}"
     if 0 in problem.score_shape:
         return "an empty problem: there is nothing to launch"
+    if problem.scale <= 0:
+        return f"scale = {problem.scale}: cuDNN's kernels are made for scale > 0"
     for name in ("mask_shape", "bias_shape", "logits_soft_cap"):
         if getattr(problem, name) is not None:
             return f"{name.removesuffix('_shape')}: not on cuDNN"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from . import frameworks, properties
 from .case import EACH, LEVELS, TWO, Case
 from .cases_hard import SIGMAS, determinism, hostile, isolation, layout, precision, scale
@@ -36,7 +38,7 @@ def choose(levels: tuple[str, ...] = (), only: tuple[str, ...] = (), quick: bool
     """Cases by level and by id (or the beginning of one).
 
     Raises:
-        ValueError: An unknown level or case; lists the known ones.
+        ValueError: An unknown level or case; names the known ones, or those that are most like it.
     """
     cases = all_cases()
     for level in levels:
@@ -44,8 +46,11 @@ def choose(levels: tuple[str, ...] = (), only: tuple[str, ...] = (), quick: bool
             raise ValueError(f"level: got {level!r}; allowed: {', '.join(LEVELS)}")
     for name in only:
         if not any(case.id.startswith(name) for case in cases):
-            ids = ", ".join(case.id for case in cases)
-            raise ValueError(f"only: got {name!r}; allowed: the id of a case or the beginning of one: {ids}")
+            near = difflib.get_close_matches(name, [case.id for case in cases], n=3, cutoff=0.3)
+            like = f", such as {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"only: got {name!r}; allowed: the id of a case or the beginning of one{like} (see `list`)"
+            )
     return tuple(
         case
         for case in cases

@@ -185,6 +185,23 @@ def options() -> Iterator[Case]:
     )
     for scale in (0.0, 1.0, -0.4):
         yield from pair(f"options/scale-{scale}", f"scale = {scale}.", scale=scale, lse=True, quick=(scale == 0.0))
+    yield from pair(
+        "options/scale-0.0-causal",
+        "scale = 0, causal: hidden is −∞ once scaled; 0·(−∞) is NaN.",
+        scale=0.0,
+        causal="top_left",
+        lse=True,
+        quick=True,
+    )
+    yield from pair(
+        "options/scale-negative-causal",
+        "scale = −2 and large scores, causal: the greatest score is that of the least product.",
+        scale=-2.0,
+        causal="top_left",
+        query=Fill("normal", 10),
+        lse=True,
+        quick=True,
+    )
     for beta in (0.0, 1e-3, -1e-3, 0.3, 2.0, -1.0, -0.5, 20.0):
         yield from pair(f"options/beta-{beta:g}", f"β = {beta:g}.", beta=beta, quick=beta in (0.0, 1e-3))
     yield from pair(

@@ -120,6 +120,31 @@ class ScaleZeroIsDefault(Honest):
 
 
 @flaw("options")
+class MaskBeforeScale(Honest):
+    """What is hidden is −∞ before it is scaled: NaN where the scale is 0, +∞ where it is negative."""
+
+    def scores(self, problem: Problem, inputs: Inputs, x: Floats, seen: Floats) -> tuple[Floats, Floats]:
+        s, slope = super().scores(problem, inputs, x, seen)
+        hidden = -math.inf if problem.scale > 0 else math.nan if problem.scale == 0 else math.inf
+        return np.where(seen, s, hidden), slope
+
+
+@flaw("options")
+class MaximumBeforeScale(Honest):
+    """The row maximum is that of the products: the least score where the scale is negative."""
+
+    def softmax(self, problem: Problem, s: Floats) -> tuple[Floats, Floats]:
+        if problem.scale >= 0:
+            return super().softmax(problem, s)
+        least = np.where(np.isfinite(s), s, math.inf).min(axis=-1, keepdims=True, initial=math.inf)
+        m = np.where(np.isfinite(least), least, 0)
+        p = np.exp(s - m)
+        l = p.sum(axis=-1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            return p / np.where(l == 0, 1, l), (np.log(l) + m)[..., 0]
+
+
+@flaw("options")
 class NoCapDerivative(Honest):
     """The derivative of the soft cap is dropped."""
 
