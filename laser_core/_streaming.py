@@ -223,7 +223,9 @@ def _fast_backward(
     side = _values.rows(xp, state.o, state.do, state.dl, values, block.beta, which)
     other = _values.keys(xp, block.v, values, block.beta, which)
     lse = xp.where(state.l == -math.inf, xp.zeros_like(state.l), state.l)[..., None]
-    dbeta = side.dbeta
+    if total.beta is not None:
+        for_beta = _values.for_beta(xp, block.v, state.o, state.do, values, block.beta, which)
+        _add_beta(xp, block, for_beta.of_queries[..., 0, :], total)
     for columns, walk in _transposed(problem, tiles):
         k, x = block.k[..., columns, :], xp.matrix_transpose(other.x[..., columns, :])
         dk = xp.zeros((*block.q.shape[:2], k.shape[-2], k.shape[-1]), dtype=k.dtype, device=_array.device(k))
@@ -239,9 +241,8 @@ def _fast_backward(
             dk = dk + _through_scores(xp, block, rows, columns, ds, slope, total)
         _add_keys(xp, block, columns, dk, _values.sum_forms(xp, other.to_dv[..., columns, :] * pg, which), total)
         if total.beta is not None:
-            at_keys = _values.sum_forms(xp, other.to_dbeta[..., columns, :] * pg, which)
-            dbeta = dbeta + xp.sum(at_keys, axis=-2, keepdims=True)
-    _add_beta(xp, block, dbeta[..., 0, :], total)
+            at_keys = _values.sum_forms(xp, for_beta.to_keys[..., columns, :] * pg, which)
+            _add_beta(xp, block, xp.sum(at_keys, axis=-2), total)
 
 
 def _exact_backward(xp: Namespace, block: Block, state: _State, tiles: Tiles, total: _Totals) -> None:

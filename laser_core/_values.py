@@ -166,7 +166,6 @@ class Rows(NamedTuple):
 
     g: Array
     r: Array
-    dbeta: Array  # (..., 1, E): the part of dβ that is a sum over queries; zero where β is the number 0
 
 
 class Keys(NamedTuple):
@@ -174,19 +173,18 @@ class Keys(NamedTuple):
 
     x: Array  # ds = p ∘ (g·xᵀ + r)
     to_dv: Array  # dv = to_dv ∘ (pᵀ·g), summed over the forms
-    to_dbeta: Array  # dβ = Σ_j to_dbeta ∘ (pᵀ·g), summed over the forms
 
 
 def rows(xp: Namespace, o: Array, do: Array, dl: Array, values: Values, beta: Array, which: Forms) -> Rows:
     """The query side of the backward pass, from o, do ``(..., Lq, E)`` and dl ``(..., Lq)``, all finite."""
     if which.linear:
         r = dl[..., None] - xp.sum(do * o, axis=-1, keepdims=True)
-        return Rows(do, r, xp.zeros_like(o[..., :1, :]))
+        return Rows(do, r)
     y = beta * o
     safe = xp.where(beta == 0, xp.ones_like(beta), beta)
     zero = xp.zeros_like(y)
-    linear = (xp.abs(y) <= 0.5) & (xp.abs(beta) < 1) if which.expm1 else xp.zeros_like(y, dtype=xp.bool)
-    columns, r, dbeta = [], zero, zero
+    linear = _linear(xp, y, beta, which)
+    columns, r = [], zero
     if which.exp:
         d = xp.where(linear, zero, do)
         if values.c is None:
@@ -195,17 +193,18 @@ def rows(xp: Namespace, o: Array, do: Array, dl: Array, values: Values, beta: Ar
             near = xp.where(d == 0, values.c * math.log(2), y)
             columns.append(d * _scaled_exp(xp, -near, -values.c))
         r = r - d / safe
-        dbeta = dbeta - d * (o - _centre(xp, values, safe)) / safe
     if which.expm1:
         d = xp.where(linear, do, zero)
         t = xp.where(linear, y, zero)
-        g = d * xp.exp(-t)
-        s = o * _array.expm1_over(xp, t)
-        columns.append(g)
+        columns.append(d * xp.exp(-t))
         r = r - d * o * _array.expm1_over(xp, -t)
-        dbeta = dbeta - xp.where(linear, g * s * s * _array.log1p_defect(xp, beta * xp.where(linear, s, zero)), zero)
     g = columns[0] if len(columns) == 1 else xp.concat(columns, axis=-1)
-    return Rows(g, xp.sum(r, axis=-1, keepdims=True) + dl[..., None], xp.sum(dbeta, axis=-2, keepdims=True))
+    return Rows(g, xp.sum(r, axis=-1, keepdims=True) + dl[..., None])
+
+
+def _linear(xp: Namespace, y: Array, beta: Array, which: Forms) -> Array:
+    """Where o is read from the expm1 form, for ``y = β·o``."""
+    return (xp.abs(y) <= 0.5) & (xp.abs(beta) < 1) if which.expm1 else xp.zeros_like(y, dtype=xp.bool)
 
 
 def keys(xp: Namespace, v: Array, values: Values, beta: Array, which: Forms) -> Keys:
@@ -214,27 +213,67 @@ def keys(xp: Namespace, v: Array, values: Values, beta: Array, which: Forms) -> 
     finite = xp.isfinite(y)
     v = xp.where(finite, v, xp.zeros_like(y))
     if which.linear:
-        return Keys(v, xp.ones_like(v), xp.zeros_like(v))
+        return Keys(v, xp.ones_like(v))
     safe = xp.where(beta == 0, xp.ones_like(beta), beta)
     width = v.shape[-1]
-    x, to_dv, to_dbeta = [], [], []
+    x, to_dv = [], []
     if which.exp:
         part = values.x[..., :width]
         x.append(part / safe)
         to_dv.append(part)
-        to_dbeta.append(part * (v - _centre(xp, values, safe)) / safe)
     if which.expm1:
         t = xp.where(finite, xp.clip(y, max=_CLIP), xp.zeros_like(y))
         x.append(values.x[..., -width:] / _expm1_scale(v.shape[-2]))
         to_dv.append(xp.where(finite, xp.exp(t), xp.zeros_like(t)))
-        to_dbeta.append(v * v * _array.exp_minus_g_over(xp, t))
-    together = [a[0] if len(a) == 1 else xp.concat(a, axis=-1) for a in (x, to_dv, to_dbeta)]
+    together = [a[0] if len(a) == 1 else xp.concat(a, axis=-1) for a in (x, to_dv)]
     return Keys(*together)
 
 
-def _centre(xp: Namespace, values: Values, beta: Array) -> Array:
-    """The value that c stands for: Σ_j dv_je = Σ_i do_ie lets dβ be summed about it, with fewer digits lost."""
-    return xp.zeros_like(beta) if values.c is None else values.c * math.log(2) / beta
+class ForBeta(NamedTuple):
+    """dβ = of_queries + Σ_j to_keys ∘ (pᵀ·g), ``to_keys (..., Lk, W)`` summed over the forms."""
+
+    of_queries: Array  # (..., 1, E)
+    to_keys: Array
+
+
+def for_beta(xp: Namespace, v: Array, o: Array, do: Array, values: Values, beta: Array, which: Forms) -> ForBeta:
+    """What the gradient of an array β needs beside g.
+
+    o follows v where all values are shifted, and dβ stays: both are taken about the middle of the outputs, or the
+    digits of values far from zero would be lost in a difference. The middle depends on nothing that no query sees.
+    """
+    finite = xp.isfinite(beta * v)
+    v = xp.where(finite, v, xp.zeros_like(beta * v))
+    safe = xp.where(beta == 0, xp.ones_like(beta), beta)
+    linear = _linear(xp, beta * o, beta, which)
+    zero = xp.zeros_like(beta * o)
+    shared = (-3, -2) if beta.ndim > 2 and beta.shape[-3] == 1 else (-2,)  # pᵀ·g may be summed over a group of heads
+    of_queries, to_keys = xp.zeros_like(zero[..., :1, :]), []
+    if which.exp:
+        d = xp.where(linear, zero, do)
+        centre = _middle(xp, o, d != 0, shared)
+        of_queries = of_queries - xp.sum(d * (o - centre) / safe, axis=-2, keepdims=True)
+        to_keys.append(values.x[..., : v.shape[-1]] * (v - centre) / safe)
+    if which.expm1:
+        d = xp.where(linear, do, zero)
+        centre = _middle(xp, o, d != 0, shared)
+        z = xp.where(linear, o - centre, zero)
+        s = z * _array.expm1_over(xp, beta * z)
+        defect = d * xp.exp(-beta * z) * s * s * _array.log1p_defect(xp, beta * s)
+        of_queries = of_queries - xp.sum(defect, axis=-2, keepdims=True)
+        z = v - centre
+        curve = z * (z * _array.exp_minus_g_over(xp, xp.clip(beta * z, max=_CLIP))) * xp.exp(beta * centre)
+        largest = float(xp.finfo(v.dtype).max)  # keys so large have no weight where o is read from these columns
+        to_keys.append(xp.clip(curve, -largest, largest))
+    return ForBeta(of_queries, to_keys[0] if len(to_keys) == 1 else xp.concat(to_keys, axis=-1))
+
+
+def _middle(xp: Namespace, o: Array, counts: Array, axes: tuple[int, ...]) -> Array:
+    """Between the least and the greatest output that counts; 0 where none does."""
+    infinity = xp.full_like(o, math.inf)
+    top = xp.max(xp.where(counts, o, -infinity), axis=axes, keepdims=True)
+    low = xp.min(xp.where(counts, o, infinity), axis=axes, keepdims=True)
+    return xp.where(top >= low, top / 2 + low / 2, xp.zeros_like(top))
 
 
 def sum_forms(xp: Namespace, x: Array, which: Forms) -> Array:

@@ -80,7 +80,7 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
 
     def columns(j: Any, total: Totals) -> Totals:
         column = j * grid.columns.block
-        x, to_dv, to_dbeta = (tiles.cut(x, -2, column, grid.columns.block) for x in other)
+        x, to_dv = (tiles.cut(x, -2, column, grid.columns.block) for x in other)
 
         def row(i: Any, state_: tuple[Totals, Array, Array]) -> tuple[Totals, Array, Array]:
             total, dk, pg = state_
@@ -102,12 +102,16 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
         total, dk, pg = tiles.loop(grid.rows_of(problem, j), row, (total, *nothing))
         dk, pg = jnp.matrix_transpose(dk), jnp.matrix_transpose(pg)
         dv = jnp.sum(_values.sum_forms(jnp, to_dv * pg, which), axis=-3, keepdims=True)
-        dbeta = jnp.sum(_values.sum_forms(jnp, to_dbeta * pg, which), axis=-2, keepdims=True)
+        if for_beta is not None:
+            to_keys = tiles.cut(for_beta.to_keys, -2, column, grid.columns.block)
+            dbeta = jnp.sum(_values.sum_forms(jnp, to_keys * pg, which), axis=-2, keepdims=True)
+            total = total._replace(beta=total.beta.at[..., :groups, :, :].add(dbeta))
         return total._replace(
-            k=tiles.put(total.k, dk, (*at, 0, column, 0)),
-            v=tiles.put(total.v, dv, (*at, 0, column, 0)),
-            beta=total.beta.at[..., :groups, :, :].add(dbeta),
+            k=tiles.put(total.k, dk, (*at, 0, column, 0)), v=tiles.put(total.v, dv, (*at, 0, column, 0))
         )
 
-    total = total._replace(beta=total.beta + side.dbeta)
+    for_beta = None
+    if problem.beta is None:
+        for_beta = _values.for_beta(jnp, ops.v, state.o, state.do, call.values, ops.beta, which)
+        total = total._replace(beta=total.beta + for_beta.of_queries)
     return tiles.loop((0, grid.columns.number), columns, total)

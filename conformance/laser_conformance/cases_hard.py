@@ -92,6 +92,18 @@ def hostile() -> Iterator[Case]:
     )
     yield from pair("hostile/one-value", "All values are 0.3.", value=Fill("same", 0.3))
     yield from pair("hostile/offset-values", "Values of 100 ± 1.", value=Fill("normal", 1, 100))
+    yield from pair(
+        "hostile/offset-values-of-betas",
+        "Values of 100 ± 1, β of either sign, zero and small, with its gradient: what is far from zero cancels in it.",
+        value=Fill("normal", 1, 100),
+        beta_shape=(2, 16),
+    )
+    yield from pair(
+        "hostile/large-values-of-betas",
+        "Values of hundreds, β of either sign, zero and small, with its gradient: e^(βv) overflows in one form of it.",
+        value=Fill("normal", 300),
+        beta_shape=(2, 16),
+    )
     yield from pair("hostile/very-negative-values", "Values of −500 ± 1.", value=Fill("normal", 1, -500), quick=True)
     yield from pair(
         "hostile/equal-scores", "All scores are equal: the queries are zero.", query=Fill("same", 0), lse=True
