@@ -25,6 +25,7 @@ from bench import environment
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 DTYPES = ("bfloat16", "float16", "float32")
+SUBJECT = ("backend", "kernels", "tool", "dtype")  # of a record: a new one takes the place of an older one
 PLAIN: dict[str, Any] = {"hq": 4, "hkv": 2, "lq": 70, "lk": 90, "d": 16, "e": 16}
 Problems = tuple[dict[str, Any], ...]
 PROBLEMS: Problems = (
@@ -287,7 +288,8 @@ def main() -> int:
                 found |= record["outcome"] != "clean"
                 print(json.dumps(record), flush=True)
                 if record["tool"]:
-                    result["records"].append(record)
+                    same = [r for r in result["records"] if all(r[n] == record[n] for n in SUBJECT)]
+                    result["records"] = [*(r for r in result["records"] if r not in same), record]
                     if options.out:
                         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return int(found)
