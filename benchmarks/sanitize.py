@@ -23,7 +23,11 @@ from typing import Any
 
 from bench import environment
 
-TOOLS = ("memcheck", "racecheck", "initcheck")
+TOOLS: dict[str, tuple[str, ...]] = {  # and what the kernels for Hopper of cupy-cuda are compiled with for each
+    "memcheck": (),
+    "racecheck": ("EVERY_LANE",),  # it does not follow what __syncwarp orders
+    "initcheck": ("PLAIN_SUMS",),  # it does not see what the copy engine writes
+}
 DTYPES = ("bfloat16", "float16", "float32")
 SUBJECT = ("backend", "kernels", "tool", "dtype")  # of a record: a new one takes the place of an older one
 PLAIN: dict[str, Any] = {"hq": 4, "hkv": 2, "lq": 70, "lk": 90, "d": 16, "e": 16}
@@ -45,6 +49,8 @@ PROBLEMS: Problems = (
     {"d": 128, "e": 128, "lq": 150, "lk": 260, "is_causal": "bottom_right", "odd": True},  # from here on: Hopper's
     {"d": 64, "e": 64, "lq": 200, "lk": 300, "key_value_seq_lengths": (300, 0)},
     {"d": 64, "e": 128, "lq": 140, "lk": 70, "sigma": 100.0},
+    {"d": 128, "e": 128, "lq": 140, "lk": 200, "window_size": (30, 9), "beta": -2.0, "return_lse": True},
+    {"d": 128, "e": 128, "lq": 130, "lk": 150, "sigma": 100.0},
 )
 PACKED: Problems = (  # lengths of the sequences are those of PACKED_LENGTHS
     {},
@@ -97,7 +103,8 @@ def attention(backend: str, dtype: str, given: dict[str, Any]) -> str | None:
     options = {n: give(x) if isinstance(x, numpy.ndarray) else x for n, x in options.items()}
     given_arrays = [give(x) for x in arrays]
     _, pullback = laser_core.laser_attention_vjp(*given_arrays, backend=backend, **options)
-    found = pullback(give(d_out))
+    d_lse = random.standard_normal(d_out.shape[:-1], dtype="float32") if options.get("return_lse") else None
+    found = pullback(give(d_out), give(d_lse))
     if give is _to_jax:
         import jax
 
@@ -181,8 +188,7 @@ def run(options: argparse.Namespace) -> None:
         import cupy
         from laser_cupy import cuda, hopper
 
-        if options.every_lane:
-            hopper.OPTIONS = (*hopper.OPTIONS, "-DEVERY_LANE=1")
+        hopper.OPTIONS = (*hopper.OPTIONS, *(f"-D{name}=1" for name in options.define))
         if options.portable:
             setattr(cuda._Machine, "_hopper_serves", lambda self, problem: False)  # noqa: B010
         cupy.cuda.set_allocator(None)
@@ -219,8 +225,8 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """The problems in a dtype under a tool ("": none), and what it said."""
     command = [sys.executable, __file__, "--bare", "--backend", options.backend, "--dtype", dtype]
     command += [*(f"--problem={n}" for n in options.problem), *["--portable"] * options.portable]
-    if tool == "racecheck":
-        command.append("--every-lane")  # it does not follow what __syncwarp orders
+    definitions = TOOLS.get(tool, ()) if options.backend == "cupy-cuda" else ()
+    command += [f"--define={name}" for name in definitions]
     if tool:
         command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--print-limit=3", *command]
     own = {  # every array its own allocation; JAX compiles once for all tools
@@ -247,6 +253,7 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
         "kernels": "portable" if options.portable else "all",
         "tool": tool,
         "dtype": dtype,
+        "definitions": definitions,
         "run": {d["problem"]: d["how"] for d in done if "how" in d},
         "refused": {d["problem"]: d["refused"] for d in done if "refused" in d},
         "outcome": "stopped" if code is None else "clean" if code == 0 else (summary or [f"exit status {code}"])[-1],
@@ -269,7 +276,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds for each (default: %(default)g)")
     parser.add_argument("--out", type=Path, help="result file to write, or to add to; default: none")
     parser.add_argument("--bare", action="store_true", help="run the problems here, under no tool")
-    parser.add_argument("--every-lane", action="store_true", help="barriers that racecheck follows")
+    parser.add_argument("--define", action="append", default=[], help="for the kernels of cupy-cuda for Hopper")
     options = parser.parse_args()
     options.dtype = options.dtype or list(DTYPES)
     options.problem = options.problem or list(range(len(FUNCTIONS.get(options.backend, PROBLEMS))))
