@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import serialize_executable
 
-from laser_core import _tables, explain, laser_attention
+from laser_core import Unsupported, _tables, laser_attention
 
 from . import engines, served
 from .engines import Pass
@@ -57,11 +57,6 @@ class Trial(NamedTuple):
     def x(self) -> tuple[Array, ...]:
         """The arrays."""
         return _kept(self.shape)
-
-    def refused(self) -> str | None:
-        """Why the engine does not serve it."""
-        report = explain(*self.x[:3], is_causal=self.causal, backend=self.engine)
-        return report.refused.get(self.engine)
 
     def compiled(self) -> tuple[Any, ...]:
         """The pass as a function of the arrays, to the output, or the output and dq, dk, dv: for another process."""
@@ -140,15 +135,15 @@ def trials(widths: tuple[int, ...], lengths: tuple[int, ...]) -> Iterator[Trial]
                     yield from (Trial(engine, which, causal, shape) for engine in names)
 
 
-def measure(widths: tuple[int, ...], lengths: tuple[int, ...], turns: int) -> Iterator[dict[str, Any]]:
+def measure(widths: tuple[int, ...], lengths: tuple[int, ...], turns: int, jobs: int) -> Iterator[dict[str, Any]]:
     """The rows of a table: every engine at every problem, or why it was not timed; all are compiled first."""
     found = list(trials(widths, lengths))
-    reasons = [trial.refused() for trial in found]
-    apart = multiprocessing.get_context("spawn")  # threads would wait for each other: much of it is done in Python
-    with ProcessPoolExecutor(min(len(found), os.cpu_count() or 1), apart) as pool:
-        made = [pool.submit(t.compiled) if r is None else None for t, r in zip(found, reasons, strict=True)]
-    for trial, reason, future in zip(found, reasons, made, strict=True):
-        yield trial.row | ({"not timed": reason} if future is None else _timed(trial, future.result, turns))
+    apart = multiprocessing.get_context("spawn")  # threads would wait for each other: half of the time is Python's
+    with ProcessPoolExecutor(min(len(found), jobs), apart) as pool:
+        longest_first = sorted(found, key=lambda trial: trial.which, reverse=True)
+        made = {trial: pool.submit(trial.compiled) for trial in longest_first}
+    for trial in found:
+        yield trial.row | _timed(trial, made[trial].result, turns)
 
 
 def _timed(trial: Trial, compiled: Callable[[], tuple[Any, ...]], turns: int) -> dict[str, Any]:
@@ -156,6 +151,8 @@ def _timed(trial: Trial, compiled: Callable[[], tuple[Any, ...]], turns: int) ->
         run = serialize_executable.deserialize_and_load(*compiled())
         reason = trial.wrong(run(*trial.x))
         return {"not timed": reason} if reason else {"ms": milliseconds(lambda: run(*trial.x), turns)}
+    except Unsupported as refused:
+        return {"not timed": str(refused)}
     except Exception as error:  # what does not fit this device
         return {"not timed": f"{type(error).__name__}: {error}"[:200]}
 
@@ -167,6 +164,9 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5, help="timings of each (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, choices=_tables.WIDTHS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)"
+    )
     options = parser.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the memory
     if jax.default_backend() != "gpu":
@@ -174,7 +174,7 @@ def main() -> int:
         return 2
     name = str(served.gpu().device_kind)
     out = options.out or _tables.own("laser_jax", name)
-    rows = measure(tuple(options.widths), tuple(options.lengths), options.turns)
+    rows = measure(tuple(options.widths), tuple(options.lengths), options.turns, options.jobs)
     _tables.write(out, name, served.capability() or (), ("jax", "jaxlib", "nvidia-cudnn-cu13"), rows)
     return 0
 
