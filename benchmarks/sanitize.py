@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -240,12 +241,15 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=own | os.environ, start_new_session=True
+        )
         try:
-            code: int | None = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, env=own | os.environ, timeout=options.limit
-            ).returncode
+            code: int | None = process.wait(options.limit)
         except subprocess.TimeoutExpired:
             code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         output.seek(0)
         said = output.read()
     done = [json.loads(line) for line in said.splitlines() if line.startswith('{"problem"')]
@@ -258,7 +262,11 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
         "definitions": definitions,
         "run": {d["problem"]: d["how"] for d in done if "how" in d},
         "refused": {d["problem"]: d["refused"] for d in done if "refused" in d},
-        "outcome": "stopped" if code is None else "clean" if code == 0 else (summary or [f"exit status {code}"])[-1],
+        "outcome": "stopped"
+        if code is None
+        else "clean"
+        if code == 0 and summary
+        else (summary or [f"exit status {code}"])[-1],
         "seconds": round(time.perf_counter() - start, 1),
     }
     if code != 0:
@@ -274,6 +282,7 @@ def main() -> int:
     parser.add_argument("--tool", action="append", help=f"{', '.join(TOOLS)}; default: all")
     parser.add_argument("--problem", action="append", type=int, metavar="N", help="counted from 0; default: all")
     parser.add_argument("--portable", action="store_true", help="without the kernels for Hopper")
+    parser.add_argument("--compiled", action="store_true", help="not first without a tool")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds for each (default: %(default)g)")
     parser.add_argument("--out", type=Path, help="result file to write, or to add to; default: none")
@@ -290,7 +299,7 @@ def main() -> int:
         result["records"] = json.loads(options.out.read_text())["records"]
     found = False
     with ThreadPoolExecutor(options.jobs) as pool:
-        for tools in ([""], options.tool or TOOLS):  # without a tool first: that compiles
+        for tools in ([] if options.compiled else [""], options.tool or TOOLS):  # without a tool first: that compiles
             made = [pool.submit(under, tool, dtype, options) for tool in tools for dtype in options.dtype]
             for future in made:
                 record = future.result()
