@@ -9,7 +9,9 @@ A result is compared with float64 before it is timed, and a wrong one is not tim
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib
 import multiprocessing
 import os
 import statistics
@@ -36,6 +38,7 @@ LENGTHS = (1024, 4096, 16384)
 ELEMENTS = 2**25  # of each array: B·H·L·D
 ROWS = 8  # queries that are compared with float64
 TOGETHER = 0.02  # seconds of calls that are launched together, so that the device never waits
+LONG = 0.1
 
 
 class Trial(NamedTuple):
@@ -107,22 +110,21 @@ _kept = functools.lru_cache(1)(_arrays)  # trials of a shape follow each other
 
 
 def milliseconds(call: Callable[[], Any], turns: int) -> float:
-    """The median over turns, many calls being launched at a time."""
+    """The median over turns, many calls being launched at a time; of a long call, one turn tells enough."""
     taken: list[float] = []
     count = 1
     wait: Callable[[Any], Any] = jax.block_until_ready
-    for turn in range(turns + 1):
-        wait(call())
+    wait(call())
+    while len(taken) <= turns:
         start = time.perf_counter()
         for _ in range(count):
             results = call()
         wait(results)
-        seconds = (time.perf_counter() - start) / count
-        if turn:
-            taken.append(seconds)
-        else:
-            count = max(1, min(50, round(TOGETHER / seconds)))
-    return statistics.median(taken) * 1e3
+        taken.append((time.perf_counter() - start) / count)
+        if taken[0] > LONG:
+            return taken[0] * 1e3
+        count = max(1, min(50, round(TOGETHER / taken[0])))
+    return statistics.median(taken[1:]) * 1e3
 
 
 def trials(widths: tuple[int, ...], lengths: tuple[int, ...]) -> Iterator[Trial]:
@@ -172,6 +174,8 @@ def main() -> int:
     if jax.default_backend() != "gpu":
         print("laser_jax.tune: needs a GPU that JAX can use", file=sys.stderr)
         return 2
+    with contextlib.suppress(ImportError):  # it tells XLA where the library is that Mosaic kernels are linked with
+        importlib.import_module("jax.experimental.mosaic.gpu")
     name = str(served.gpu().device_kind)
     out = options.out or _tables.own("laser_jax", name)
     rows = measure(tuple(options.widths), tuple(options.lengths), options.turns, options.jobs)
