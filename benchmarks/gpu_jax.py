@@ -2,8 +2,8 @@
 
 The counterpart of ``gpu.py``, with records of the same form. What is timed is the public function under ``jit``: the
 forward pass is that of ``jax.vjp``, which keeps what its pullback needs, and the backward pass is the pullback. All is
-compiled before anything is timed, in threads. ``example`` is JAX's own Pallas kernel of softmax attention, which has no
-causal backward pass.
+compiled before anything is timed, in processes of their own: half of that time is Python's. ``example`` is JAX's own
+Pallas kernel of softmax attention, which has no causal backward pass.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ import argparse
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_common import ACCURACY_SHAPE, RANGES, ROWS, SHAPES, UNIT, Case, Record, Seconds, main
+from jax.experimental import serialize_executable
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from laser_core import explain, laser_attention
 
 BUSY = 0.02  # seconds of calls that are launched together
+CANDIDATES = ("laser", "example", "recipe", "softmax")
 EXAMPLE_GROUPS = 2  # warpgroups of the example's backward kernels: the faster of 1 and 2
 
 Array = jax.Array
@@ -124,32 +127,88 @@ def times(calls: dict[str, Callable[[], Any]], turns: int) -> tuple[Seconds, dic
     return taken, {name: statistics.median(seconds) for name, seconds in host.items()}
 
 
+def arguments(name: str, case: Case, sigma: float = 1.0) -> tuple[Array, ...]:
+    """Query, key, value and cotangent as a candidate takes them."""
+    ours = tuple(inputs(case.shape, case.dtype, sigma))
+    if name == "laser":
+        return ours
+    q, *rest = map(swapped, ours)
+    if name == "example":
+        return tuple(x.astype("float16") for x in (q * case.shape[-1] ** -0.5, *rest))
+    return q, *rest
+
+
+class Compiled(NamedTuple):
+    """The two passes of a candidate, as another process hands them over."""
+
+    forward: tuple[Any, ...]
+    backward: tuple[Any, ...] | None
+    memory: dict[str, int]
+
+
+def compiled(name: str, case: Case, backend: str | None) -> Compiled:
+    """Compile both passes. What is kept between them is what is neither argument nor output."""
+    runs: dict[str, Callable[..., Array]] = {
+        "softmax": softmax,
+        "recipe": recipe,
+        "example": example,
+        "laser": functools.partial(laser, backend=backend),
+    }
+    x = jax.eval_shape(lambda: arguments(name, case))
+    tree: Any = None
+    known: list[int | None] = []
+
+    def forward(*arguments: Array) -> tuple[Array, list[Array]]:
+        nonlocal tree, known
+        out, pullback = jax.vjp(functools.partial(runs[name], causal=case.causal), *arguments)
+        leaves, tree = jax.tree.flatten(pullback)
+        sources = (*arguments, out)
+        known = [next((i for i, y in enumerate(sources) if leaf is y), None) for leaf in leaves]
+        return out, [leaf for leaf, i in zip(leaves, known, strict=True) if i is None]
+
+    def backward(sources: tuple[Array, ...], kept: list[Array], do: Array) -> Any:
+        rest = iter(kept)
+        leaves = [next(rest) if i is None else sources[i] for i in known]
+        return jax.tree.unflatten(tree, leaves)(do)
+
+    lowered = jax.jit(forward).lower(*x[:3])
+    first = lowered.compile()
+    if case.shape == ACCURACY_SHAPE or (name == "example" and case.causal):
+        return Compiled(serialize_executable.serialize(first), None, {})
+    out, kept = lowered.out_info
+    second = jax.jit(backward).lower((*x[:3], out), kept, x[3]).compile()
+    memory = _memory(first.memory_analysis(), second.memory_analysis())
+    return Compiled(serialize_executable.serialize(first), serialize_executable.serialize(second), memory)
+
+
+def _memory(first: Any, second: Any) -> dict[str, int]:
+    """Bytes beside inputs, by the compiler's account: held between the passes, and at the peak of both."""
+    held = first.output_size_in_bytes
+    later = held + second.temp_size_in_bytes + second.output_size_in_bytes
+    return {"held": held, "peak": max(held + first.temp_size_in_bytes, later)}
+
+
+@functools.cache
+def processes() -> ProcessPoolExecutor:
+    """Where all is compiled."""
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+
+
+@functools.cache
+def making(name: str, case: Case, backend: str | None) -> Future[Compiled]:
+    """A candidate, compiled or in the making."""
+    return processes().submit(compiled, name, case, backend)
+
+
 class Passes:
-    """The two passes of a function, compiled. What is kept between them is what is neither argument nor output."""
+    """The two passes of a candidate on its arrays."""
 
-    def __init__(self, run: Attention, x: tuple[Array, ...], forward_alone: bool = False) -> None:
-        """Compile for arguments like ``x``: query, key, value and the cotangent."""
-        self.x = x
-        self.tree: Any = None
-        self.known: list[int | None] = []
-
-        def forward(*arguments: Array) -> tuple[Array, list[Array]]:
-            out, pullback = jax.vjp(run, *arguments)
-            leaves, self.tree = jax.tree.flatten(pullback)
-            sources = (*arguments, out)
-            self.known = [next((i for i, y in enumerate(sources) if leaf is y), None) for leaf in leaves]
-            return out, [leaf for leaf, i in zip(leaves, self.known, strict=True) if i is None]
-
-        def backward(sources: tuple[Array, ...], kept: list[Array], do: Array) -> Any:
-            rest = iter(kept)
-            leaves = [next(rest) if i is None else sources[i] for i in self.known]
-            return jax.tree.unflatten(self.tree, leaves)(do)
-
-        self.forward = jax.jit(forward).lower(*x[:3]).compile()
+    def __init__(self, made: Compiled, x: tuple[Array, ...]) -> None:
+        """Load them, and run the first."""
+        self.x, self.memory = x, made.memory
+        self.forward = serialize_executable.deserialize_and_load(*made.forward)
         self.out, self.kept = self.forward(*x[:3])
-        self.backward: Any = None
-        if not forward_alone:
-            self.backward = jax.jit(backward).lower((*x[:3], self.out), self.kept, x[3]).compile()
+        self.backward = None if made.backward is None else serialize_executable.deserialize_and_load(*made.backward)
 
     def run_forward(self) -> Any:
         """The output, and what is kept."""
@@ -157,70 +216,47 @@ class Passes:
 
     def run_backward(self) -> Any:
         """The gradients."""
+        assert self.backward is not None
         return self.backward((*self.x[:3], self.out), self.kept, self.x[3])
-
-    def memory(self) -> dict[str, int]:
-        """Bytes beside inputs, by the compiler's account: held between the passes, and at the peak of both."""
-        first, second = self.forward.memory_analysis(), self.backward.memory_analysis()
-        held = first.output_size_in_bytes
-        later = held + second.temp_size_in_bytes + second.output_size_in_bytes
-        return {"held": held, "peak": max(held + first.temp_size_in_bytes, later)}
-
-
-def compiled(case: Case, backend: str | None, pool: ThreadPoolExecutor) -> dict[str, Future[Passes]]:
-    """The passes of every candidate, in the making."""
-    ours = tuple(inputs(case.shape, case.dtype))
-    theirs = tuple(map(swapped, ours))
-    runs: dict[str, tuple[Callable[..., Array], tuple[Array, ...]]] = {
-        "softmax": (softmax, theirs),
-        "recipe": (recipe, theirs),
-        "example": (example, tuple(x.astype("float16") for x in (theirs[0] * case.shape[-1] ** -0.5, *theirs[1:]))),
-        "laser": (functools.partial(laser, backend=backend), ours),
-    }
-    return {
-        name: pool.submit(Passes, functools.partial(run, causal=case.causal), x, name == "example" and case.causal)
-        for name, (run, x) in runs.items()
-    }
 
 
 def measure(cases: list[Case], options: argparse.Namespace) -> Iterator[list[Record]]:
     """Records of every candidate, forward and backward, case by case."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        making = [compiled(case, options.backend, pool) for case in cases]
-        for future in [future for made in making for future in made.values()]:
-            future.exception()  # wait for all: nothing else may run beside what is timed
-        for case, made in zip(cases, making, strict=True):
-            if made["example"].exception() is not None:  # what it takes is up to the version of JAX
-                del made["example"]
-            passes = {name: future.result() for name, future in made.items()}
-            found = passes["laser"]
-            error, dq_error = errors(list(found.x), case.causal, found.out, found.run_backward()[0])
-            records = case.wrong(error, dq_error)
-            if records is None:
-                more: dict[str, Record] = {
-                    name: {"memory": one.memory()} for name, one in passes.items() if one.backward
-                }
-                engine = explain(*found.x[:3], is_causal=case.causal, backend=options.backend).chosen
-                more["laser"] |= {"error": error, "dq error": dq_error, "engine": engine}
-                forward = {name: one.run_forward for name, one in passes.items()}
-                backward = {name: one.run_backward for name, one in passes.items() if one.backward}
-                records = []
-                for what, calls in (("forward", forward), ("backward", backward)):
-                    records += case.compared(what, *times(calls, options.turns), more)
-            made.clear()  # and with it the arrays
-            yield records
+    wanted = [(name, case) for name in CANDIDATES for case in cases]  # what takes longest first
+    if not options.no_accuracy:
+        wanted += [(name, Case(ACCURACY_SHAPE, True, dtype)) for dtype in UNIT for name in ("laser", "recipe")]
+    wait([making(name, case, options.backend) for name, case in wanted])  # nothing else may run beside what is timed
+    processes().shutdown()
+    for case in cases:
+        made = {name: making(name, case, options.backend) for name in reversed(CANDIDATES)}
+        if made["example"].exception() is not None:  # what it takes is up to the version of JAX
+            del made["example"]
+        passes = {name: Passes(future.result(), arguments(name, case)) for name, future in made.items()}
+        found = passes["laser"]
+        error, dq_error = errors(list(found.x), case.causal, found.out, found.run_backward()[0])
+        records = case.wrong(error, dq_error)
+        if records is None:
+            more: dict[str, Record] = {name: {"memory": one.memory} for name, one in passes.items() if one.backward}
+            engine = explain(*found.x[:3], is_causal=case.causal, backend=options.backend).chosen
+            more["laser"] |= {"error": error, "dq error": dq_error, "engine": engine}
+            forward = {name: one.run_forward for name, one in passes.items()}
+            backward = {name: one.run_backward for name, one in passes.items() if one.backward}
+            records = []
+            for what, calls in (("forward", forward), ("backward", backward)):
+                records += case.compared(what, *times(calls, options.turns), more)
+        yield records
 
 
 def accuracy(dtype: str, options: argparse.Namespace) -> list[Record]:
     """Worst error over the bound for growing ranges of the values, LASER's and the recipe's."""
-    ours = jax.jit(functools.partial(laser, causal=True, backend=options.backend))
-    theirs = jax.jit(lambda *x: swapped(recipe(*map(swapped, x), causal=True)))
+    case = Case(ACCURACY_SHAPE, True, dtype)
     records = []
-    for sigma in RANGES:
-        x = inputs(ACCURACY_SHAPE, dtype, sigma)
-        for name, run in (("laser", ours), ("recipe", theirs)):
-            out = run(*x[:3])
-            error, _ = errors(x, True, out, None)
+    for name in ("laser", "recipe"):
+        run = serialize_executable.deserialize_and_load(*making(name, case, options.backend).result().forward)
+        for sigma in RANGES:
+            out, _ = run(*arguments(name, case, sigma)[:3])
+            out = out if name == "laser" else swapped(out)
+            error, _ = errors(inputs(case.shape, dtype, sigma), True, out, None)
             lost = int(np.sum(~np.isfinite(np.asarray(out, np.float32))))
             records.append({"dtype": dtype, "sigma": sigma, "candidate": name, "error": error, "lost": lost})
     return records
@@ -241,4 +277,5 @@ def about(options: argparse.Namespace) -> Record:
 
 
 if __name__ == "__main__":
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share the memory
     main(str(__doc__), about, measure, accuracy, backend={"help": "which to measure (default: the automatic choice)"})
