@@ -63,7 +63,7 @@ def run(backend: str, dtype: str, **given: Any) -> None:
     value *= options.pop("sigma", 1.0)
     if options.pop("odd", False):
         value[0, 0, lk // 2], value[1, 0, 1, 0], key[0, 1, lk - 1] = numpy.nan, numpy.inf, numpy.nan
-    arrays = [x.astype(kind) for x in (query, key, value)]
+    arrays: list[Any] = [x.astype(kind) for x in (query, key, value)]
     mask = options.pop("mask", None)
     arrays.append(None if mask is None else random.random(mask) < 0.7)
     bias = options.pop("bias", None)

@@ -107,15 +107,6 @@ __device__ __forceinline__ void make_x(Shared& sm, const Problem& pr, const int*
   named_wait(2, 256);
 }
 
-// Four lanes have a pair of columns each of four groups of 8: then each has one group.
-__device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-  const u32 a = __shfl_xor_sync(FULL_WARP, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? w[2] : w[3], 1);
-  const u32 x[4] = {odd ? a : w[0], odd ? w[1] : a, odd ? b : w[2], odd ? w[3] : b};
-  const u32 c = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), d = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
-  return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
-}
-
 // writes rows of a gradient, [64, 8N] as results of products have it, times 2^n
 template <int N>
 __device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width, int own, int end, int n) {
@@ -168,8 +159,9 @@ template <int WHICH> __device__ __forceinline__ int group_of() {
   return WHICH + zero;
 }
 
-template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
-                                        u16* dv_out, const Work& work, Shared& sm) {
+template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd,
+                                        const float* sums, const int* turns, u16* dq_out, u16* dk_out, u16* dv_out, const Work& work,
+                                        Shared& sm) {
   constexpr int which = WHICH;
   const int t = threadIdx.x % 4;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
@@ -178,6 +170,10 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
   u32 n_tiles = 0;
   int uses = 0, stage = 0, phase = 0;
   FOR_EACH_DRAWN(warp_arrive)
+    if (place.j0 < 0) {
+      round_queries<WHICH>(pr, sums, turns, scales, dq_out, work, place);
+      continue;
+    }
     const int own = place.j0 + which * 64 + row;
     const i64 keys = (i64)place.kv * pr.key_length;
 #if FLOAT16
@@ -361,10 +357,10 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap g_map, const int* c, const float* rows,
-    const int* scales, const int* flags, const int* odd, float* sums, int* turns, int* counter, u16* dk, u16* dv, int count,
-    int blocks, int section, int tiles) {
+    const int* scales, const int* flags, const int* odd, float* sums, int* turns, int* counter, u16* dq, u16* dk, u16* dv,
+    int heads, int blocks, int section, int tiles) {
   const Problem pr = THE_PROBLEM;
-  const Work work = {count, blocks, section, tiles};
+  const Work work = {heads, blocks, section, tiles, pr.group * ((tiles * (QUERIES / 64) + PIECE - 1) / PIECE)};
   extern __shared__ __align__(1024) u8 memory[];
   Shared& sm = *(Shared*)memory;
   if (threadIdx.x == 0) {
@@ -394,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, work, warp - 1, sm);
   } else {
     registers_take<240>();
-    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, work, sm);
-    else consume<1>(pr, c, scales, odd, dk, dv, work, sm);
+    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, sums, turns, dq, dk, dv, work, sm);
+    else consume<1>(pr, c, scales, odd, sums, turns, dq, dk, dv, work, sm);
   }
 }
