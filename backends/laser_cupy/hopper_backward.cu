@@ -171,7 +171,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
   int uses = 0, stage = 0, phase = 0;
   FOR_EACH_DRAWN(warp_arrive)
     if (place.j0 < 0) {
-      round_queries<WHICH>(pr, sums, turns, scales, dq_out, work, place);
+      round_queries(WHICH, pr, sums, turns, scales, dq_out, work, place);
       continue;
     }
     const int own = place.j0 + which * 64 + row;

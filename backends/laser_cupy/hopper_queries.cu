@@ -23,15 +23,20 @@ __device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
   return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
 }
 
+#if WAITING
+#define APART __forceinline__
+#else
+#define APART __noinline__  // there are no registers for it in the kernel: ptxas would wait for each product (C7512)
+#endif
 // dq of a piece from its sums, by a warpgroup for every second 64 queries; the other one has the others
-template <int WHICH> __device__ __forceinline__ void round_queries(const Problem& pr, const float* sums, const int* turns,
-                                                                   const int* scales, u16* dq, const Work& work, const Place& place) {
+__device__ APART void round_queries(int which, const Problem& pr, const float* sums, const int* turns, const int* scales, u16* dq,
+                                    const Work& work, const Place& place) {
   const int pieces = work.pieces / pr.group, head = place.kv * pr.group + ~place.j0 / pieces;
   const int parts = work.tiles * (QUERIES / 64), thread = threadIdx.x % 128, t = threadIdx.x % 4;
   const Head at = head_of(pr, head);
   const int n = FLOAT16 ? scales[2 * at.key + 1] : 0;
 #pragma unroll 1
-  for (int part = ~place.j0 % pieces * PIECE + WHICH, end = least(part + PIECE - WHICH, parts); part < end; part += 2) {
+  for (int part = ~place.j0 % pieces * PIECE + which, end = least(part + PIECE - which, parts); part < end; part += 2) {
     const int start = part * 64, tile = start / QUERIES;
     if (start >= pr.query_length) break;
     const int ranks = tile * QUERIES < at.q_end ? last_of(pr, at, tile) - first_of(pr, tile) + 1 : 0;
