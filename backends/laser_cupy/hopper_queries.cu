@@ -1,18 +1,4 @@
-// Queries in the order of the Hopper backward kernel: their terms as it reads them, and dq from the sums as it writes them.
-
-// Rows as the kernel below takes them: minus l and r of each tile of queries. rows [heads, tiles][2][QUERIES]
-extern "C" __global__ void __launch_bounds__(THREADS) hopper_rows(
-    PROBLEM, const float* l, const float* r, const int* scales, float* rows, int tiles) {
-  const Problem pr = THE_PROBLEM;
-  const Head at = head_of(pr, blockIdx.x / tiles);
-  const int i = blockIdx.x % tiles * QUERIES + threadIdx.x % QUERIES;
-  const i64 row = (i64)at.query * pr.query_length + i;
-  float* to = rows + (i64)blockIdx.x * 2 * QUERIES;
-  const int n = threadIdx.x % QUERIES;
-  if (threadIdx.x < QUERIES) to[n] = i < at.q_end ? P_SHIFT - l[row] : -INF;
-  if (THREADS == QUERIES || threadIdx.x >= QUERIES)
-    to[QUERIES + n] = i < at.q_end ? scaled(r[row], FLOAT16 ? -P_SHIFT - scales[2 * at.key + 1] : 0) : 0.f;
-}
+// dq from its sums, which are in the order in which the Hopper backward kernel adds to them.
 
 // Four lanes have a pair of columns each of four groups of 8: then each has one group.
 __device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
