@@ -14,41 +14,53 @@ __device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
 #else
 #define APART __noinline__  // there are no registers for it in the kernel: ptxas would wait for each product (C7512)
 #endif
-// dq of a piece from its sums, by a warpgroup for every second 64 queries; the other one has the others
+#define SIDE_BY_SIDE 2  // parts of 64 queries whose loads are under way together
+// dq of a piece from its sums, by a warpgroup for every second part; the other one has the others
 __device__ APART void round_queries(int which, const Problem& pr, const float* sums, const int* turns, const int* scales, u16* dq,
                                     const Work& work, const Place& place) {
-  const int pieces = work.pieces / pr.group, head = place.kv * pr.group + ~place.j0 / pieces;
-  const int parts = work.tiles * (QUERIES / 64), thread = threadIdx.x % 128, t = threadIdx.x % 4;
+  const int pieces = work.pieces / pr.group, head = place.kv * pr.group + ~place.j0 / pieces, thread = threadIdx.x % 128;
+  const int parts = (pr.query_length + 63) / 64, first = ~place.j0 % pieces * PIECE + which;
   const Head at = head_of(pr, head);
   const int n = FLOAT16 ? scales[2 * at.key + 1] : 0;
+  auto ranks_of = [&](int part) {  // key tiles that have added to it
+    const int tile = part * 64 / QUERIES;
+    return tile * QUERIES < at.q_end ? greatest(0, last_of(pr, at, tile) - first_of(pr, tile) + 1) : 0;
+  };
+  {
+    const int part = first + threadIdx.x % 32 * 2, ranks = part < least(first + PIECE - which, parts) ? ranks_of(part) : 0;
+    const int* turn = turns + (i64)head * work.tiles + part * 64 / QUERIES;
+    int seen = 0;
+    while (seen != ranks) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
+    __syncwarp();
+  }
+  const float4* from = (const float4*)sums + (i64)head * (work.tiles * (QUERIES / 64)) * (DT * 16) + thread;
 #pragma unroll 1
-  for (int part = ~place.j0 % pieces * PIECE + which, end = least(part + PIECE - which, parts); part < end; part += 2) {
-    const int start = part * 64, tile = start / QUERIES;
-    if (start >= pr.query_length) break;
-    const int ranks = tile * QUERIES < at.q_end ? last_of(pr, at, tile) - first_of(pr, tile) + 1 : 0;
-    if (ranks > 0) {
-      int seen;
-      do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turns + (i64)head * work.tiles + tile) : "memory");
-      while (seen != ranks);
+  for (int start = first; start < least(first + PIECE - which, parts); start += 2 * SIDE_BY_SIDE) {
+    float4 x[SIDE_BY_SIDE][DT / 8];
+#pragma unroll
+    for (int s = 0; s < SIDE_BY_SIDE; s++) {
+      const int part = start + 2 * s;
+      const bool some = part < parts && ranks_of(part);
+#pragma unroll
+      for (int m = 0; m < DT / 8; m++) x[s][m] = some ? __ldcg(from + part * (DT * 16) + m * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    const float4* from = (const float4*)sums + ((i64)head * parts + part) * (DT * 16) + thread;
-    float4 parts_of[DT / 8];
 #pragma unroll
-    for (int m = 0; m < DT / 8; m++) parts_of[m] = ranks > 0 ? __ldcg(from + m * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
-    const int own = start + thread / 32 * 16 + thread % 32 / 4;
+    for (int s = 0; s < SIDE_BY_SIDE; s++) {
+      const int own = (start + 2 * s) * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-    for (int m = 0; m < DT / 8; m += 4)
+      for (int m = 0; m < DT / 8; m += 4)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        u32 w[4];
+        for (int h = 0; h < 2; h++) {
+          u32 w[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float4 x = parts_of[m + k];
-          w[k] = pack(scaled((h ? x.z : x.x) * pr.scale, n), scaled((h ? x.w : x.y) * pr.scale, n));
+          for (int k = 0; k < 4; k++) {
+            const float4 a = x[s][m + k];
+            w[k] = pack(scaled((h ? a.z : a.x) * pr.scale, n), scaled((h ? a.w : a.y) * pr.scale, n));
+          }
+          const uint4 to = one_group(w);
+          const int i = own + h * 8, d = (m + threadIdx.x % 4) * 8;
+          if (i < pr.query_length && d < WIDTH) *(uint4*)(dq + ((i64)head * pr.query_length + i) * WIDTH + d) = to;
         }
-        const uint4 x = one_group(w);
-        const int i = own + h * 8, d = (m + t) * 8;
-        if (i < pr.query_length && d < WIDTH) *(uint4*)(dq + ((i64)head * pr.query_length + i) * WIDTH + d) = x;
-      }
+    }
   }
 }
