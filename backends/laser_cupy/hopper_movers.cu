@@ -69,7 +69,10 @@ __device__ __forceinline__ Place place_of(const Work& w, int index) {
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
     const Place place = sm.drawn[turn % 2];                                                \
-    if (place.kv < 0) return;                                                              \
+    if (place.kv < 0) {                                                                    \
+      floats_read();                                                                       \
+      return;                                                                              \
+    }                                                                                      \
     arrive(&sm.drawn_free[turn % 2]);                                                      \
     const Span span = place.j0 < 0 ? Span{0, 0} : span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
 
