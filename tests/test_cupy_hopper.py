@@ -157,9 +157,9 @@ BUILDS = (
     hopper.BackwardTiles(False, 128, 128),
     hopper.BackwardTiles(True, 64, 64),
 )
-STACK = {False: 112, True: 272}  # bytes, forward and backward: what is needed once per tile can wait there
+STACK = {False: 112, True: 96}  # bytes, forward and backward: what is needed once per tile can wait there
 WAITS = {False: 5, True: 14}  # for products, as many as are written: short of registers, the compiler waits for each
-RELOADS = 12  # of the stack in a loop backward: each may miss the L1 cache, which waiting for turns empties
+RELOADS = 10  # of the stack in a loop backward: each may miss the L1 cache, which waiting for turns empties
 
 
 @pytest.mark.parametrize("tiles", BUILDS, ids=str)

@@ -186,7 +186,7 @@ class BackwardTiles(Operands):
 
     KEYS: ClassVar = 128
     THREADS: ClassVar = 3 * WARPGROUP
-    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_movers.cu", "hopper_queries.cu", "hopper_backward.cu")
+    SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_movers.cu", "hopper_backward.cu", "hopper_queries.cu")
 
     @classmethod
     def of(cls, problem: Problem) -> BackwardTiles:
@@ -402,19 +402,20 @@ def backward_alone(
     dv: Array,
     tiles: BackwardTiles | None = None,
 ) -> None:
-    """The backward kernel."""
+    """The backward kernel, and what its sums are turned into dq by."""
     xp, problem = x.machine.xp, x.problem
     tiles = tiles or BackwardTiles.of(problem)
     (d, _), heads = tiles.widths, x.key_value_heads
     q_tiles, k_tiles = -(-problem.query_length // tiles.queries), -(-problem.key_length // tiles.KEYS)
-    count = x.heads * q_tiles
+    count, parts = x.heads * q_tiles, q_tiles * tiles.queries // 64
     zeros = xp.zeros(count + 1, dtype=xp.int32)
     sums = x.empty(count, tiles.queries * d, dtype=xp.float32)
     section = max(HEADS[problem.band != (None, None)], L2_BYTES // (8 * d * q_tiles * tiles.queries * problem.group))
     g = r.g.reshape(x.heads, problem.query_length, -1)
-    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries), (dk, 64), (dv, 64))
+    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    side = (v.c, r.r, r.scales, v.flags, odd, sums, zeros[:count], zeros[count:], dq)
-    sizes = map(np.int32, (heads, k_tiles, min(section, heads), q_tiles))
+    side = (v.c, r.r, r.scales, v.flags, odd, sums, zeros[:count], zeros[count:], dk, dv)
+    sizes = map(np.int32, (heads * k_tiles, k_tiles, min(section, heads), q_tiles))
     blocks, shape = min(heads * k_tiles, x.machine.processors), {"threads": tiles.THREADS, "shared": tiles.shared}
     _run(x, tiles, "hopper_backward", blocks, *maps, *side, *sizes, **shape)
+    _run(x, tiles, "hopper_queries", x.heads * parts, sums, r.scales, v.flags, dq, np.int32(parts))

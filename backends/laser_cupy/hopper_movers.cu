@@ -15,7 +15,7 @@
 #define DQ_PARTS (SUMS / 1024)  // groups of 8 columns that a warpgroup makes of it, for 64 queries
 #define ALL_ONES (FLOAT16 ? 0x7C00u : 0x7F80u)  // the exponent of what is not finite
 
-// Drawn work: a key tile; or, where j0 is negative, the rounding of piece ~j0 of dq. kv is negative at the end
+// a key tile; kv is negative at the end
 struct alignas(8) Place { int kv, j0; };
 
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
@@ -47,21 +47,12 @@ __device__ __forceinline__ int last_of(const Problem& p, const Head& at, int til
   return last < 0 ? -1 : last / KEYS;
 }
 
-// Work: the key tiles of `section` heads, the first ones of all of them before the second ones, and so on; then dq of the
-// section before, which is in the L2 cache and has mostly all its parts by now; then the next section.
-#define PIECE 8  // of dq: 64 queries times this
-struct Work {
-  int heads, blocks, section, tiles;  // key/value heads, key tiles of each, tiles of queries of a query head
-  int pieces;                         // of dq of a key/value head
-  __device__ __forceinline__ int slots() const { return section * (blocks + pieces); }  // of a section
-  __device__ __forceinline__ int end() const { return ((heads + section - 1) / section + 1) * slots(); }
-};
-// kv is negative in slots that the last sections do not need
+// Work: the key tiles of `section` heads, the first ones of all of them before the second ones, and so on
+struct Work { int count, blocks, section, tiles; };
 __device__ __forceinline__ Place place_of(const Work& w, int index) {
-  const int at = index / w.slots() * w.section, within = index % w.slots(), piece = within - w.section * w.blocks;
-  const int own = least(w.section, w.heads - at), last = least(w.section, w.heads - at + w.section);
-  if (piece < 0) return within < own * w.blocks ? Place{at + within % own, within / own * KEYS} : Place{-1, 0};
-  return at && piece < last * w.pieces ? Place{at - w.section + piece / w.pieces, ~(piece % w.pieces)} : Place{-1, 0};
+  const int begin = index / (w.section * w.blocks) * w.section, within = index - begin * w.blocks;
+  const int heads = least(w.section, w.count / w.blocks - begin);
+  return {begin + within % heads, within / heads * KEYS};
 }
 
 // what all roles do with the work that the producer has drawn
@@ -69,12 +60,10 @@ __device__ __forceinline__ Place place_of(const Work& w, int index) {
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
     const Place place = sm.drawn[turn % 2];                                                \
-    if (place.kv < 0) {                                                                    \
-      floats_read();                                                                       \
-      return;                                                                              \
-    }                                                                                      \
+    if (place.kv < 0) return;                                                              \
     arrive(&sm.drawn_free[turn % 2]);                                                      \
-    const Span span = place.j0 < 0 ? Span{0, 0} : span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
+    const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
+
 
 __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
                                         const TensorMap* g_map, const float* rows, const int* flags, int* counter,
@@ -86,13 +75,12 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
     do {  // heads outside the fast range are left to others
       index = atomicAdd(counter, 1);
       place = place_of(work, index);
-    } while (index < work.end() && (place.kv < 0 || flags[place.kv] & OUTSIDE));
+    } while (index < work.count && flags[place.kv] & OUTSIDE);
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
-    if (index >= work.end()) place.kv = -1;
+    if (index >= work.count) place.kv = -1;
     sm.drawn[turn % 2] = place;
     barrier_arrive(&sm.drawn_full[turn % 2]);
     if (place.kv < 0) return;
-    if (place.j0 < 0) continue;
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
     if (span.first == span.end) continue;
     tile_fetch<KEYS, DT>(k_map, place.j0, place.kv);
