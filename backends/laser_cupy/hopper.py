@@ -13,7 +13,7 @@ from laser_core import Forward, Problem
 from laser_core._array import Array
 
 from . import host
-from .build import THREADS, Build, joined
+from .build import THREADS, WARPS, Build, joined
 
 CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
@@ -379,12 +379,12 @@ def rows(
     scales: Any = host.NOTHING
     if tiles.half:  # G needs an exponent of each head, which is known when all of it has been seen
         guesses, scales = x.empty(kv_heads, dtype=xp.int32), x.empty(kv_heads, 2, dtype=xp.int32)
-        tops = x.empty(heads * blocks, 2, dtype=xp.float32)
+        tops = x.empty(heads * blocks * WARPS, 2, dtype=xp.float32)
         _run(x, _passes(x), "hopper_guess", kv_heads, *given, guesses)
     _run(x, _passes(x), "hopper_terms", heads * blocks, *given, odd, l, records, g, *sizes, guesses, tops)
     if tiles.half:
         made = (guesses, tops, scales, records, g)
-        workers = (np.int32(blocks), np.int32(WORKERS))
+        workers = (np.int32(blocks * WARPS), np.int32(WORKERS))
         _run(x, _passes(x), "hopper_scales", kv_heads * WORKERS, *given, *made, *sizes, *workers)
     marks = x.empty(kv_heads * problem.key_length, dtype=xp.float32)
     blocks = -(-problem.key_length // THREADS)

@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_guess(
   const int kv = blockIdx.x;
   const i64 rows = (i64)p.group * p.query_length;
   float top = 0.f;
-#pragma unroll 2
+#pragma unroll 4
   for (int n = threadIdx.x / LANES; n < SAMPLES; n += THREADS / LANES) {
     const i64 row = rows * n / SAMPLES;
     const Head at = head_of(p, kv * p.group + (int)(row / p.query_length));
@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_guess(
 }
 
 // What row_terms of rows.cu makes, and the records [heads, tiles][2][tile] of P_SHIFT - l and r that the Hopper kernel reads.
-// LANES lanes for a row. float16: G with the guessed exponent; r has no scale yet; tops [blocks][2], the greatest G and bound
+// LANES lanes for a row. float16: G with the guessed exponent; r has no scale yet; tops [warps][2], the greatest G and bound
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
     int* odd, float* l, float* rows, u16* g, int tiles, int tile, const int* guesses, float* tops) {
@@ -205,25 +205,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
     if (there && own.odd) odd[at.key] = ODD;
   }
 #if FLOAT16
-  __shared__ u32 room[2][THREADS / 32];
   const u32 top = warp_most(float_as_bits(greatest_of(own))), bound = warp_most(float_as_bits(own.bound));
-  if (threadIdx.x % 32 == 0) { room[0][threadIdx.x / 32] = top; room[1][threadIdx.x / 32] = bound; }
-  __syncthreads();
-  if (threadIdx.x >= 2) return;
-  u32 most = 0;
-  for (int n = 0; n < THREADS / 32; n++) most = most > room[threadIdx.x][n] ? most : room[threadIdx.x][n];
-  tops[2 * (i64)blockIdx.x + threadIdx.x] = bits_as_float(most);
+  if (threadIdx.x % 32 == 0)
+    ((float2*)tops)[(i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32] = make_float2(bits_as_float(top), bits_as_float(bound));
 #endif
 }
 
 // float16: the exponents of G and of ds of each key/value head, scales [B*Hkv, 2]; r with that of ds; and G once more, where the
-// guess was a bad one. `workers` blocks for a head, of whose queries there are `blocks` tops each.
+// guess was a bad one. `workers` blocks for a head, each of whose query heads has `warps` tops.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_scales(
     PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
-    const int* guesses, const float* tops, int* scales, float* rows, u16* g, int tiles, int tile, int blocks, int workers) {
+    const int* guesses, const float* tops, int* scales, float* rows, u16* g, int tiles, int tile, int warps, int workers) {
   const Problem p = THE_PROBLEM;
   __shared__ float room[THREADS];
-  const int kv = blockIdx.x / workers, worker = blockIdx.x % workers, count = p.group * blocks;
+  const int kv = blockIdx.x / workers, worker = blockIdx.x % workers, count = p.group * warps;
   float top = 0.f, bound = 0.f;
 #pragma unroll 4
   for (int n = threadIdx.x; n < count; n += THREADS) {
