@@ -412,7 +412,7 @@ def backward_alone(
     sums = x.empty(count, tiles.queries * d, dtype=xp.float32)
     section = max(HEADS[problem.band != (None, None)], L2_BYTES // (8 * d * q_tiles * tiles.queries * problem.group))
     g = r.g.reshape(x.heads, problem.query_length, -1)
-    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries))
+    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries), (dk, 64), (dv, 64))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
     side = (v.c, r.r, r.scales, v.flags, odd, sums, zeros[:count], zeros[count:], dk, dv)
     sizes = map(np.int32, (heads * k_tiles, k_tiles, min(section, heads), q_tiles))
