@@ -1,6 +1,6 @@
 // Backward on Hopper, what moves data: the record in shared memory, how the work is cut, the thread that brings tiles, the
-// two that have the copy engine add up dq, and how dk and dv leave. What is computed with the tiles is in hopper_backward.cu, which says how it all
-// goes together.
+// two that have the copy engine add up dq, and how dk and dv leave. What is computed with the tiles is in hopper_backward.cu,
+// which says how it all goes together.
 
 #define QUERIES (DT + ET > 128 ? 64 : 128)
 #define KEYS 128
