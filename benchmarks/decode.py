@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import statistics
@@ -36,10 +37,12 @@ SWEEP = [
 
 def seconds(call: Callable[[], Any], calls: int = 10, turns: int = 7) -> float:
     """Median time of a call: a CUDA graph of ``calls`` of them, replayed ``turns`` times."""
-    call()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()  # CuPy has memory of each stream, which it may not ask for during a capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
             call()
     graph.replay()
@@ -103,6 +106,20 @@ def measure(name: str, candidates: dict[str, tuple[Callable[[], Any], float]], s
     return records
 
 
+def in_cupy(*x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """LASER attention of the same memory by CuPy's kernels, on torch's stream."""
+    import cupy
+    import ml_dtypes
+
+    arrays = [cupy.from_dlpack(a.view(torch.int16)).view(ml_dtypes.bfloat16) for a in x]
+
+    def call() -> torch.Tensor:
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            return torch.from_dlpack(laser_attention(*arrays).view("int16")).view(torch.bfloat16)
+
+    return call
+
+
 def shape(name: str, sweep: bool, copy: float) -> list[Any]:
     """All candidates at one shape."""
     batch, length = SHAPES[name]
@@ -132,6 +149,8 @@ def shape(name: str, sweep: bool, copy: float) -> list[Any]:
     add("laser decode", lambda: decode.launch(problem, inputs, None, cut, residual=False)[0])
     if not sweep:
         add("laser_attention", lambda: laser_attention(q, k, v))
+        if importlib.util.find_spec("cupy"):
+            add("laser_attention, CuPy", in_cupy(q, k, v))
         print(name, explain(q, k, v).chosen, cut)
     lengths = torch.full((batch,), length, device="cuda", dtype=torch.int32)
     for page in PAGES:
@@ -150,7 +169,12 @@ def shape(name: str, sweep: bool, copy: float) -> list[Any]:
                 add(f"{config}", lambda t=tiles: decode.launch(problem, inputs, None, t, residual=False)[0])
     records = measure(name, candidates, size, copy)
     if not sweep:
-        for who in ("softmax cudnn", "laser_attention", *(f"laser paged, {page}" for page in PAGES)):
+        for who in (
+            "softmax cudnn",
+            "laser_attention",
+            "laser_attention, CuPy",
+            *(f"laser paged, {page}" for page in PAGES),
+        ):
             if who in candidates:
                 records.append({"shape": name, "who": f"{who}, eager", "us": eager_seconds(candidates[who][0]) * 1e6})
     return records

@@ -17,7 +17,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 import torch
-from gpu import ceiling, errors, inputs, softmax, times
+from gpu import ceiling, errors, inputs, memory, softmax, times
 from gpu_common import Case, Record, main
 from laser_cupy import CUDA, cuda, hopper, host
 from torch import Tensor
@@ -69,6 +69,30 @@ def _spied(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: inner(*found[0])
 
 
+class Live(cupy.cuda.MemoryHook):  # type: ignore[misc]  # CuPy has no types
+    """Bytes of the arrays that live, since the beginning of a ``with`` block, and the most there were."""
+
+    now = peak = 0
+
+    def malloc_postprocess(self, **made: int) -> None:
+        """An array was made."""
+        self.now += made["mem_size"]
+        self.peak = max(self.peak, self.now)
+
+    def free_postprocess(self, **freed: int) -> None:
+        """An array was given back."""
+        self.now -= freed["mem_size"]
+
+
+def own_memory(machine: Any, problem: Any, operands: Any, d_out: Any) -> dict[str, int]:
+    """What ``gpu.memory`` says of torch's: bytes beside inputs, held between the passes and at the peak of both."""
+    with Live() as live:
+        result = host.forward(machine, problem, operands)
+        held = live.now
+        host.backward(machine, problem, operands, result, d_out, None)
+    return {"held": held, "peak": live.peak}
+
+
 def measure(cases: list[Case], options: argparse.Namespace) -> Iterator[list[Record]]:
     """Records of every candidate, forward and backward, case by case."""
     for case in cases:
@@ -108,6 +132,10 @@ def _measured(case: Case, turns: int) -> list[Record]:
         "kernel": _spied("backward_alone", lambda: CUDA.backward(problem, operands, result, arrays[3], None)),
     }
     more: dict[str, Record] = {name: {"error": error, "dq error": dq_error} for name in forward}
+    for name, run in {"softmax": softmax, "flash": flash}.items():
+        more[name]["memory"] = memory(run, x, causal)
+    for name, where in {"laser": cuda._Machine(0), "portable": machine}.items():
+        more[name]["memory"] = own_memory(where, problem, operands, arrays[3])
     return [
         record
         for what, calls in (("forward", forward), ("backward", backward))

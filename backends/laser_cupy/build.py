@@ -176,7 +176,7 @@ class Build:
             "backward_queries": self.bytes * BLOCK * (d + x) + walked,
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
-            "decode_merge": 8 * THREADS,
+            "decode_merge": 3 * 4 * THREADS * WARPS,
             "backward_queries_exact": 4 * (self.padded + THREADS),
             "backward_keys_exact": 4 * (self.padded + 2 * THREADS),
         }.get(kernel, 0)

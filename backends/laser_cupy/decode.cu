@@ -213,53 +213,86 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
 #endif
 }
 
-// The output of a row from those of its runs of keys
+// The output of a row from those of its runs of keys: each warp has a part of the runs, each lane four channels of 128
+#define AT_ONCE 8  // runs of a warp whose loads are under way together
 extern "C" __global__ void __launch_bounds__(THREADS) decode_merge(
     PROBLEM, const float* w, const float* l, element* out, float* residual, float* lse, int splits) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
-  float *room = (float*)raw, *shares = room + THREADS;  // shares: log of the part that each of THREADS runs has in the row
-  const int tid = threadIdx.x;
+  float* room = (float*)raw;  // [3][THREADS / 32][128]: top, terms, special of each warp
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const i64 row = blockIdx.x;
   l += row * splits;
   w += row * splits * p.value_dim;
   float m = -INF, sum = 0.f;
-  for (int n = tid; n < splits; n += THREADS) m = fmaxf(m, l[n]);
-  m = block_max(m, room);
+  for (int n = lane; n < splits; n += 32) m = fmaxf(m, l[n]);
+  for (int n = 16; n; n /= 2) m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, n));
   const float reference = m == -INF ? 0.f : m;
-  for (int n = tid; n < splits; n += THREADS) sum += expf(l[n] - reference);
-  sum = block_sum(sum, room);
+  for (int n = lane; n < splits; n += 32) sum += expf(l[n] - reference);
+  sum = warp_sum(sum);
   const bool empty = sum == 0.f;
   const float log_l = reference + logf(sum);
-  if (tid == 0) lse[row] = empty ? -INF : log_l;
-  for (int e0 = 0; e0 < p.value_dim; e0 += THREADS) {
-    const int e = e0 + tid;
-    float top = -INF, terms = 0.f, special = 0.f;  // special: infinity or NaN where a run is
-    for (int n0 = 0; n0 < splits; n0 += THREADS) {
-      __syncthreads();
-      if (n0 + tid < splits) shares[tid] = l[n0 + tid] - log_l;
-      __syncthreads();
-      const int count = e < p.value_dim ? least(THREADS, splits - n0) : 0;
-      const float* from = w + (i64)n0 * p.value_dim + e;
-#pragma unroll 8
-      for (int n = 0; n < count; n++) {
-        const float one = from[(i64)n * p.value_dim], share = shares[n];
-        if (!EXP) {
-          terms = share > -INF ? fmaf(expf(share), one, terms) : terms;
-        } else {
-          const bool counts = share > -INF && finite(one);
-          const float term = counts ? share + one : -INF, next = fmaxf(top, term), about = next == -INF ? 0.f : next;
-          terms = terms * expf(top - about) + expf(term - about);
-          special += share > -INF && !(one < INF) ? one : 0.f;
-          top = next;
+  if (threadIdx.x == 0) lse[row] = empty ? -INF : log_l;
+  for (int e0 = 0; e0 < p.value_dim; e0 += 128) {
+    const int e = e0 + lane * 4;
+    float top[4], terms[4] = {}, special[4] = {};  // special: infinity or NaN where a run is
+#pragma unroll
+    for (int h = 0; h < 4; h++) top[h] = -INF;
+    if (e < p.value_dim)
+      for (int n0 = warp; n0 < splits; n0 += AT_ONCE * (THREADS / 32)) {
+        Floats from[AT_ONCE];
+        float share[AT_ONCE];  // log of the part that a run has in the row
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+          const int n = n0 + u * (THREADS / 32);
+          share[u] = n < splits ? l[n] - log_l : -INF;
+          from[u] = *(const Floats*)(w + (i64)least(n, splits - 1) * p.value_dim + e);
+        }
+#pragma unroll
+        for (int h = 0; h < 4; h++) {
+          if (!EXP) {
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) terms[h] = share[u] > -INF ? fmaf(expf(share[u]), from[u].x[h], terms[h]) : terms[h];
+            continue;
+          }
+          float next = top[h];
+#pragma unroll
+          for (int u = 0; u < AT_ONCE; u++) {
+            const float one = from[u].x[h];
+            special[h] += share[u] > -INF && !(one < INF) ? one : 0.f;
+            from[u].x[h] = share[u] > -INF && finite(one) ? share[u] + one : -INF;
+            next = fmaxf(next, from[u].x[h]);
+          }
+          const float about = next == -INF ? 0.f : next;
+          terms[h] *= expf(top[h] - about);
+#pragma unroll
+          for (int u = 0; u < AT_ONCE; u++) terms[h] += expf(from[u].x[h] - about);
+          top[h] = next;
         }
       }
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < 4; h++) {
+      float* own = room + warp * 128 + lane * 4 + h;
+      own[0] = top[h];
+      own[THREADS * 4] = terms[h];
+      own[THREADS * 8] = special[h];
     }
-    float o = EXP ? (special == 0.f ? top + logf(terms) : special) * inverse_of(p.beta) : terms;
+    __syncthreads();
+    const float* all = room + threadIdx.x;
+    float highest = -INF, total = 0.f, odd = 0.f;
+    for (int n = 0; n < THREADS / 32; n++) highest = fmaxf(highest, all[n * 128]);
+    const float about = highest == -INF ? 0.f : highest;
+    for (int n = 0; n < THREADS / 32; n++) {
+      total = fmaf(all[THREADS * 4 + n * 128], EXP ? expf(all[n * 128] - about) : 1.f, total);
+      odd += all[THREADS * 8 + n * 128];
+    }
+    float o = EXP ? (odd == 0.f ? highest + logf(total) : odd) * inverse_of(p.beta) : total;
     if (sum != sum) o = NOT_A_NUMBER;
     if (empty) o = 0.f;
-    if (e >= p.value_dim) continue;
-    out[row * p.value_dim + e] = narrow(o);
-    if (residual) residual[row * p.value_dim + e] = o;
+    const int channel = e0 + threadIdx.x;
+    if (channel >= p.value_dim) continue;
+    out[row * p.value_dim + channel] = narrow(o);
+    if (residual) residual[row * p.value_dim + channel] = o;
   }
 }

@@ -13,7 +13,7 @@ from laser_core import Forward, Problem
 from laser_core._array import Array
 
 from . import host
-from .build import THREADS, Build, joined
+from .build import THREADS, WARPS, Build, joined
 
 CAPABILITY = 90
 SMALLEST = 33  # head or value dim: tiles have 64 columns, which pays for more than half of them
@@ -362,29 +362,34 @@ def rows(
         What they make, with ``r`` as the records of queries that the backward kernel reads; and (B·Hkv,), flags of
         which one says that a query that reads a head may be not finite.
     """
-    xp, problem, heads = x.machine.xp, x.problem, x.heads
-    q_tiles = -(-problem.query_length // tiles.queries)
-    records = x.empty(heads * q_tiles, 2, tiles.queries, dtype=xp.float32)
-    if tiles.half:  # G has a scale that is known after a pass over all of it
-        flags = v.flags.copy()
-        r = host.rows(x, v._replace(flags=flags), forward, d_out, d_lse)
-        _run(x, tiles, "hopper_rows", heads * q_tiles, r.l, r.r, r.scales, records, np.int32(q_tiles))
-        return r._replace(r=records), flags
+    xp, problem, heads, kv_heads = x.machine.xp, x.problem, x.heads, x.key_value_heads
     do = host.matrix(x.machine, d_out, problem.value_dim)
     o = host.matrix(x.machine, host.unrounded(forward), problem.value_dim)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = host.NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
-    count = heads * problem.query_length
-    l, g = x.empty(count, dtype=xp.float32), x.empty(count, x.build.value_dim)
-    odd = xp.zeros(x.key_value_heads, dtype=xp.int32)
-    marks = x.empty(x.key_value_heads * problem.key_length, dtype=xp.float32)
+    q_tiles, count = -(-problem.query_length // tiles.queries), heads * problem.query_length
     lanes = 16 if max(x.build.columns, x.build.value_dim) > 64 else 8
-    grid = -(-heads * q_tiles * tiles.queries * lanes // THREADS)
-    sizes = (np.int32(q_tiles), np.int32(tiles.queries))
-    _run(x, _passes(x), "hopper_terms", grid, x.q, o, do, lse, dl, v.c, v.flags, odd, l, records, g, *sizes)
+    blocks = q_tiles * tiles.queries * lanes // THREADS  # for a head
+    records = x.empty(heads * q_tiles, 2, tiles.queries, dtype=xp.float32)
+    l, g = x.empty(count, dtype=xp.float32), x.empty(count, x.build.value_dim)
+    odd = xp.zeros(kv_heads, dtype=xp.int32)
+    given, sizes = (x.q, o, do, lse, dl, v.c, v.flags), (np.int32(q_tiles), np.int32(tiles.queries))
+    guesses: Any = host.NOTHING
+    tops: Any = host.NOTHING
+    scales: Any = host.NOTHING
+    if tiles.half:  # G needs an exponent of each head, which is known when all of it has been seen
+        guesses, scales = x.empty(kv_heads, dtype=xp.int32), x.empty(kv_heads, 2, dtype=xp.int32)
+        tops = x.empty(heads * blocks * WARPS, 2, dtype=xp.float32)
+        _run(x, _passes(x), "hopper_guess", kv_heads, *given, guesses)
+    _run(x, _passes(x), "hopper_terms", heads * blocks, *given, odd, l, records, g, *sizes, guesses, tops)
+    if tiles.half:
+        made = (guesses, tops, scales, records, g)
+        workers = (np.int32(blocks * WARPS), np.int32(WORKERS))
+        _run(x, _passes(x), "hopper_scales", kv_heads * WORKERS, *given, *made, *sizes, *workers)
+    marks = x.empty(kv_heads * problem.key_length, dtype=xp.float32)
     blocks = -(-problem.key_length // THREADS)
-    _run(x, _passes(x), "hopper_marks", x.key_value_heads * blocks, x.k, v.flags, marks, np.int32(blocks))
-    return host.Rows(o, do, dl, l, records, g, marks, host.NOTHING), odd
+    _run(x, _passes(x), "hopper_marks", kv_heads * blocks, x.k, v.flags, marks, np.int32(blocks))
+    return host.Rows(o, do, dl, l, records, g, marks, scales), odd
 
 
 def backward_alone(
@@ -407,7 +412,7 @@ def backward_alone(
     sums = x.empty(count, tiles.queries * d, dtype=xp.float32)
     section = max(HEADS[problem.band != (None, None)], L2_BYTES // (8 * d * q_tiles * tiles.queries * problem.group))
     g = r.g.reshape(x.heads, problem.query_length, -1)
-    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries))
+    operands = ((x.q, tiles.queries), (x.k, tiles.KEYS), (x.v, tiles.KEYS), (g, tiles.queries), (dk, 64), (dv, 64))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
     side = (v.c, r.r, r.scales, v.flags, odd, sums, zeros[:count], zeros[count:], dk, dv)
     sizes = map(np.int32, (heads * k_tiles, k_tiles, min(section, heads), q_tiles))

@@ -107,40 +107,6 @@ __device__ __forceinline__ void make_x(Shared& sm, const Problem& pr, const int*
   named_wait(2, 256);
 }
 
-// Four lanes have a pair of columns each of four groups of 8: then each has one group.
-__device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-  const u32 a = __shfl_xor_sync(FULL_WARP, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? w[2] : w[3], 1);
-  const u32 x[4] = {odd ? a : w[0], odd ? w[1] : a, odd ? b : w[2], odd ? w[3] : b};
-  const u32 c = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), d = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
-  return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
-}
-
-// writes rows of a gradient, [64, 8N] as results of products have it, times 2^n
-template <int N>
-__device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width, int own, int end, int n) {
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int m = 0; m < N; m += 2)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float x[4] = {d[m][2 * h], d[m][2 * h + 1], d[m + 1][2 * h], d[m + 1][2 * h + 1]};
-#if FLOAT16
-#pragma unroll
-      for (int w = 0; w < 4; w++) x[w] = scaled(x[w], n);
-#endif
-      const u32 even = pack(x[0], x[1]), odd = pack(x[2], x[3]);
-      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? even : odd, 1);
-      const int row = own + h * 8, column = (m + t % 2) * 8 + t / 2 * 4;
-      const u32 first = t % 2 ? got : even, second = t % 2 ? odd : got;
-      // as a branch it would keep the exchanges of lanes from running side by side
-      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
-                       (int)(row < end && column < width)),
-                   "l"(to + (i64)row * width + column), "r"(first), "r"(second)
-                   : "memory");
-    }
-}
-
 // zeros in place of p where a key is hidden. Where a key is not finite and its query yet has a sum, it had no weight in it.
 __device__ __forceinline__ void mask_tile(float (&p)[QUERIES / 8][4], const Problem& pr, const Head& at, int i0, int own,
                                           bool unclean, const bool (&bad)[2]) {
@@ -169,7 +135,8 @@ template <int WHICH> __device__ __forceinline__ int group_of() {
 }
 
 template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, const int* c, const int* scales, const int* odd, u16* dk_out,
-                                        u16* dv_out, const Work& work, Shared& sm) {
+                                        u16* dv_out, const TensorMap* dk_map, const TensorMap* dv_map, const Work& work,
+                                        Shared& sm) {
   constexpr int which = WHICH;
   const int t = threadIdx.x % 4;
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the warpgroup's keys
@@ -179,7 +146,6 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
   int uses = 0, stage = 0, phase = 0;
   FOR_EACH_DRAWN(warp_arrive)
     const int own = place.j0 + which * 64 + row;
-    const i64 keys = (i64)place.kv * pr.key_length;
 #if FLOAT16
     const int g_scale = scales[2 * place.kv], ds_scale = scales[2 * place.kv + 1];
     const int steps = g_scale - ds_scale - P_SHIFT;
@@ -220,6 +186,7 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
         warp_arrive(&sm.dq_full[n & 1]);
       };
       barrier_wait(&sm.k_full, uses % 2);
+      if (WAITING && threadIdx.x % 128 == 0) floats_read();  // of gradients: there is room again after the next barrier
       const bool odd_keys = clean_keys(sm), unclean = odd_keys || odd_queries;
       bool bad[2] = {false, false};
       if (odd_keys)
@@ -348,21 +315,39 @@ template <int WHICH> __device__ __forceinline__ void consume(const Problem& pr, 
       warp_arrive(&sm.k_free);
       hand_over(end);
     }
-    write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
 #pragma unroll
     for (int m = 0; m < DT / 8; m++)
 #pragma unroll
       for (int h = 0; h < 4; h++) dk[m][h] *= pr.scale;
+#if WAITING
+    // by way of ds and of the room for dq that nobody uses until dq of the next tile is handed over
+    if (threadIdx.x % 128 == 0) floats_read();
+    named_wait(2, 256);
+    stage_rows(sm.ds[which], dv, g_scale - P_SHIFT);
+    barrier_wait(&sm.dq_free[n_tiles & 1], n_tiles / 2 % 2 ^ 1);
+    u8* room = (u8*)sm.dq[n_tiles & 1][which];
+    stage_rows(room, dk, ds_scale);
+    publish();
+    named_wait(4 + which, 128);
+    if (threadIdx.x % 128 == 0) {
+      tile_write<64, ET>(dv_map, sm.ds[which], place.j0 + which * 64, place.kv);
+      tile_write<64, DT>(dk_map, room, place.j0 + which * 64, place.kv);
+    }
+#else
+    const i64 keys = (i64)place.kv * pr.key_length;
+    write_rows(dv_out + keys * pr.value_dim, dv, pr.value_dim, own, pr.key_length, g_scale - P_SHIFT);
     write_rows(dk_out + keys * WIDTH, dk, WIDTH, own, pr.key_length, ds_scale);
+#endif
   }
 }
 
 // odd [B*Hkv]: flags; ODD where a query that reads a head may be not finite. turns [heads, tiles]: zeros
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap g_map, const int* c, const float* rows,
-    const int* scales, const int* flags, const int* odd, float* sums, int* turns, int* counter, u16* dk, u16* dv, int count,
-    int blocks, int section, int tiles) {
+    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap g_map,
+    const __grid_constant__ TensorMap dk_map, const __grid_constant__ TensorMap dv_map, const int* c, const float* rows,
+    const int* scales, const int* flags, const int* odd, float* sums, int* turns, int* counter, u16* dk, u16* dv,
+    int count, int blocks, int section, int tiles) {
   const Problem pr = THE_PROBLEM;
   const Work work = {count, blocks, section, tiles};
   extern __shared__ __align__(1024) u8 memory[];
@@ -394,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward(
     else if (threadIdx.x % 32 == 0 && warp < 3) add(pr, sums, turns, work, warp - 1, sm);
   } else {
     registers_take<240>();
-    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, work, sm);
-    else consume<1>(pr, c, scales, odd, dk, dv, work, sm);
+    if (warpgroup() == 1) consume<0>(pr, c, scales, odd, dk, dv, &dk_map, &dv_map, work, sm);
+    else consume<1>(pr, c, scales, odd, dk, dv, &dk_map, &dv_map, work, sm);
   }
 }

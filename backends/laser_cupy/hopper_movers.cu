@@ -1,6 +1,6 @@
-// Backward on Hopper, what moves data: the record in shared memory, how the work is cut, the thread that brings tiles, and the
-// two that have the copy engine add up dq. What is computed with the tiles is in hopper_backward.cu, which says how it all
-// goes together.
+// Backward on Hopper, what moves data: the record in shared memory, how the work is cut, the thread that brings tiles, the
+// two that have the copy engine add up dq, and how dk and dv leave. What is computed with the tiles is in hopper_backward.cu,
+// which says how it all goes together.
 
 #define QUERIES (DT + ET > 128 ? 64 : 128)
 #define KEYS 128
@@ -60,7 +60,10 @@ __device__ __forceinline__ Place place_of(const Work& w, int index) {
   for (int turn = 0;; turn++) {                                                            \
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);                                  \
     const Place place = sm.drawn[turn % 2];                                                \
-    if (place.kv < 0) return;                                                              \
+    if (place.kv < 0) {                                                                    \
+      if (WAITING) floats_read();                                                          \
+      return;                                                                              \
+    }                                                                                      \
     arrive(&sm.drawn_free[turn % 2]);                                                      \
     const Span span = span_of(pr, head_of(pr, place.kv * pr.group), place.j0);
 
@@ -142,3 +145,54 @@ __device__ __forceinline__ void add(const Problem& pr, float* sums, int* turns, 
     }
   }
 }
+
+// Four lanes have a pair of columns each of four groups of 8: then each has one group.
+__device__ __forceinline__ uint4 one_group(const u32 (&w)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const u32 a = __shfl_xor_sync(FULL_WARP, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(FULL_WARP, odd ? w[2] : w[3], 1);
+  const u32 x[4] = {odd ? a : w[0], odd ? w[1] : a, odd ? b : w[2], odd ? w[3] : b};
+  const u32 c = __shfl_xor_sync(FULL_WARP, high ? x[0] : x[2], 2), d = __shfl_xor_sync(FULL_WARP, high ? x[1] : x[3], 2);
+  return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
+}
+
+#if WAITING
+// puts rows of a gradient, [64, 8N] as results of products have it, times 2^n, into a tile
+template <int N> __device__ __forceinline__ void stage_rows(u8* tile, const float (&d)[N][4], int n) {
+  const int offset = matrices_offset(threadIdx.x % 128 / 32 * 16);
+#pragma unroll
+  for (int m = 0; m < N / 2; m++) {
+    u32 a[4];
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      const float* x = &d[2 * m + w / 2][w % 2 * 2];
+      a[w] = FLOAT16 ? pack(scaled(x[0], n), scaled(x[1], n)) : pack(x[0], x[1]);
+    }
+    store_matrices(tile + m / 4 * BLOCK_BYTES(64) + (offset ^ m % 4 * 32), a);
+  }
+}
+#else  // there are no registers for the other way
+// writes rows of a gradient, [64, 8N] as results of products have it, times 2^n
+template <int N>
+__device__ __forceinline__ void write_rows(u16* to, float (&d)[N][4], int width, int own, int end, int n) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < N; m += 2)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float x[4] = {d[m][2 * h], d[m][2 * h + 1], d[m + 1][2 * h], d[m + 1][2 * h + 1]};
+#if FLOAT16
+#pragma unroll
+      for (int w = 0; w < 4; w++) x[w] = scaled(x[w], n);
+#endif
+      const u32 even = pack(x[0], x[1]), odd = pack(x[2], x[3]);
+      const u32 got = __shfl_xor_sync(FULL_WARP, t % 2 ? even : odd, 1);
+      const int row = own + h * 8, column = (m + t % 2) * 8 + t / 2 * 4;
+      const u32 first = t % 2 ? got : even, second = t % 2 ? odd : got;
+      // as a branch it would keep the exchanges of lanes from running side by side
+      asm volatile("{\n.reg .pred there;\nsetp.ne.b32 there, %0, 0;\n@there st.global.v2.b32 [%1], {%2, %3};\n}\n" ::"r"(
+                       (int)(row < end && column < width)),
+                   "l"(to + (i64)row * width + column), "r"(first), "r"(second)
+                   : "memory");
+    }
+}
+#endif

@@ -2,7 +2,8 @@
 
 #define VECTORS (EP / 8)                // of a row of values, 16 bytes each
 #define ROWS (THREADS / VECTORS)        // of values that a block reads at once
-#define LANES (WIDTH > 64 || EP > 64 ? 16 : 8)  // of a row in hopper_terms
+#define LANES (WIDTH > 64 || EP > 64 ? 16 : 8)  // of a row of queries
+#define HEADROOM 13                     // float16: the greatest possible ds is brought to 2^13 … 2^14
 
 // X [B*Hkv, Lk, EP] with c = 0, and the greatest beta*v and -beta*v of each channel: ranges [B*Hkv, 2, EP], zero before
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_values(
@@ -79,22 +80,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
   }
 }
 
-// bfloat16: what row_terms of backward.cu makes, and the records [heads, tiles][2][tile] of minus l and r that the Hopper
-// kernel reads. LANES lanes for a row.
-extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
-    int* odd, float* l, float* rows, u16* g, int tiles, int tile) {
-  const Problem p = THE_PROBLEM;
-  constexpr int PER_BLOCK = THREADS / LANES;  // rows; it divides a tile
-  const u32 blocks = (u32)(tiles * tile) / PER_BLOCK;
-  const int lane = threadIdx.x % LANES, e = lane * 8, query = (int)(blockIdx.x / blocks);
-  const int i = (int)(blockIdx.x % blocks) * PER_BLOCK + threadIdx.x / LANES;
-  const Head at = head_of(p, query);
-  const i64 row = (i64)query * p.query_length + i;
+// What a lane makes of eight channels of a query, and what all LANES lanes of it know: as row_terms of rows.cu
+// the exponent that brings x to 2^HEADROOM … 2^(HEADROOM + 1)
+__device__ __forceinline__ int exponent_of(float x) {
+  return x >= 1.17549435e-38f ? (int)(float_as_bits(x) >> 23) - 127 - HEADROOM : -126 - HEADROOM;
+}
+__device__ __forceinline__ u32 warp_most(u32 x) {
+  u32 most;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(most) : "r"(x));
+  return most;
+}
+
+struct Row {
+  float g[8];  // G * 2^n; zeros where nothing flows
+  float l, r;
+  float bound;  // float16: of |ds|
+  bool live, odd;  // odd: something is not finite
+};
+__device__ __forceinline__ Row row_of(const Problem& p, const Head& at, int i, int e, const u16* q, const float* o, const u16* d_out,
+                                      const float* lse, const float* d_lse, const int* c, bool outside, int n) {
+  const i64 row = (i64)at.query * p.query_length + i;
   const bool there = i < p.query_length;
-  const bool outside = flags[at.key] & OUTSIDE;
   Eight from = {}, of_q = {};
-  float mean[8] = {}, to[8];
+  float mean[8] = {};
   if (there && e < p.value_dim) {
     from = *(const Eight*)(d_out + row * p.value_dim + e);
     const float4 first = *(const float4*)(o + row * p.value_dim + e), second = *(const float4*)(o + row * p.value_dim + e + 4);
@@ -111,15 +119,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
   // a query that is not finite and sees a key has no log-sum-exp; those without one are few
   if (there && !finite(own_lse) && e < WIDTH) of_q = *(const Eight*)(q + row * WIDTH + e);
   const float inverse = 1.f / p.beta;
-  float sum = 0.f, odd_o = 0.f, odd_q = 0.f;  // NaN where something is not finite
+  Row own;
+  float sum = 0.f, total = 0.f, odd_o = 0.f, odd_q = 0.f;  // NaN where something is not finite
 #pragma unroll
   for (int h = 0; h < 8; h++) {
     const float one = from[h], y = -p.beta * mean[h], whole = rintf(y * LOG2E);
     const float part = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(-p.beta, mean[h], -y);
     // in range in live rows, since o lies between values. The integer is in the last bits of its sum with 1.5 * 2^23
-    const float steps = fminf(127.f, fmaxf(-126.f, whole + (float)shift[h])) + 12582912.f;
-    to[h] = one * (exp2_fast(part * LOG2E) * bits_as_float((float_as_bits(steps) << 23) + 0x3F800000u)) * inverse;
+    const float steps = fminf(127.f, fmaxf(-126.f, whole + (float)(shift[h] + n))) + 12582912.f;
+    own.g[h] = one * (exp2_fast(part * LOG2E) * bits_as_float((float_as_bits(steps) << 23) + 0x3F800000u)) * inverse;
     sum = fmaf(one, inverse, sum);
+    total += fabsf(one);
     odd_o = fmaf(one, 0.f, fmaf(mean[h], 0.f, odd_o));
     odd_q = fmaf(of_q[h], 0.f, odd_q);
   }
@@ -128,22 +138,114 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
 #pragma unroll
   for (int m = 1; m < LANES; m *= 2) {
     sum += __shfl_xor_sync(FULL_WARP, sum, m);
+    if (FLOAT16) total += __shfl_xor_sync(FULL_WARP, total, m);
     seen |= __shfl_xor_sync(FULL_WARP, seen, m);
   }
   const float dl = d_lse && there ? d_lse[row] : 0.f;
-  const bool nothing = own_lse == -INF || (!(seen & 4) && dl == 0.f);
-  const bool broken = (seen & 3) || !finite(own_lse) || !finite(dl), live = !nothing && !broken;
-  const float own_l = nothing ? INF : broken ? NOT_A_NUMBER : own_lse * LOG2E;
+  const bool nothing = own_lse == -INF || (!(seen & 4) && dl == 0.f), broken = (seen & 3) || !finite(own_lse) || !finite(dl);
+  own.live = !nothing && !broken;
+  own.odd = (seen & 1) || (!nothing && broken);
+  own.l = nothing ? INF : broken ? NOT_A_NUMBER : own_lse * LOG2E;
+  own.r = own.live ? dl - sum : 0.f;
+  own.bound = own.live ? fminf(2.f * total * fabsf(inverse) + fabsf(dl), 1e38f) : 0.f;
 #pragma unroll
-  for (int h = 0; h < 8; h++) if (!live || outside) to[h] = 0.f;
-  if (there && e < EP) *(Eight*)(g + row * EP + e) = rounded(to);
-  if (lane) return;
-  float* record = rows + ((i64)query * tiles + i / tile) * 2 * tile + i % tile;
-  record[0] = i < at.q_end ? -own_l : -INF;
-  record[tile] = live ? dl - sum : 0.f;
-  if (!there) return;
-  l[row] = own_l;
-  if ((seen & 1) || (!nothing && broken)) odd[at.key] = ODD;
+  for (int h = 0; h < 8; h++) if (!own.live || outside) own.g[h] = 0.f;
+  return own;
+}
+__device__ __forceinline__ float greatest_of(const Row& own) {
+  float top = 0.f;
+#pragma unroll
+  for (int h = 0; h < 8; h++) top = fmaxf(top, fabsf(own.g[h]));
+  return fminf(top, 1e38f);
+}
+
+// float16: an exponent of G for each key/value head, from some of its queries: with it most heads are in range at once.
+// guesses [B*Hkv]
+#define SAMPLES 64
+#define GUESSED 10  // the greatest G of them is brought to 2^10 … 2^11
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_guess(
+    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    int* guesses) {
+  const Problem p = THE_PROBLEM;
+  __shared__ float room[THREADS];
+  const int kv = blockIdx.x;
+  const i64 rows = (i64)p.group * p.query_length;
+  float top = 0.f;
+#pragma unroll 4
+  for (int n = threadIdx.x / LANES; n < SAMPLES; n += THREADS / LANES) {
+    const i64 row = rows * n / SAMPLES;
+    const Head at = head_of(p, kv * p.group + (int)(row / p.query_length));
+    const int i = (int)(row % p.query_length);
+    top = fmaxf(top, greatest_of(row_of(p, at, i, threadIdx.x % LANES * 8, q, o, d_out, lse, d_lse, c, flags[kv] & OUTSIDE, 0)));
+  }
+  top = block_max(top, room);
+  if (threadIdx.x == 0) guesses[kv] = top >= 1.17549435e-38f ? (int)(float_as_bits(top) >> 23) - 127 - GUESSED : 0;
+}
+
+// What row_terms of rows.cu makes, and the records [heads, tiles][2][tile] of P_SHIFT - l and r that the Hopper kernel reads.
+// LANES lanes for a row. float16: G with the guessed exponent; r has no scale yet; tops [warps][2], the greatest G and bound
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
+    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    int* odd, float* l, float* rows, u16* g, int tiles, int tile, const int* guesses, float* tops) {
+  const Problem p = THE_PROBLEM;
+  constexpr int PER_BLOCK = THREADS / LANES;  // rows; it divides a tile
+  const u32 blocks = (u32)(tiles * tile) / PER_BLOCK;
+  const int lane = threadIdx.x % LANES, e = lane * 8, query = (int)(blockIdx.x / blocks);
+  const int i = (int)(blockIdx.x % blocks) * PER_BLOCK + threadIdx.x / LANES;
+  const Head at = head_of(p, query);
+  const bool there = i < p.query_length;
+  const Row own = row_of(p, at, i, e, q, o, d_out, lse, d_lse, c, flags[at.key] & OUTSIDE, FLOAT16 ? -guesses[at.key] : 0);
+  const i64 row = (i64)query * p.query_length + i;
+  if (there && e < EP) *(Eight*)(g + row * EP + e) = rounded(own.g);
+  if (lane == 0) {
+    float* record = rows + ((i64)query * tiles + i / tile) * 2 * tile + i % tile;
+    record[0] = i < at.q_end ? P_SHIFT - own.l : -INF;
+    record[tile] = own.r;
+    if (there) l[row] = own.l;
+    if (there && own.odd) odd[at.key] = ODD;
+  }
+#if FLOAT16
+  const u32 top = warp_most(float_as_bits(greatest_of(own))), bound = warp_most(float_as_bits(own.bound));
+  if (threadIdx.x % 32 == 0)
+    ((float2*)tops)[(i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32] = make_float2(bits_as_float(top), bits_as_float(bound));
+#endif
+}
+
+// float16: the exponents of G and of ds of each key/value head, scales [B*Hkv, 2]; r with that of ds; and G once more, where the
+// guess was a bad one. `workers` blocks for a head, each of whose query heads has `warps` tops.
+extern "C" __global__ void __launch_bounds__(THREADS) hopper_scales(
+    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    const int* guesses, const float* tops, int* scales, float* rows, u16* g, int tiles, int tile, int warps, int workers) {
+  const Problem p = THE_PROBLEM;
+  __shared__ float room[THREADS];
+  const int kv = blockIdx.x / workers, worker = blockIdx.x % workers, count = p.group * warps;
+  float top = 0.f, bound = 0.f;
+#pragma unroll 4
+  for (int n = threadIdx.x; n < count; n += THREADS) {
+    const float2 own = *(const float2*)(tops + 2 * ((i64)kv * count + n));
+    top = fmaxf(top, own.x);
+    bound = fmaxf(bound, own.y);
+  }
+  top = block_max(top, room);  // of G with the guess
+  bound = block_max(bound, room);
+  const bool good = top == 0.f || (top >= 64.f && top < 65504.f);
+  const int guess = guesses[kv], of_g = good ? guess : guess + exponent_of(top), of_ds = exponent_of(bound);
+  if (worker == 0 && threadIdx.x == 0) { scales[2 * kv] = of_g; scales[2 * kv + 1] = of_ds; }
+  float* records = rows + (i64)kv * p.group * tiles * 2 * tile;
+  for (int n = worker * THREADS + threadIdx.x; n < p.group * tiles * tile; n += workers * THREADS) {
+    float* r = records + (i64)(n / tile) * 2 * tile + tile + n % tile;
+    *r = scaled(*r, -P_SHIFT - of_ds);
+  }
+  if (good) return;
+  const int e = threadIdx.x % LANES * 8;
+  for (int member = 0; member < p.group; member++) {
+    const Head at = head_of(p, kv * p.group + member);
+    for (int start = worker * (THREADS / LANES); start < p.query_length; start += workers * (THREADS / LANES)) {
+      const int i = start + threadIdx.x / LANES;
+      const Row own = row_of(p, at, i, e, q, o, d_out, lse, d_lse, c, flags[kv] & OUTSIDE, -of_g);
+      if (i < p.query_length && e < EP) *(Eight*)(g + ((i64)at.query * p.query_length + i) * EP + e) = rounded(own.g);
+    }
+  }
 }
 
 // NaN for keys that are not finite, otherwise 0, of heads outside the fast range: what the exact kernels read

@@ -1,19 +1,4 @@
-// What comes before and after the Hopper backward kernel: the terms of queries in the order in which it reads them, and dq
-// from sums in the order in which it writes them.
-
-// Rows as the kernel below takes them: minus l and r of each tile of queries. rows [heads, tiles][2][QUERIES]
-extern "C" __global__ void __launch_bounds__(THREADS) hopper_rows(
-    PROBLEM, const float* l, const float* r, const int* scales, float* rows, int tiles) {
-  const Problem pr = THE_PROBLEM;
-  const Head at = head_of(pr, blockIdx.x / tiles);
-  const int i = blockIdx.x % tiles * QUERIES + threadIdx.x % QUERIES;
-  const i64 row = (i64)at.query * pr.query_length + i;
-  float* to = rows + (i64)blockIdx.x * 2 * QUERIES;
-  const int n = threadIdx.x % QUERIES;
-  if (threadIdx.x < QUERIES) to[n] = i < at.q_end ? P_SHIFT - l[row] : -INF;
-  if (THREADS == QUERIES || threadIdx.x >= QUERIES)
-    to[QUERIES + n] = i < at.q_end ? scaled(r[row], FLOAT16 ? -P_SHIFT - scales[2 * at.key + 1] : 0) : 0.f;
-}
+// What comes after the Hopper backward kernel: dq from its sums, which are in the order in which that adds to them.
 
 // dq from its sums: a block for 64 queries. The last ones first, which the backward kernel has left in the L2 cache.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_queries(
