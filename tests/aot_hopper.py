@@ -42,7 +42,9 @@ def backward(form: dict[str, Any]) -> Any:
         wide = name in ("rows_desc", "sums_desc")
         layout = hopper_gradient.lies(block, swizzled, 4 if wide else 2)
         types[name] = f"tensordesc<{'fp32' if wide else dtype}{block},{layout!r}>"
-    constants = hopper_gradient.constants(hopper_gradient.TILES, form["causal"], dtype == "fp16")
+    shape = (4, 16, 4096, width)
+    cut = hopper_gradient.tiles(shape, shape, form["causal"])
+    constants = hopper_gradient.constants(cut, form["causal"], dtype == "fp16")
     return _compile(hopper_backward.backward_kernel, types, constants)
 
 

@@ -23,7 +23,7 @@ JUDGED = (  # cases of the conformance suite: quick ones, since every tile is in
 )
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may have
 STACK = 1300  # bytes a thread; all of it is spilled registers
-PRODUCTS = {"forward", "exact", "backward_keys", "backward_queries", "exact_queries", "exact_keys"}
+PRODUCTS = {"forward", "exact", "backward_keys", "backward_queries", "exact_gradients"}
 
 
 def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:

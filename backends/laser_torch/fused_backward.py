@@ -209,8 +209,7 @@ def _exact_backward(call: Call, values: Values, side: Cotangents, dq: Tensor, dk
         call.q, call.k, call.v, side.o, side.rest, side.do, side.dl, side.l2, values.flags, call.mask, call.bias,
         call.query_lengths, call.key_lengths,
     )  # fmt: skip
-    call.plan.prepared(_exact_queries_launch, side.lies)(*arrays, dq)
-    call.plan.prepared(_exact_keys_launch, side.lies)(*arrays, dk, dv)
+    call.plan.prepared(_exact_launch, side.lies)(*arrays, dq, dk, dv)
 
 
 def _exact_scalars(plan: Plan, lies: tuple[Any, ...], *more: int) -> tuple[Any, ...]:
@@ -225,18 +224,14 @@ def _exact_constants(plan: Plan, lies: tuple[Any, ...]) -> dict[str, Any]:
     return options | more | {"num_warps": 4, "num_stages": 1}
 
 
-def _exact_queries_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
-    p, heads = plan.problem, plan.batch * plan.problem.query_heads
-    count = workers(heads, cdiv(p.query_length, 16))
-    scalars = _exact_scalars(plan, lies, count)
-    return Launch(triton_exact.exact_queries, heads * count, scalars, **_exact_constants(plan, lies))
-
-
-def _exact_keys_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
-    p, heads = plan.problem, plan.batch * plan.problem.key_value_heads
-    count = workers(heads, cdiv(p.key_length, 16) * (cdiv(p.value_dim, 16) + 1))
-    scalars = _exact_scalars(plan, lies, count)
-    return Launch(triton_exact.exact_keys, heads * count, scalars, **_exact_constants(plan, lies))
+def _exact_launch(plan: Plan, lies: tuple[Any, ...]) -> Launch:
+    p, programs, shares = plan.problem, [], []
+    parts = cdiv(p.value_dim, 16) + 1
+    for heads, work in (p.query_heads, cdiv(p.query_length, 16)), (p.key_value_heads, cdiv(p.key_length, 16) * parts):
+        shares.append(workers(plan.batch * heads, work))
+        programs.append(plan.batch * heads * shares[-1])
+    scalars = _exact_scalars(plan, lies, programs[0], *shares)
+    return Launch(triton_exact.exact_gradients, sum(programs), scalars, **_exact_constants(plan, lies))
 
 
 def _bias_gradient(call: Call, values: Values, side: Cotangents, bias: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 from . import launch
 from .hopper import L2_BYTES, ROWS
 
+Shape = Sequence[int]
+ROOM = 32 << 20  # bytes that the sums of dq may take, however small a problem is
+
 
 class Tiles(NamedTuple):
     """How a problem is cut: ``stages`` tiles of queries in flight."""
@@ -19,10 +22,31 @@ class Tiles(NamedTuple):
     stages: int
     early: bool  # whether dv's product starts before ds is worked out
     registers: int
+    chains: int  # in which the parts of dq are added, each in its order
+    heads: int  # that are worked on by turns
+    places: int  # of heads among the sums of dq, which are used again
 
 
 HEADS = (6, 8)  # at least so many are worked on by turns, causal: key tiles of one follow one another at a distance
-TILES = Tiles(2, False, 240)  # see docs/hopper-log.md for what that rests on
+PIECES = 96  # of work of the heads in turn, where they are not causal: more is no better
+
+
+def tiles(q: Shape, k: Shape, causal: bool) -> Tiles:
+    """The tiles for (B, Hq, Lq, D) and (B, Hk, Lk, D): see docs/hopper-log.md for what they rest on."""
+    (batch, heads_q, len_q, width), (_, heads_k, len_k, _) = q, k
+    count, k_tiles = batch * heads_k, -(-len_k // (2 * ROWS))
+    size = 4 * -(-len_q // queries(width)) * queries(width) * width * (heads_q // heads_k)  # of the sums of a head
+    share = L2_BYTES
+    if causal and k_tiles >= 16:  # not all rows of a head are in use at a time
+        share = L2_BYTES * 4 // 3
+    heads = max(HEADS[causal], share // (2 * size))
+    if not causal:
+        heads = min(heads, max(2 * HEADS[causal], PIECES // k_tiles))
+    # softmax attention holds sums of the size of two arrays of queries, and no rest of o: so here there is room for one
+    room = max(ROOM, count * size // 2) * 15 // 16
+    chains = 2 if causal and width == 128 and k_tiles >= 32 and room >= 2 * HEADS[causal] * size else 1
+    places = max(1, min(count, room // (chains * size), 2 * heads))
+    return Tiles(2, False, 240, chains, min(heads, places), places)
 
 
 def queries(width: int) -> int:
@@ -38,6 +62,7 @@ def constants(cut: Tiles, causal: bool, half: bool) -> dict[str, Any]:
         "SHIFT": 15 if half else 0,  # float16 needs its whole range of exponents for the weights
         "EARLY": cut.early,
         "REGISTERS": cut.registers,
+        "CHAINS": cut.chains,
     }
 
 
@@ -81,12 +106,9 @@ class Prepared(NamedTuple):
     turns: int  # how many counters
 
 
-Shape = Sequence[int]
-
-
 def prepare(
     q: Shape, k: Shape, dtype: torch.dtype, device: torch.device,
-    beta: float, scale: float, causal_offset: int | None, cut: Tiles = TILES,
+    beta: float, scale: float, causal_offset: int | None, cut: Tiles | None = None,
 ) -> Prepared:  # fmt: skip
     """What :func:`backward` needs, for one form of call.
 
@@ -98,28 +120,24 @@ def prepare(
         beta: The inverse temperature, not 0.
         scale: Of the scores, > 0.
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
-        cut: The tiles.
+        cut: The tiles; None: :func:`tiles`.
     """
     from . import hopper_backward
 
     (batch, heads, len_q, width), (_, heads_k, len_k, _) = q, k
     causal, offset, half = causal_offset is not None, causal_offset or 0, dtype == torch.float16
     q_tiles, k_tiles, group = -(-len_q // queries(width)), -(-len_k // (2 * ROWS)), heads // heads_k
-    share = L2_BYTES
-    if causal and k_tiles >= 16:  # not all rows of a head are in use at a time
-        share = L2_BYTES * 4 // 3
-    span = max(HEADS[causal], share // (8 * q_tiles * queries(width) * width * group))
-    slots = min(2 * span, batch * heads_k)
+    cut = cut or tiles(q, k, causal)
     scale2, unit = scale * math.log2(math.e), 2.0 ** -(15 if half else 0) / beta
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     main = launch.Launch(
         hopper_backward.backward_kernel, min(batch * heads_k * k_tiles, processors),
         (len_k, offset, scale, scale2, unit, beta * math.log2(math.e), heads_k, batch * heads_k, group,
-         q_tiles, k_tiles, min(span, batch * heads_k), slots),
+         q_tiles, k_tiles, cut.heads, cut.places),
         **constants(cut, causal, half), num_warps=4,
     )  # fmt: skip
-    sums = 2 * slots * group * q_tiles * 2 * ROWS
-    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], sums, 1 + 2 * batch * heads * q_tiles)
+    sums = cut.chains * cut.places * group * q_tiles * 2 * ROWS
+    return Prepared(main, [_tiles(*b) for b in blocks(width).values()], sums, 1 + cut.chains * batch * heads * q_tiles)
 
 
 def backward(

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 KEYS = gl.constexpr(128)  # of a program
 ODD = gl.constexpr(1 << 30)  # is added to the number of a key tile, which is less
-CHAINS = gl.constexpr(2)  # in which the parts of dq are added, each in its order
 ADDERS = gl.constexpr(2)  # one for each tile of dq that is on its way
 
 
@@ -90,11 +89,11 @@ def _parts(i, k_tiles, offset, CAUSAL: gl.constexpr, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def _before(kv, flags_ptr, slots):
+def _before(kv, flags_ptr, places):
     """The head that has had a head's place among the sums; negative: none."""
-    before = kv - slots
+    before = kv - places
     while gl.load(flags_ptr + before, mask=before >= 0, other=0) % 2 == 1:
-        before -= slots
+        before -= places
     return before
 
 
@@ -206,8 +205,8 @@ def _slot(dq_s, w: gl.constexpr, WHICH: gl.constexpr, descriptor):
 @gluon.jit
 def adder(
     sums_desc, dq_desc, dk_desc, dv_desc, dq_s, place_s, bars, fetched, turns_ptr, flags_ptr,
-    offset, heads_k, group, q_tiles, k_tiles, slots,
-    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr,
+    offset, heads_k, group, q_tiles, k_tiles, places,
+    WHICH: gl.constexpr, QUERIES: gl.constexpr, CAUSAL: gl.constexpr, CHAINS: gl.constexpr,
 ):  # fmt: skip
     """Adds what the warpgroups hand over to dq in global memory, when it is the turn of this key tile; then dv and dk.
 
@@ -226,7 +225,7 @@ def adder(
         opened = stay_open(k_tile, k_tiles, q_tiles, offset, CAUSAL, QUERIES)
         before = kv
         if k_tile < CHAINS:
-            before = _before(kv, flags_ptr, slots)
+            before = _before(kv, flags_ptr, places)
         chain = k_tile % CHAINS
         for member in range(group):
             for t in range(q_tiles - first):
@@ -234,8 +233,8 @@ def adder(
                 at = it + gl.where((member + 1 == group) & (t + 1 == q_tiles - first), 1, 0)
                 if at % ADDERS == WHICH:
                     i = q_tiles - 1 - t
-                    row = ((chain * slots + kv % slots) * group + member) * q_tiles * (2 * ROWS) + i * (2 * ROWS)
-                    other = row + (1 - 2 * chain) * slots * group * q_tiles * (2 * ROWS)
+                    row = ((chain * places + kv % places) * group + member) * q_tiles * (2 * ROWS) + i * (2 * ROWS)
+                    other = row + (1 - 2 * chain) * places * group * q_tiles * (2 * ROWS)
                     counters = turns_ptr + 1 + ((kv * group + member) * q_tiles + i) * CHAINS
                     brings = (t >= opened) & (k_tile > 0)
                     if not brings:
@@ -247,9 +246,12 @@ def adder(
                         theirs = turns_ptr + 1 + ((before * group + member) * q_tiles + i) * CHAINS
                         _await(theirs + last % CHAINS, last // CHAINS + 1)
                     if brings:
-                        _await(counters + (1 - chain), (k_tile + 1) // CHAINS)
+                        if CHAINS == 2:
+                            _await(counters + (1 - chain), (k_tile + 1) // CHAINS)
                         _visible()
-                        if k_tile >= CHAINS:
+                        if CHAINS == 1:
+                            other = row
+                        elif k_tile >= CHAINS:
                             mbarrier.expect(fetched.index(WHICH), 2 * sums_desc.block_type.nbytes)
                             for w in gl.static_range(2):
                                 tma.async_copy_global_to_shared(

@@ -80,19 +80,20 @@ def _score_cotangents(
     return ds
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def exact_queries(
+@triton.jit
+def _exact_queries(
     Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
+    program, workers,
+    heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq. Grid: B·Hq · workers."""
-    head = tl.program_id(0) // workers
+    """dq; B·Hq · workers programs."""
+    head = program // workers
     if tl.load(Flags + head // group) % 2 == 0:
         return
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
@@ -112,7 +113,7 @@ def exact_queries(
     K += b_k * k_b + h_kv * k_h
     V += b_k * v_b + h_kv * v_h
     do_at = b_q * do_b + h * do_h
-    for work in range(tl.program_id(0) % workers, tl.cdiv(query_length, BM), workers):
+    for work in range(program % workers, tl.cdiv(query_length, BM), workers):
         m0 = work * BM
         i = m0 + m_
         q = load_rows(Q + b_q * q_b + h * q_h, m0, q_n, m_[:, None], d[None, :], q_end, D, True, D != DP)
@@ -134,19 +135,20 @@ def exact_queries(
             mask=(i < query_length)[:, None] & (d < D)[None, :])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def exact_keys(
+@triton.jit
+def _exact_keys(
     Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
     m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
-    workers, heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
+    program, workers,
+    heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
     D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
     QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, and dv of a few channels at a time. Grid: B·Hkv · workers."""
-    kv = tl.program_id(0) // workers
+    """dk, and dv of a few channels at a time; B·Hkv · workers programs."""
+    kv = program // workers
     if tl.load(Flags + kv) % 2 == 0:
         return
     heads_kv = heads // group
@@ -164,7 +166,7 @@ def exact_keys(
         high += k_end - q_end
     V += b_k * v_b + h_kv * v_h
     parts: tl.constexpr = (E + BE - 1) // BE + 1  # the last part is dk
-    for work in range(tl.program_id(0) % workers, tl.cdiv(key_length, BN) * parts, workers):
+    for work in range(program % workers, tl.cdiv(key_length, BN) * parts, workers):
         n0 = work // parts * BN
         part = work % parts
         e = part * BE + tl.arange(0, BE)
@@ -204,6 +206,35 @@ def exact_keys(
         else:
             tl.store(DV + dv_at + j.to(tl.int64)[:, None] * dv_n + e[None, :], dv.to(DV.dtype.element_ty),
                 mask=(j < key_length)[:, None] & (e < E)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def exact_gradients(
+    Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ, DK, DV,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
+    m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j,
+    count, q_workers, k_workers,
+    heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
+    D: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    BAND_LOW: tl.constexpr, BAND_HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    QUERY_LENGTHS: tl.constexpr, KEY_LENGTHS: tl.constexpr, WITH_DL: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv. Grid: the ``count`` programs of queries, and those of keys."""
+    if tl.program_id(0) < count:
+        _exact_queries(Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DQ,
+            q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, tl.program_id(0), q_workers,
+            heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
+            D, E, DP, BM, BN, BE, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, QUERY_LENGTHS, KEY_LENGTHS, WITH_DL, REST,
+            PRECISION)  # fmt: skip
+    else:
+        _exact_keys(Q, K, V, O, Rest, DO, DL, L2, Flags, Mask, Bias, QueryLengths, KeyLengths, DK, DV,
+            q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dl_b, dl_h, dl_n,
+            m_b, m_h, m_i, m_j, b_b, b_h, b_i, b_j, tl.program_id(0) - count, k_workers,
+            heads, group, query_length, key_length, low, high, scale, cap, y_scale, inverse_beta, padded_length,
+            D, E, DP, BM, BN, BE, BAND_LOW, BAND_HIGH, MASK, BIAS, CAP, QUERY_LENGTHS, KEY_LENGTHS, WITH_DL, REST,
+            PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

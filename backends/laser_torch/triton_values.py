@@ -16,8 +16,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # Sizes for which no kernel of their own is compiled
 UNSPECIALIZED = (
-    "workers all_heads heads group query_length key_length low high blocks span few_end total count own_heads "
-    "sum_batch sum_heads dl_b dl_h dl_n m_b m_h m_i b_b b_h b_i"
+    "workers q_workers k_workers all_heads heads group query_length key_length low high blocks span few_end total "
+    "count own_heads sum_batch sum_heads dl_b dl_h dl_n m_b m_h m_i b_b b_h b_i"
 ).split()
 
 
