@@ -137,9 +137,9 @@ def _tiles(rows: int, width: int, dtype: torch.dtype) -> launch.Tiles:
     return launch.Tiles(lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies))
 
 
-def worthwhile(count: int, work: int, causal: bool, processors: int) -> bool:
-    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head, were they full."""
-    return count >= 2 * processors and work >= (16 if causal else 8)
+def worthwhile(count: int, work: int, processors: int) -> bool:
+    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head."""
+    return count >= 2 * processors and work >= 16
 
 
 class Prepared(NamedTuple):
@@ -189,7 +189,7 @@ def prepare(
     group = heads // k[1]
     group_x = heads // heads_x
     work = q_tiles * group_x
-    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, causal, processors):
+    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, processors):
         values = None  # three consumers have no registers to spare
     if values is not None:  # programs come to the products at different times
         cut = cut._replace(schedule="dynamic")
