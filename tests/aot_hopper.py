@@ -61,12 +61,12 @@ def forward(form: dict[str, Any]) -> Any:
     constants = hopper.constants(cut, causal, half, keeps, values) | form.get("constants", {})
     types = {"lse_ptr": "*fp32", "scale2": "fp32", "o_scale": "fp32", "y_scale": "fp32"}
     types |= dict.fromkeys(("c_ptr", "counter_ptr", "flags_ptr", "partial_ptr"), "*i32")
-    types |= dict.fromkeys(("v_ptr", "x_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("q_ptr", "v_ptr", "x_ptr"), f"*{dtype}")
     types |= {name: _descriptor(dtype, hopper.ROWS, width) for name in ("q_desc", "o_desc", "rest_desc")}
     if keeps:
         types["rest_desc"] = _descriptor("i16", hopper.ROWS, width)
     types |= {name: _descriptor(dtype, cut.block_k, width) for name in ("k_desc", "x_desc")}
-    pointers = ("lse_ptr", "c_ptr", "counter_ptr", "v_ptr", "x_ptr", "flags_ptr", "partial_ptr")
+    pointers = ("lse_ptr", "c_ptr", "counter_ptr", "q_ptr", "v_ptr", "x_ptr", "flags_ptr", "partial_ptr")
     return _compile(hopper_forward.forward_kernel, types, constants, pointers)
 
 

@@ -108,8 +108,9 @@ def _hopper(plan: Plan, tile: tuple[Any, ...] | None, narrow: bool) -> hopper.Pr
         b, h, n = plan.strides("v")
         values = hopper.Values((b, h, n), plan.y_scale, plan.sums, of_range)
     return hopper.prepare(
-        q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p), cut, values
-    )
+        q, k, k[1], plan.dtype, plan.device, p.beta or 0.0, p.scale, offset, keeps_rest(p), plan.strides("q"), cut,
+        values,
+    )  # fmt: skip
 
 
 def _unwritten(call: Call) -> Values:

@@ -41,7 +41,7 @@ def tiles(width: int, causal: bool) -> Tiles:
     """The tile sizes for head dimension ``width``: see docs/hopper-log.md for what they rest on."""
     if width == 64 and not causal:
         return Tiles(128, 3, 4, 160, True, "static")
-    return Tiles(128, 2, 4 if width == 64 else 2, 240, False, "dynamic" if causal else "static")
+    return Tiles(128, 2, 4 if width == 64 else 2, 232, False, "dynamic" if causal else "static")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -137,9 +137,9 @@ def _tiles(rows: int, width: int, dtype: torch.dtype) -> launch.Tiles:
     return launch.Tiles(lambda x: TensorDescriptor(x, list(x.shape), launch.strides_of(x), block, lies))
 
 
-def worthwhile(count: int, work: int, causal: bool, processors: int) -> bool:
-    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head, were they full."""
-    return count >= 2 * processors and work >= (16 if causal else 8)
+def worthwhile(count: int, work: int, processors: int) -> bool:
+    """Whether there is enough to do beside the value pass: pieces of work, and of them in a head."""
+    return count >= 2 * processors and work >= 16
 
 
 class Prepared(NamedTuple):
@@ -159,7 +159,8 @@ Shape = Sequence[int]
 
 def prepare(
     q: Shape, k: Shape, heads_x: int, dtype: torch.dtype, device: torch.device, beta: float, scale: float,
-    causal_offset: int | None, keeps: bool, cut: Tiles | None = None, values: Values | None = None,
+    causal_offset: int | None, keeps: bool, strides: Sequence[int], cut: Tiles | None = None,
+    values: Values | None = None,
 ) -> Prepared:  # fmt: skip
     """What :func:`forward` needs, for one form of call.
 
@@ -173,6 +174,7 @@ def prepare(
         scale: Of the scores, > 0.
         causal_offset: Query i sees the keys ≤ i + offset; None: all.
         keeps: Whether the rest of o is asked for: what its dtype has no room for, as ``fused.split`` defines it.
+        strides: (3,), of the queries, without that of adjacent columns.
         cut: The tiles; None: :func:`tiles`.
         values: The value pass, where the kernel may do it: it does where there is enough to do beside it.
     """
@@ -187,7 +189,7 @@ def prepare(
     group = heads // k[1]
     group_x = heads // heads_x
     work = q_tiles * group_x
-    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, causal, processors):
+    if cut.schedule == "grid" or cut.consumers > 2 or not worthwhile(count, work, processors):
         values = None  # three consumers have no registers to spare
     if values is not None:  # programs come to the products at different times
         cut = cut._replace(schedule="dynamic")
@@ -199,12 +201,12 @@ def prepare(
     blocks = -(-k[2] // chunk)
     chunks = 0 if values is None else batch * heads_x * blocks
     makers = max(1, min(processors // 4, processors * MAKERS * (2 if causal else 1) // work))
-    strides, y_scale = ((0, 0, 0), 0.0) if values is None else (values.strides, values.y_scale)
+    of_v, y_scale = ((0, 0, 0), 0.0) if values is None else (values.strides, values.y_scale)
     made = launch.Launch(
         hopper_forward.forward_kernel, count if cut.schedule == "grid" else min(count, processors),
         (len_q, k[2], causal_offset or 0, scale * math.log2(math.e), math.log(2) / beta, heads, heads_x, group,
-         group_x, q_tiles, count, lead * group_x, span * group_x,
-         *(stride // 8 for stride in strides), blocks, chunk, ahead, chunks, y_scale, makers, SEVERAL),
+         group_x, q_tiles, count, lead, span, *(n // 8 for n in (*strides, *of_v)), blocks, chunk, ahead, chunks,
+         y_scale, makers, SEVERAL),
         **constants(cut, causal, dtype == torch.float16, keeps, values), num_warps=4,
     )  # fmt: skip
     few, many = (functools.partial(_tiles, rows, width) for rows in (ROWS, cut.block_k))
@@ -240,5 +242,6 @@ def forward(
     partial = flags
     if made.chunks:
         partial = torch.empty((2 * made.chunks, q.shape[-1]), dtype=torch.int32, device=q.device)
-    made.launch(made.q.of(q), made.k.of(k), made.x.of(x), to, to_rest, lse, c, counter, v, x, flags, partial)
+    to_x = made.x.of(x.view(1, -1, *x.shape[-2:]))
+    made.launch(made.q.of(q), made.k.of(k), to_x, to, to_rest, lse, c, counter, q, v, x, flags, partial)
     return out, lse, rest

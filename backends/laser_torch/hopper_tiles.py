@@ -141,7 +141,9 @@ def _log2(a):
 def _log2_parts(a):
     """log2 of a normal number > 0 as an integer and the rest: a power of two changes only the integer."""
     bits = a.to(gl.int32, bitcast=True)
-    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(gl.float32, bitcast=True)
+    mantissa = gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, 0x007FFFFF, $2, 0xEA;", "=f,r,r", [bits, gl.full_like(bits, 0x3F800000)], gl.float32, True, 1
+    )  # what is below the exponent, and that of 1
     return (bits >> 23) - 127, _log2(mantissa)
 
 
@@ -193,9 +195,9 @@ def write(o, l, c, o_scale, o_desc, rest_desc, o_s, rest_s, batch, head, first, 
     scale = gl.where(l > 0, o_scale, 0.0)
     of_rows: gl.constexpr = gl.SliceLayout(1, o.type.layout)
     l_whole = gl.expand_dims(gl.convert_layout(l_whole, of_rows), 1)
-    l_part = gl.expand_dims(gl.convert_layout(l_part, of_rows), 1)
-    scale = gl.expand_dims(gl.convert_layout(scale, of_rows), 1)
-    o = ((whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32) + (part - l_part)) * scale
+    l_part = gl.expand_dims(gl.convert_layout(l_part * scale, of_rows), 1)
+    scale = gl.expand_dims(gl.convert_layout(scale, of_rows), 1) + gl.zeros_like(o)
+    o = gl.fma((whole - l_whole + gl.expand_dims(c, 0)).to(gl.float32), scale, gl.fma(part, scale, -l_part))
     rounded, rest = _split(o, o_s.dtype)
     flat: gl.constexpr = gl.NVMMASharedLayout(o_s.layout.swizzle_byte_width, 16, 2)
     tma.store_wait(0)  # of the tile before

@@ -33,9 +33,9 @@ BUSY = 3_000_000  # cycles in which the host can launch
 Tile = tuple[Any, ...]
 HOPPER: dict[int, tuple[Tile, ...]] = {
     64: tuple(
-        (128, n, 4, r, o, s) for n, r in ((2, 240), (3, 160)) for o in (False, True) for s in ("static", "dynamic")
+        (128, n, 4, r, o, s) for n, r in ((2, 232), (3, 160)) for o in (False, True) for s in ("static", "dynamic")
     ),
-    128: tuple((128, 2, 2, 240, o, s) for o in (False, True) for s in ("static", "dynamic")),
+    128: tuple((128, 2, 2, 232, o, s) for o in (False, True) for s in ("static", "dynamic")),
 }
 FORWARD: dict[int, tuple[Tile, ...]] = {
     64: ((64, 64, 4, 3, True), (128, 64, 4, 3, True), (128, 128, 8, 2, True)),
