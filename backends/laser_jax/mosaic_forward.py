@@ -23,12 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic_finish import store
+from .mosaic_finish import of_channels, store
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
 ROWS = 64  # of a consumer
+SPAN = 4  # tiles that a block takes of heads that are worked on together
 REGISTERS = {2: (24, 240), 3: (32, 160)}  # of the producer's threads and the consumers', by the number of these
 _LOG2E = math.log2(math.e)
 
@@ -115,7 +116,7 @@ def forward(
     kernel = plgpu.kernel(
         block,
         out_type=[out, lse, odd, *([jax.ShapeDtypeStruct(out.shape, jnp.int8)] * form.keeps)],
-        grid=(min(form.processors, work.number),),
+        grid=(work.blocks,),
         grid_names=("block",),
         num_threads=form.cut.consumers + 1,
         thread_name="wg",
@@ -169,32 +170,43 @@ class _Work(NamedTuple):
     q_tiles: int
 
     @property
-    def number(self) -> int:
-        """Of tiles."""
-        return self.everything * self.q_tiles
+    def blocks(self) -> int:
+        """Of the grid."""
+        return min(self.form.processors, self.everything * self.q_tiles)
 
     @property
-    def pair(self) -> int:
-        """Tiles that a block takes at a time: where their work differs, a heavy and a light one."""
-        return 1 if self.form.offset is None else 2
+    def section(self) -> int:
+        """Heads that are worked on together: few enough for the L2 cache."""
+        return min(self.everything, max(1, SPAN * self.blocks // self.q_tiles))
+
+    def _rounds(self, tiles: int) -> Array:
+        """How many of so many tiles are this block's, in rounds from the first block to the last and back."""
+        own, rounds = lax.axis_index("block"), tiles // self.blocks
+        place = self.blocks - 1 - own if rounds % 2 else own
+        return rounds + (place < tiles % self.blocks).astype(jnp.int32)
 
     def turns(self) -> Array:
         """How many tiles this block works on."""
-        blocks, own = lax.axis_size("block"), lax.axis_index("block")
-        pairs = lax.div(pl.cdiv(self.number, self.pair) - own + (blocks - 1), blocks)
-        last = (own + blocks * (pairs - 1)) * self.pair
-        return pairs * self.pair - jnp.where(last + self.pair > self.number, 1, 0)
+        if self.form.offset is None:
+            return lax.div(self.everything * self.q_tiles - lax.axis_index("block") + (self.blocks - 1), self.blocks)
+        sections, last = divmod(self.everything, self.section)
+        return sections * self._rounds(self.section * self.q_tiles) + self._rounds(last * self.q_tiles)
 
     def place(self, turn: Array) -> _Place:
-        """The tile of a turn; heads whose keys are in the L2 cache come together."""
-        form = self.form
-        pair = lax.axis_index("block") + lax.axis_size("block") * lax.div(turn, self.pair)
-        index = pair * self.pair + lax.rem(turn, self.pair)
-        head, within = lax.div(index, self.q_tiles), lax.rem(index, self.q_tiles)
-        tile = within
-        if form.offset is not None:
-            half = lax.div(within, 2)
-            tile = jnp.where(lax.rem(within, 2) == 0, self.q_tiles - 1 - half, half)
+        """The tile of a turn: those that see many keys first, among heads whose keys are in the L2 cache."""
+        form, own = self.form, lax.axis_index("block")
+        if form.offset is None:
+            index = own + self.blocks * turn
+            head, tile = lax.div(index, self.q_tiles), lax.rem(index, self.q_tiles)
+        else:
+            rounds = jnp.maximum(self._rounds(self.section * self.q_tiles), 1)
+            sections, last = divmod(self.everything, self.section)
+            section = jnp.minimum(lax.div(turn, rounds), sections)
+            turn = turn - section * rounds
+            index = turn * self.blocks + jnp.where(lax.rem(turn, 2) == 0, own, self.blocks - 1 - own)
+            heads = jnp.where(section < sections, self.section, last) if last else jnp.int32(self.section)
+            head = section * self.section + lax.rem(index, heads)
+            tile = self.q_tiles - 1 - lax.div(index, heads)
         first = tile * (form.cut.consumers * ROWS)
         block = form.cut.block_k
         total, full = jnp.int32(pl.cdiv(form.key_length, block)), jnp.int32(form.key_length // block)
@@ -377,16 +389,19 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     last = lax.rem(used + place.total - 1, stages)
 
-    def finish(o_acc: Ref) -> Array:
+    def finish(o_acc: Ref) -> tuple[Array, list[Array]]:
         plgpu.barrier_wait(bars.x_full.at[last])
         if not form.interpreted:
             o_acc[...] = state.o
-        return _start_values(form, o_acc, state, tiles.p, tiles.x.at[last])(o_acc[...])
+        add = _start_values(form, o_acc, state, tiles.p, tiles.x.at[last])
+        asked = known[1:] if form.offset is None else known[1:2]
+        ends = [of_channels(ref, place, (ROWS, width)) for ref in asked]  # meanwhile
+        return add(o_acc[...]), ends
 
-    attended = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
+    attended, ends = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
     plgpu.barrier_arrive(bars.x_free.at[last])
     o_ref, l_ref, odd_ref, *rest_ref = results
-    store(form, place, first, state._replace(o=attended), tiles, known, [o_ref, l_ref, *rest_ref])
+    store(form, place, first, state._replace(o=attended), tiles, known, ends, [o_ref, l_ref, *rest_ref])
 
     @pl.when(place.asks)
     def _() -> None:

@@ -153,6 +153,10 @@ def rest_tile(rows: int, width: int) -> Any:
 
 def split(o: Array, dtype: Any) -> tuple[Array, Array]:
     """A float32 tile rounded to a dtype, and what that took from it: integers of 8 bits, 1/256 of the last place."""
+    if dtype == jnp.bfloat16:  # rounded to 16 bits of its own first, and then in the middle, upwards: bytes of the bits
+        bits = jnp.minimum(_bits(o), _NAN) + 0x80
+        rounded = lax.shift_right_logical(bits + 0x8000, 16).astype(jnp.int16)
+        return lax.bitcast_convert_type(rounded, jnp.bfloat16), lax.shift_right_logical(bits, 8)
     rounded = o.astype(dtype)
     rest = _bits(o) - _bits(rounded.astype(jnp.float32))
     places = _LOST[jnp.dtype(dtype).name] - 8
@@ -167,6 +171,7 @@ def joined(rounded: Array, rest: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+_NAN = 0x7FC00000  # as an integer no less than any other float32 that is not negative
 _LOST = {"bfloat16": 16, "float16": 13}  # bits of float32
 
 
