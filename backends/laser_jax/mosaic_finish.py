@@ -37,7 +37,7 @@ def _log_parts(a: Array) -> tuple[Array, Array]:
     return lax.bitcast_convert_type(whole, jnp.float32), lax.log2(mantissa)
 
 
-def of_channels(ref: Ref, place: _Place, shape: tuple[int, ...], *at: Array) -> Array:
+def of_channels(ref: Ref, place: _Place, shape: tuple[int, ...], *at: Array | int) -> Array:
     """What is known of the channels of a tile's head, in all rows of a tile."""
     place_of = ref.at[place.batch, place.kv_head, *at]
     loaded = plgpu.load(place_of, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
@@ -48,7 +48,7 @@ def store(
     form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles, known: list[Ref], ends: list[Array],
     results: list[Ref],
 ) -> None:  # fmt: skip
-    """The end of a tile of queries: the logarithms, and out. ``ends``: c, low and high in all rows, where asked for."""
+    """The end of a tile of queries: the logarithms, and out. ``ends``: c, and the greatest −βv and βv."""
     shape = state.o.shape
     sees = state.l > 0
     log_l = lax.log2(jnp.where(sees, state.l, 1.0))
@@ -79,7 +79,7 @@ def store(
     o = (whole + (ends[0] - (2.0**23 + 127)) + part) * _LN2
     # rounded X can lead out of the range of the values, of a mean of many seldom; no hidden value has a say in it
     if form.offset is None:
-        o = jnp.minimum(jnp.maximum(o, ends[1]), ends[2])
+        o = jnp.minimum(jnp.maximum(o, -ends[1]), ends[2])
     elif form.key_length < form.few:
         o = within_seen(o)
     else:

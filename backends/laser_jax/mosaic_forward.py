@@ -82,7 +82,7 @@ class _State(NamedTuple):
 
 
 def forward(
-    form: Form, q: Array, k: Array, v: Array, x: Array, c: Array, low: Array, high: Array
+    form: Form, q: Array, k: Array, v: Array, x: Array, c: Array, most: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     """o in the dtype of q, the log-sum-exp, odd, and what rounding took from o in that dtype, if that is kept.
 
@@ -93,8 +93,7 @@ def forward(
         v: (B, Hkv, Lk, E).
         x: (B, Hkv, Lk, E), 2^(βv·log2e − c), finite: 0·NaN would leak.
         c: (B, Hkv, E), float32, integers.
-        low: Like c, the least βv.
-        high: The greatest.
+        most: (B, Hkv, 2 or more, E), float32, the greatest −βv and the greatest βv.
 
     Returns:
         o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; odd (B, Hq, rows), float32, NaN somewhere if a score is not
@@ -124,7 +123,7 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, l, found, *rest = kernel(q, k, x, v, c, low, high)
+    o, l, found, *rest = kernel(q, k, x, v, c, most)
     return o, l, found, rest[0] if rest else None
 
 
@@ -219,8 +218,8 @@ class _Work(NamedTuple):
 
 
 def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
-    q_ref, k_ref, x_ref, *known = refs[:7]
-    results = refs[7:]
+    q_ref, k_ref, x_ref, *known = refs[:6]
+    results = refs[6:]
     q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
     form = work.form
@@ -394,8 +393,8 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
         if not form.interpreted:
             o_acc[...] = state.o
         add = _start_values(form, o_acc, state, tiles.p, tiles.x.at[last])
-        asked = known[1:] if form.offset is None else known[1:2]
-        ends = [of_channels(ref, place, (ROWS, width)) for ref in asked]  # meanwhile
+        asked = [(known[1],), *([(known[2], 0), (known[2], 1)] if form.offset is None else [])]
+        ends = [of_channels(ref, place, (ROWS, width), *at) for ref, *at in asked]  # meanwhile
         return add(o_acc[...]), ends
 
     attended, ends = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
