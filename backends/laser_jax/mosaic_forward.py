@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_finish import of_channels, store
+from .mosaic_values import await_kernel
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -105,6 +106,7 @@ def forward(
     dtype = q.dtype
 
     def block(*refs: Ref) -> None:
+        await_kernel(form.interpreted)
         scratch = _scratch(form, q.shape[-1], width, dtype)
         pl.run_scoped(lambda *scoped: _block(work, refs, scoped), *scratch, collective_axes="wg")
 
