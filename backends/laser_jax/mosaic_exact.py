@@ -96,7 +96,8 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, 
             q, k, v, odd, flags, *written
         )
 
-    return pl.run_state(write)((lax.empty(flags.shape, flags.dtype), *results))  # with references of its own: shard_map cannot resolve those of a caller
+    # with references of its own: shard_map cannot resolve those of a caller
+    return pl.run_state(write)((lax.empty(flags.shape, flags.dtype), *results))
 
 
 def _scratch(width: int, dtype: Any, rest: bool) -> list[Any]:

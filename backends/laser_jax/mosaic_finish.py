@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .mosaic_values import split
 
 if TYPE_CHECKING:
-    from .mosaic_forward import Form, _Place, _State, _Tiles
+    from .mosaic_forward import Form, _State, _Tiles
+    from .mosaic_order import Place
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -37,7 +38,7 @@ def _log_parts(a: Array) -> tuple[Array, Array]:
     return lax.bitcast_convert_type(whole, jnp.float32), lax.log2(mantissa)
 
 
-def of_channels(ref: Ref, place: _Place, shape: tuple[int, ...], *at: Array | int) -> Array:
+def of_channels(ref: Ref, place: Place, shape: tuple[int, ...], *at: Array | int) -> Array:
     """What is known of the channels of a tile's head, in all rows of a tile."""
     place_of = ref.at[place.batch, place.kv_head, *at]
     loaded = plgpu.load(place_of, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
@@ -45,7 +46,7 @@ def of_channels(ref: Ref, place: _Place, shape: tuple[int, ...], *at: Array | in
 
 
 def store(
-    form: Form, place: _Place, first: Array, state: _State, tiles: _Tiles, known: list[Ref], ends: list[Array],
+    form: Form, place: Place, first: Array, state: _State, tiles: _Tiles, known: list[Ref], ends: list[Array],
     results: list[Ref],
 ) -> None:  # fmt: skip
     """The end of a tile of queries: the logarithms, and out. ``ends``: c, and the greatest −βv and βv."""

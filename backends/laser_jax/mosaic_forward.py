@@ -24,13 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_finish import of_channels, store
+from .mosaic_order import Place, Work
 from .mosaic_values import await_kernel
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
 ROWS = 64  # of a consumer
-SPAN = 4  # tiles that a block takes of heads that are worked on together
 REGISTERS = {2: (24, 240), 3: (32, 160)}  # of the producer's threads and the consumers', by the number of these
 _LOG2E = math.log2(math.e)
 
@@ -58,18 +58,6 @@ class Form(NamedTuple):
     keeps: bool  # what rounding takes from o
     few: int  # o of rows that see fewer keys is put between the least and the greatest value that they see
     interpreted: bool
-
-
-class _Place(NamedTuple):
-    """A tile of queries."""
-
-    batch: Array
-    head: Array
-    kv_head: Array
-    first: Array  # query row
-    total: Array  # key tiles seen by some row of the block; at least one is worked on
-    full: Array  # of these, the first so many need no mask
-    asks: Array  # whether it sees all keys that any query of the head sees, and looks for what is not finite
 
 
 class _State(NamedTuple):
@@ -102,13 +90,14 @@ def forward(
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
-    work = _Work(form, batch * heads, heads, heads // kv_heads, pl.cdiv(rows, form.cut.consumers * ROWS))
+    sizes = (form.processors, form.cut.consumers * ROWS, form.cut.block_k, form.key_length, form.offset)
+    work = Work(*sizes, batch * heads, heads, heads // kv_heads, pl.cdiv(rows, form.cut.consumers * ROWS))
     dtype = q.dtype
 
     def block(*refs: Ref) -> None:
         await_kernel(form.interpreted)
         scratch = _scratch(form, q.shape[-1], width, dtype)
-        pl.run_scoped(lambda *scoped: _block(work, refs, scoped), *scratch, collective_axes="wg")
+        pl.run_scoped(lambda *scoped: _block(form, work, refs, scoped), *scratch, collective_axes="wg")
 
     out = jax.ShapeDtypeStruct((batch, heads, rows, width), dtype)
     # a copy of one axis is not cut off where that axis ends
@@ -161,77 +150,18 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
     ]
 
 
-class _Work(NamedTuple):
-    """All tiles of queries, in an order, and which of them are a block's."""
-
-    form: Form
-    everything: int  # heads of all batch entries
-    heads: int
-    group: int
-    q_tiles: int
-
-    @property
-    def blocks(self) -> int:
-        """Of the grid."""
-        return min(self.form.processors, self.everything * self.q_tiles)
-
-    @property
-    def section(self) -> int:
-        """Heads that are worked on together: few enough for the L2 cache."""
-        return min(self.everything, max(1, SPAN * self.blocks // self.q_tiles))
-
-    def _rounds(self, tiles: int) -> Array:
-        """How many of so many tiles are this block's, in rounds from the first block to the last and back."""
-        own, rounds = lax.axis_index("block"), tiles // self.blocks
-        place = self.blocks - 1 - own if rounds % 2 else own
-        return rounds + (place < tiles % self.blocks).astype(jnp.int32)
-
-    def turns(self) -> Array:
-        """How many tiles this block works on."""
-        if self.form.offset is None:
-            return lax.div(self.everything * self.q_tiles - lax.axis_index("block") + (self.blocks - 1), self.blocks)
-        sections, last = divmod(self.everything, self.section)
-        return sections * self._rounds(self.section * self.q_tiles) + self._rounds(last * self.q_tiles)
-
-    def place(self, turn: Array) -> _Place:
-        """The tile of a turn: those that see many keys first, among heads whose keys are in the L2 cache."""
-        form, own = self.form, lax.axis_index("block")
-        if form.offset is None:
-            index = own + self.blocks * turn
-            head, tile = lax.div(index, self.q_tiles), lax.rem(index, self.q_tiles)
-        else:
-            rounds = jnp.maximum(self._rounds(self.section * self.q_tiles), 1)
-            sections, last = divmod(self.everything, self.section)
-            section = jnp.minimum(lax.div(turn, rounds), sections)
-            turn = turn - section * rounds
-            index = turn * self.blocks + jnp.where(lax.rem(turn, 2) == 0, own, self.blocks - 1 - own)
-            heads = jnp.where(section < sections, self.section, last) if last else jnp.int32(self.section)
-            head = section * self.section + lax.rem(index, heads)
-            tile = self.q_tiles - 1 - lax.div(index, heads)
-        first = tile * (form.cut.consumers * ROWS)
-        block = form.cut.block_k
-        total, full = jnp.int32(pl.cdiv(form.key_length, block)), jnp.int32(form.key_length // block)
-        if form.offset is not None:
-            last = first + (form.cut.consumers * ROWS + form.offset)  # one beyond what the last row sees
-            total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(last, 0) + (block - 1), block)), 1)
-            full = jnp.minimum(full, lax.div(jnp.maximum(first + form.offset + 1, 0), block))
-        b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
-        return _Place(b, h, lax.div(h, self.group), first, total, full, tile == self.q_tiles - 1)
-
-
-def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
+def _block(form: Form, work: Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
     q_ref, k_ref, x_ref, *known = refs[:6]
     results = refs[6:]
     q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
-    form = work.form
     consumers = form.cut.consumers
 
     @pl.when(which == consumers)
     def _() -> None:
         if not form.interpreted:
             plgpu.set_max_registers(REGISTERS[consumers][0], action="decrease")
-        _produce(work, (q_ref, k_ref, x_ref), (q_s, k_s, x_s), (q_full, q_free, k_full, k_free, x_full, x_free))
+        _produce(form, work, (q_ref, k_ref, x_ref), (q_s, k_s, x_s), (q_full, q_free, k_full, k_free, x_full, x_free))
 
     @pl.when(which < consumers)
     def _() -> None:
@@ -283,16 +213,16 @@ class _Bars(NamedTuple):
     turn: Ref
 
 
-def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars: tuple[Ref, ...]) -> None:
+def _produce(form: Form, work: Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars: tuple[Ref, ...]) -> None:
     """Bring the tiles of q, k and x as their places become free."""
     q_ref, k_ref, x_ref = sources
     q_s, k_s, x_s = tiles
     q_full, q_free, k_full, k_free, x_full, x_free = bars
-    block, stages = work.form.cut.block_k, work.form.cut.stages
+    block, stages = form.cut.block_k, form.cut.stages
 
     def one(index: Array, used: Array) -> Array:
         place = work.place(index)
-        for w in range(work.form.cut.consumers):
+        for w in range(form.cut.consumers):
             rows = pl.ds(place.first + w * ROWS, ROWS)
             plgpu.barrier_wait(q_free.at[w])
             plgpu.copy_gmem_to_smem(q_ref.at[place.batch, place.head, rows], q_s.at[w], q_full.at[w])
@@ -308,7 +238,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         return used + place.total
 
     used = lax.fori_loop(0, work.turns(), one, jnp.int32(0))
-    for w in range(work.form.cut.consumers):  # every arrival is waited for
+    for w in range(form.cut.consumers):  # every arrival is waited for
         plgpu.barrier_wait(q_free.at[w])
 
     @pl.loop(used, used + stages)
@@ -317,7 +247,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         plgpu.barrier_wait(x_free.at[lax.rem(i, stages)])
 
 
-def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, known: list[Ref],
+def _consume(form: Form, place: Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, known: list[Ref],
     results: list[Ref]) -> None:  # fmt: skip
     """The rows of one consumer, from the first key tile to the stored output."""
     block, stages = form.cut.block_k, form.cut.stages

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .values import BROKEN, FAR as IS_FAR, LIMITS, MOVED, NARROW, OUTSIDE, decide
+from . import values
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -214,7 +214,7 @@ def settle(
     blocks = pl.cdiv(keys, ROWS)
     share = min(blocks, max(1, pl.cdiv(512, batch * heads)))  # most often there is nothing to do
     of_channels = plgpu.Layout.WGMMA.reduce(0)
-    limits = LIMITS[jnp.dtype(v.dtype).name]
+    limits = values.LIMITS[jnp.dtype(v.dtype).name]
 
     def block(v_ref: Ref, most_ref: Ref, *refs: Ref) -> None:
         await_kernel(interpreted)
@@ -227,13 +227,19 @@ def settle(
 
         low, high, odd = -load(most_ref, 0), load(most_ref, 1), load(most_ref, 2)
         total = load(sums_ref[0]) if sums_ref else None
-        c, outside = decide(low * _LOG2E, high * _LOG2E, total, length, limits)
+        c, outside = values.decide(low * _LOG2E, high * _LOG2E, total, length, limits)
         size = jnp.maximum(high, -low)
-        found = [(outside, OUTSIDE), (odd != odd, BROKEN), (size >= LARGE, IS_FAR), (c != 0, MOVED)]
+        found = [
+            (outside, values.OUTSIDE),
+            (odd != odd, values.BROKEN),
+            (size >= LARGE, values.FAR),
+            (c != 0, values.MOVED),
+        ]
         if narrow:
             channel = plgpu.broadcasted_iota(jnp.int32, c.shape, 0, layout=of_channels)
-            found.append(((high - low <= limits.narrow) & (size < 1) & (channel < narrow), NARROW))
-        flags = functools.reduce(jnp.bitwise_or, (jnp.max(jnp.where(is_so, float(flag), 0.0)).astype(jnp.int32) for is_so, flag in found))
+            found.append(((high - low <= limits.narrow) & (size < 1) & (channel < narrow), values.NARROW))
+        in_any = [jnp.max(jnp.where(is_so, float(flag), 0.0)).astype(jnp.int32) for is_so, flag in found]
+        flags = functools.reduce(jnp.bitwise_or, in_any)
 
         def work(c_s: Ref, tile: Ref, full: Ref) -> None:
             @pl.loop(lax.axis_index("share"), blocks, step=share)
@@ -260,7 +266,7 @@ def settle(
                 plgpu.copy_smem_to_gmem(c_s, c_ref.at[b, h])
                 plgpu.wait_smem_to_gmem(0)
 
-            @pl.when(flags & MOVED != 0)
+            @pl.when(flags & values.MOVED != 0)
             def _() -> None:
                 tile = plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT)
                 pl.run_scoped(functools.partial(work, c_s), tile, plgpu.Barrier())
