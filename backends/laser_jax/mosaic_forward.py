@@ -278,9 +278,12 @@ def _consume(form: Form, place: Place, which: Array, used: Array, tiles: _Tiles,
     plgpu.barrier_wait(bars.q_full)
     s = pl.run_scoped(start, plgpu.ACC((ROWS, block), jnp.float32))
     plgpu.barrier_arrive(bars.k_free.at[slot])
-    odd = s.sum(axis=1) * 0.0
-    m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    p, m, _ = _weights(form, scores(jnp.int32(0), True, s), m, True)
+    m, zero = (
+        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)) for x in (-jnp.inf, 0.0)
+    )
+    odd = lax.cond(place.asks, lambda: s.sum(axis=1) * 0.0, lambda: zero)
+    ends = form.offset is not None or form.key_length % block != 0
+    p, m, _ = _weights(form, scores(jnp.int32(0), ends, s), m, ends)
     o = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
     state = _State(o, m, p.sum(axis=1), p.astype(dtype), odd)
 
