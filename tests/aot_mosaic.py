@@ -79,11 +79,11 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
         return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 4, channels, most)
     if name == "values":
 
-        def values(v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
+        def values(v: jax.Array, most: jax.Array, sums: jax.Array) -> Any:
             x, known = mosaic_values.measure(v, L, 1.0, dtype == jnp.float16, False)
-            return mosaic_values.refer(x, v, c, hard, L, 1.0, False), known
+            return mosaic_values.settle(x, v, most, sums if dtype == jnp.float16 else None, L, 1.0, 64, False), known
 
-        return compiled(values, array, channels, (heads, jnp.int32))
+        return compiled(values, array, most, channels)
     if name == "rows":
         return compiled(
             lambda *a: mosaic_rows.prepare(*a[:5], None, a[5], 1.0, shift, False),

@@ -81,6 +81,7 @@ class Work(NamedTuple):
             head = section * self.section + lax.rem(index, heads)
             tile = self.q_tiles - 1 - lax.div(index, heads)
         first, block = tile * self.rows, self.block_k
+        total: Array
         total, full = jnp.int32(pl.cdiv(self.key_length, block)), jnp.int32(self.key_length // block)
         if self.offset is not None:
             last = first + (self.rows + self.offset)  # one beyond what the last row sees
