@@ -82,6 +82,7 @@ class Work(NamedTuple):
             tile = self.q_tiles - 1 - lax.div(index, heads)
         first, block = tile * self.rows, self.block_k
         total: Array
+        full: Array
         total, full = jnp.int32(pl.cdiv(self.key_length, block)), jnp.int32(self.key_length // block)
         if self.offset is not None:
             last = first + (self.rows + self.offset)  # one beyond what the last row sees
