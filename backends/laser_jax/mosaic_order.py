@@ -81,12 +81,10 @@ class Work(NamedTuple):
             head = section * self.section + lax.rem(index, heads)
             tile = self.q_tiles - 1 - lax.div(index, heads)
         first, block = tile * self.rows, self.block_k
-        total: Array
-        full: Array
         total, full = jnp.int32(pl.cdiv(self.key_length, block)), jnp.int32(self.key_length // block)
         if self.offset is not None:
-            last = first + (self.rows + self.offset)  # one beyond what the last row sees
-            total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(last, 0) + (block - 1), block)), 1)
+            end = first + (self.rows + self.offset)  # one beyond what the last row sees
+            total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(end, 0) + (block - 1), block)), 1)
             full = jnp.minimum(full, lax.div(jnp.maximum(first + self.offset + 1, 0), block))
         b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
         return Place(b, h, lax.div(h, self.group), first, total, full, tile == self.q_tiles - 1)
