@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic_values import await_kernel, rest_tile, split
+from .mosaic_values import rest_tile, split
 from .values import BROKEN, NARROW, OUTSIDE
 
 Array: TypeAlias = jax.Array
@@ -60,7 +60,6 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, 
 
     def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, odd_ref: Ref, flags_ref: Ref, found_ref: Ref, *results: Ref) -> None:
         b, h = lax.axis_index("batch"), lax.axis_index("head")
-        await_kernel(form.interpreted)
         broken = jnp.int32(0)
         for row in range(0, odd.shape[2], BLOCK):
             part = plgpu.load(odd_ref.at[b, h, pl.ds(row, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)

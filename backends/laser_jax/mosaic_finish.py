@@ -8,7 +8,6 @@ Device code only, in JAX 0.11 or later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -42,7 +41,7 @@ def of_channels(ref: Ref, place: Place, shape: tuple[int, ...], *at: Array | int
     """What is known of the channels of a tile's head, in all rows of a tile."""
     place_of = ref.at[place.batch, place.kv_head, *at]
     loaded = plgpu.load(place_of, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(loaded.astype(jnp.float32), shape, [1])
+    return lax.broadcast_in_dim(loaded, shape, [1])
 
 
 def store(
@@ -58,22 +57,26 @@ def store(
     def within_seen(o: Array) -> Array:
         last = plgpu.broadcasted_iota(jnp.int32, log_l.shape, 0, layout=plgpu.Layout.WGMMA.reduce(1))
         last = last + (first + (form.offset or 0))
-        for better, bound, start in ((jnp.minimum, jnp.maximum, jnp.inf), (jnp.maximum, jnp.minimum, -jnp.inf)):
-            number = min(form.few - 1, form.key_length)
+        number = min(form.few - 1, form.key_length)
 
-            def three(i: Array, end: Array, better: Callable[..., Array] = better, number: int = number) -> Array:
-                for t in range(3):  # more at a time would not fit the registers
-                    j = jnp.minimum(i * 3 + t, number - 1)
-                    seen = better(end, of_channels(v_ref, place, shape, j) * form.beta)
-                    end = jnp.where(lax.broadcast_in_dim(last >= j, shape, [0]), seen, end)
-                return end
+        def three(i: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            least, greatest = ends  # in the dtype of v, two to a register
+            for t in range(3):  # more at a time would not fit the registers
+                j = jnp.minimum(i * 3 + t, number - 1)
+                v, sees = of_channels(v_ref, place, shape, j), lax.broadcast_in_dim(last >= j, shape, [0])
+                least = jnp.where(sees, jnp.minimum(least, v), least)
+                greatest = jnp.where(sees, jnp.maximum(greatest, v), greatest)
+            return least, greatest
 
-            end = plgpu.layout_cast(jnp.full(shape, start, jnp.float32), plgpu.Layout.WGMMA)
-            end = lax.fori_loop(0, pl.cdiv(number, 3), three, end)
-            if form.key_length >= form.few:
-                end = jnp.where(lax.broadcast_in_dim(last < form.few - 1, shape, [0]), end, o)
-            o = bound(o, end)
-        return o
+        least, greatest = (
+            plgpu.layout_cast(jnp.full(shape, start, v_ref.dtype), plgpu.Layout.WGMMA) for start in (jnp.inf, -jnp.inf)
+        )
+        ends = lax.fori_loop(0, pl.cdiv(number, 3), three, (least, greatest))
+        low, high = (x.astype(jnp.float32) * form.beta for x in (ends if form.beta > 0 else ends[::-1]))
+        if form.key_length >= form.few:
+            few = lax.broadcast_in_dim(last < form.few - 1, shape, [0])
+            low, high = jnp.where(few, low, -jnp.inf), jnp.where(few, high, jnp.inf)
+        return jnp.minimum(jnp.maximum(o, low), high)
 
     whole, part = _log_parts(state.o)
     part = part - lax.broadcast_in_dim(jnp.where(sees, log_l, jnp.nan), shape, [0])  # NaN without a weight

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 Array: TypeAlias = jax.Array
 
+FEW = 6  # the first tile of queries, some of which see few keys, takes as long as one of so many tiles of keys
 SPAN = 4  # tiles that a block takes of heads that are worked on together
 
 
@@ -79,7 +80,11 @@ class Work(NamedTuple):
             index = turn * self.blocks + jnp.where(lax.rem(turn, 2) == 0, own, self.blocks - 1 - own)
             heads = jnp.where(section < sections, self.section, last) if last else jnp.int32(self.section)
             head = section * self.section + lax.rem(index, heads)
-            tile = self.q_tiles - 1 - lax.div(index, heads)
+            rank = lax.div(index, heads)
+            tile = self.q_tiles - 1 - rank
+            if self.offset == 0:
+                early = max(0, self.q_tiles - FEW)
+                tile = jnp.where(rank == early, 0, jnp.where(rank > early, tile + 1, tile))
         first, block = tile * self.rows, self.block_k
         total, full = jnp.int32(pl.cdiv(self.key_length, block)), jnp.int32(self.key_length // block)
         if self.offset is not None:

@@ -150,15 +150,6 @@ def scaled_exp2(y: Array, c: Array | None) -> Array:
     return lax.bitcast_convert_type(fraction + exponent, jnp.float32)
 
 
-PDL = False
-
-
-def await_kernel(interpreted: bool) -> None:
-    """Begin while the kernel before ends, and wait for it here."""
-    if PDL and not interpreted:
-        plgpu.griddepcontrol_wait()
-
-
 def rest_tile(rows: int, width: int) -> Any:
     """Shared memory for what rounding took."""
     return plgpu.SMEM((rows, width), jnp.int8, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(32)))
@@ -217,7 +208,6 @@ def settle(
     limits = values.LIMITS[jnp.dtype(v.dtype).name]
 
     def block(v_ref: Ref, most_ref: Ref, *refs: Ref) -> None:
-        await_kernel(interpreted)
         b, h = lax.axis_index("batch"), lax.axis_index("head")
         *sums_ref, x_ref, c_ref, flags_ref = refs
 
