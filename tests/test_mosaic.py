@@ -24,6 +24,7 @@ from laser_core._problem import Problem
 SHARED, REGISTERS = 227 << 10, 65536  # what a block may have on sm_90
 FORMS = (
     ("forward", "bfloat16", 128, "causal"),
+    ("forward", "bfloat16", 64, "full"),
     ("values", "float16", 128, "full"),
     ("exact", "bfloat16", 128, "causal"),
     ("rows", "bfloat16", 128, "causal"),
