@@ -69,21 +69,21 @@ def compiled(run: Callable[..., Any], *arrays: tuple[tuple[int, ...], Any]) -> l
 def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str, Any]]:
     """One of the kernels, in a form."""
     dtype = jnp.dtype(dtype_name)
-    channels = ((B, H, width), jnp.float32)
+    channels, most = ((B, H, width), jnp.float32), ((B, H, 3, width), jnp.float32)
     array, heads, few = ((B, H, L, width), dtype), (B, H), (0, 15, 15)
     numbers, rest = ((*heads, L), jnp.float32), ((B, H, L, width), jnp.int8)
     offset, shift = 0 if causal else None, 15 if dtype == jnp.float16 else 0
     if name == "forward":
         cut = mosaic_forward.tiles(causal, width)
         form = mosaic_forward.Form(cut, L, L, offset, 0.1, 1.0, shift, 132, True, 16, False)
-        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 4, *(channels,) * 3)
+        return compiled(lambda *a: mosaic_forward.forward(form, *a), *(array,) * 4, channels, most)
     if name == "values":
 
-        def values(v: jax.Array, c: jax.Array, hard: jax.Array) -> Any:
+        def values(v: jax.Array, most: jax.Array, sums: jax.Array) -> Any:
             x, known = mosaic_values.measure(v, L, 1.0, dtype == jnp.float16, False)
-            return mosaic_values.refer(x, v, c, hard, L, 1.0, False), known
+            return mosaic_values.settle(x, v, most, sums if dtype == jnp.float16 else None, L, 1.0, 64, False), known
 
-        return compiled(values, array, channels, (heads, jnp.int32))
+        return compiled(values, array, most, channels)
     if name == "rows":
         return compiled(
             lambda *a: mosaic_rows.prepare(*a[:5], None, a[5], 1.0, shift, False),
@@ -97,8 +97,8 @@ def main(name: str, dtype_name: str, width: int, causal: bool) -> list[dict[str,
             *((heads, jnp.int32),) * 2, *rows, *(array,) * 5,
         )  # fmt: skip
     exact = mosaic_exact.Form(L, L, offset, 0.1, 1.0, few, False)
-    results = (array, numbers, rest)
-    return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, (heads, jnp.int32), *results)
+    results = (((B, H, 128), jnp.float32), (heads, jnp.int32), array, numbers, rest)
+    return compiled(lambda *a: mosaic_exact.rewrite(exact, *a), *(array,) * 3, *results)
 
 
 if __name__ == "__main__":

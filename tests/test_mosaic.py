@@ -12,15 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import laser_jax
+import numpy as np
 import pytest
-from laser_jax import served
+from laser_jax import mosaic_order, served
 
 from laser_core._problem import Problem
 
 SHARED, REGISTERS = 227 << 10, 65536  # what a block may have on sm_90
 FORMS = (
     ("forward", "bfloat16", 128, "causal"),
+    ("forward", "bfloat16", 64, "full"),
     ("values", "float16", 128, "full"),
     ("exact", "bfloat16", 128, "causal"),
     ("rows", "bfloat16", 128, "causal"),
@@ -85,6 +89,26 @@ def test_causal_offset() -> None:
     assert served.causal_offset(FINE) is None
     assert served.causal_offset(aligned) == 40
     assert served.causal_offset(dataclasses.replace(aligned, causal="top_left", window=(None, 5))) == 0
+
+
+@pytest.mark.parametrize("offset", [None, 0, -50, 300])
+@pytest.mark.parametrize(("batch", "heads", "q_tiles"), [(4, 16, 32), (1, 16, 128), (5, 7, 8), (1, 3, 2), (2, 40, 3)])
+def test_every_tile_is_worked_on_once(batch: int, heads: int, q_tiles: int, offset: int | None) -> None:
+    everything, most = batch * heads, 132
+    work = mosaic_order.Work(most, 128, 128, 128 * q_tiles, offset, everything, heads, 1, q_tiles)
+
+    def of_block(_: jax.Array) -> Any:
+        turns = jnp.arange(-(-everything * q_tiles // work.blocks) + everything)  # as many as any block may have
+        place = jax.vmap(work.place)(turns)
+        return turns < work.turns(), place.batch * heads + place.head, place.first // 128, place.total
+
+    blocks = jnp.arange(work.blocks)
+    real, head, tile, total = (np.asarray(x) for x in jax.vmap(of_block, axis_name="block")(blocks))
+    found = (head * q_tiles + tile)[real]
+    assert sorted(found.tolist()) == list(range(everything * q_tiles))
+    if offset is not None and everything * q_tiles > 10 * most:  # and no block has much more to do than others
+        steps = np.where(real, total, 0).sum(axis=1)
+        assert steps.max() <= 1.03 * steps.mean()
 
 
 needs_jax = pytest.mark.skipif(served.missing() is not None, reason=f"laser_jax: {served.missing()}")

@@ -58,7 +58,7 @@ class Call(NamedTuple):
             total = jnp.sum(jnp.where(counts, jnp.exp2(y * _LOG2E), 0), axis=2)
         c, outside = decide(low * _LOG2E, high * _LOG2E, total, length, limits)
         x = jnp.where(counts, _scaled_exp2(y * _LOG2E, c[:, :, None]), 0).astype(v.dtype)
-        return cls(problem, q, k, v, x, c, (low, high), outside, ~jnp.all(counts, axis=(2, 3)))
+        return cls(problem, q, k, v, x, c, (low, high), jnp.any(outside, axis=-1), ~jnp.all(counts, axis=(2, 3)))
 
     def head(self, at: Start) -> tuple[Problem, Inputs]:
         """One key/value head and its queries as a problem of its own."""

@@ -20,13 +20,11 @@ from laser_core import Forward, Gradients, Inputs, Problem, _gradient
 
 from .served import WIDTHS, causal_offset
 from .tiles import unchecked
-from .values import BROKEN, FAR, LIMITS, NARROW, OUTSIDE, decide, needs_sum
+from .values import BROKEN, FAR, LIMITS, NARROW, OUTSIDE, needs_sum
 
 Array: TypeAlias = jax.Array
 
 FEW = 16  # a mean of fewer rounded X may well leave the range of the values
-LARGE = 256  # below it the 8 bits of what rounding took from o keep βo, and so the logarithm of Σ_j w, to half of u
-_LOG2E = math.log2(math.e)
 
 
 class Kept(NamedTuple):
@@ -34,7 +32,7 @@ class Kept(NamedTuple):
 
     rest: Array  # (..., Hq, Lq, E), int8, what rounding took from the output
     c: Array  # (..., Hkv, E), float32, integers
-    flags: Array  # (..., Hkv), int32
+    flags: Array  # (..., Hq), int32
 
 
 class Call(NamedTuple):
@@ -70,8 +68,7 @@ class Values(NamedTuple):
 
     x: Array  # (B, Hkv, Lk, W)
     c: Array  # (B, Hkv, W), float32, integers
-    low: Array  # (B, Hkv, W), float32, the least βv that is finite
-    high: Array  # the greatest
+    most: Array  # (B, Hkv, 3, W), float32, the greatest −βv and the greatest βv that are finite; NaN where some is not
     flags: Array  # (B, Hkv), int32
 
     @classmethod
@@ -85,16 +82,11 @@ class Values(NamedTuple):
         total = needs_sum(keys, limits)
         x, known = mosaic_values.measure(call.v, keys, beta, total, interpreted)
         most = jnp.max(known[:, :, :, :3], axis=2)
-        low, high = -most[:, :, 0], most[:, :, 1]
         sums = jnp.sum(known[:, :, :, 3], axis=2) if total else None
-        c, outside = decide(low * _LOG2E, high * _LOG2E, sums, keys, limits)
-        broken = jnp.any(jnp.isnan(most[:, :, 2]), axis=-1)
-        x = mosaic_values.refer(x, call.v, c, jnp.any(c != 0, axis=-1).astype(jnp.int32), keys, beta, interpreted)
-        flags = jnp.where(outside, OUTSIDE, 0) | jnp.where(broken, BROKEN, 0)
-        if causal_offset(problem) is not None:  # elsewhere the fast kernel puts o between the two
-            narrow = (high - low <= limits.narrow) & (jnp.maximum(high, -low) < 1)
-            flags |= jnp.where(jnp.any(narrow[..., : problem.value_dim], axis=-1), NARROW, 0)
-        return cls(x, c, low, high, flags.astype(jnp.int32))
+        # elsewhere the fast kernel puts o between the least and the greatest value
+        narrow = problem.value_dim if causal_offset(problem) is not None else 0
+        x, c, flags = mosaic_values.settle(x, call.v, most, sums, keys, beta, narrow, interpreted)
+        return cls(x, c, most, flags)
 
 
 @unchecked
@@ -104,23 +96,19 @@ def forward(problem: Problem, inputs: Inputs) -> Forward:
     heads = (*problem.batch, problem.key_value_heads)
     if 0 in problem.score_shape:
         out, c = jnp.zeros(problem.out_shape, problem.dtype), jnp.zeros((*heads, problem.value_dim), jnp.float32)
-        kept = Kept(jnp.zeros_like(out, jnp.int8), c, jnp.zeros(heads, jnp.int32))
+        kept = Kept(jnp.zeros_like(out, jnp.int8), c, jnp.zeros(problem.lse_shape[:-1], jnp.int32))
         return Forward(out, jnp.full(problem.lse_shape, -jnp.inf, jnp.float32), kept if problem.gradient else None)
     call = Call.of(problem, inputs)
     values = Values.of(call)
     o, l, odd, rest_ = fast_forward(call, values)
-    heads_ = (*values.flags.shape, -1)
-    flags = values.flags | jnp.where(jnp.any(jnp.reshape(odd != 0, heads_), axis=-1), BROKEN, 0)
-    o, l, *rest = exact_forward(call, flags, o, l, rest_)
+    flags, o, l, *rest = exact_forward(call, values.flags, odd, o, l, rest_)
     o, *rest = (x[..., : problem.query_length, : problem.value_dim] for x in (o, *rest))
     o, *rest = (jnp.reshape(x, problem.out_shape) for x in (o, *rest))
     l = jnp.reshape(l[..., : problem.query_length], problem.lse_shape)
     if not rest:
         return Forward(o, l)
     c = jnp.reshape(values.c[..., : problem.value_dim], (*heads, problem.value_dim))
-    far = jnp.any(jnp.maximum(values.high, -values.low) >= LARGE, axis=-1)  # only here: forward nothing is amiss
-    flags = flags | jnp.where(far, FAR, 0)
-    return Forward(o, l, Kept(rest[0], c, jnp.reshape(flags, heads)))
+    return Forward(o, l, Kept(rest[0], c, jnp.reshape(flags, problem.lse_shape[:-1])))
 
 
 def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Array, Array, Array | None]:
@@ -142,7 +130,7 @@ def fast_forward(call: Call, values: Values, cut: Any = None) -> tuple[Array, Ar
         few=FEW,
         interpreted=p.device == "cpu",
     )
-    return mosaic_forward.forward(form, call.q, call.k, call.v, *values[:4])
+    return mosaic_forward.forward(form, call.q, call.k, call.v, *values[:3])
 
 
 def _processors(problem: Problem) -> int:
@@ -160,8 +148,10 @@ def _interpreter(problem: Problem) -> Any:
     return mosaic_gpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.10 has none
 
 
-def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | None) -> tuple[Array, ...]:
-    """The same with heads that have a flag from the definition."""
+def exact_forward(
+    call: Call, flags: Array, odd: Array, o: Array, l: Array, rest: Array | None
+) -> tuple[Array, ...]:  # fmt: skip
+    """Flags of query heads, and the same with heads that have one from the definition."""
     from . import mosaic_exact
 
     p = call.problem
@@ -170,7 +160,8 @@ def exact_forward(call: Call, flags: Array, o: Array, l: Array, rest: Array | No
     form = mosaic_exact.Form(
         p.query_length, p.key_length, offset, p.scale, p.beta or 0.0, no_rows, interpreted=interpreted
     )
-    return mosaic_exact.rewrite(form, call.q, call.k, call.v, flags, o, l, *([] if rest is None else [rest]))
+    flags = flags if p.group == 1 else jnp.repeat(flags, p.group, axis=1)
+    return mosaic_exact.rewrite(form, call.q, call.k, call.v, odd, flags, o, l, *([] if rest is None else [rest]))
 
 
 @unchecked
@@ -194,7 +185,8 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
     dl = None if d_lse is None else jnp.pad(jnp.reshape(d_lse, (*p.batch, p.query_heads, rows)), ends)
     c = jnp.reshape(done.residual.c, (*heads, p.value_dim))
     c = jnp.pad(c, ((0, 0), (0, 0), (0, call.width - p.value_dim)))
-    flags, shift = jnp.reshape(done.residual.flags, heads), LIMITS[p.dtype].shift
+    flags, shift = jnp.reshape(done.residual.flags, (*heads, -1)), LIMITS[p.dtype].shift
+    flags = jax.lax.reduce(flags, jnp.int32(0), jax.lax.bitwise_or, (2,)) if p.group > 1 else flags[..., 0]
     interpreted = p.device == "cpu"
     g, r, l2 = mosaic_rows.prepare(call.q, out, rest, do, l, dl, c, beta, shift, interpreted)
     offset = causal_offset(p)

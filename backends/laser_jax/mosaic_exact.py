@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_values import rest_tile, split
-from .values import NARROW, OUTSIDE
+from .values import BROKEN, NARROW, OUTSIDE
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -40,15 +40,16 @@ class Form(NamedTuple):
     interpreted: bool
 
 
-def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Array) -> tuple[Array, ...]:
-    """o, l and, if it is there, the remainder of o, mended.
+def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, *results: Array) -> tuple[Array, ...]:
+    """Flags, with those that ``odd`` adds, o, l and, if it is there, the remainder of o, mended.
 
     Args:
         form: What is compiled in.
         q: (B, Hq, Lq, W), float16 or bfloat16; W is 64 or 128, and Lq and Lk are multiples of 8.
         k: (B, Hkv, Lk, W).
         v: (B, Hkv, Lk, W).
-        flags: (B, Hkv), int32.
+        odd: (B, Hq, rows), float32, NaN in heads where some score is not finite; rows are a multiple of 64.
+        flags: (B, Hq), int32.
         results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, int8.
     """
     batch, heads, rows, width = q.shape
@@ -57,9 +58,19 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
     share = min(tiles * parts, max(1, pl.cdiv(512, batch * heads)))
     scratch = _scratch(width, q.dtype, len(results) > 2)
 
-    def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, flags_ref: Ref, *results: Ref) -> None:
+    def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, odd_ref: Ref, flags_ref: Ref, found_ref: Ref, *results: Ref) -> None:
         b, h = lax.axis_index("batch"), lax.axis_index("head")
-        flag = flags_ref[b, lax.div(h, group)]
+        broken = jnp.int32(0)
+        for row in range(0, odd.shape[2], BLOCK):
+            part = plgpu.load(odd_ref.at[b, h, pl.ds(row, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            broken |= jnp.max(jnp.where(part == part, 0.0, float(BROKEN))).astype(jnp.int32)
+        found = flags_ref[b, h] | broken
+
+        @pl.when(lax.axis_index("share") == 0)
+        def _() -> None:
+            found_ref[b, h] = found
+
+        flag = found & (OUTSIDE | BROKEN | NARROW)
 
         @pl.loop(lax.axis_index("share"), tiles * parts, step=share)
         def _(work: Array) -> None:
@@ -81,10 +92,11 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, flags: Array, *results: Ar
 
     def write(written: tuple[Ref, ...]) -> None:
         pl.kernel(block, out_type=(), mesh=mesh, compiler_params=parameters, name="laser_exact", **options)(
-            q, k, v, flags, *written
+            q, k, v, odd, flags, *written
         )
 
-    return pl.run_state(write)(results)  # with references of its own: shard_map cannot resolve those of a caller
+    # with references of its own: shard_map cannot resolve those of a caller
+    return pl.run_state(write)((lax.empty(flags.shape, flags.dtype), *results))
 
 
 def _scratch(width: int, dtype: Any, rest: bool) -> list[Any]:

@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic_finish import store
+from .mosaic_finish import of_channels, store
+from .mosaic_order import Place, Work
 
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
@@ -58,18 +59,6 @@ class Form(NamedTuple):
     interpreted: bool
 
 
-class _Place(NamedTuple):
-    """A tile of queries."""
-
-    batch: Array
-    head: Array
-    kv_head: Array
-    first: Array  # query row
-    total: Array  # key tiles seen by some row of the block; at least one is worked on
-    full: Array  # of these, the first so many need no mask
-    asks: Array  # whether it sees all keys that any query of the head sees, and looks for what is not finite
-
-
 class _State(NamedTuple):
     """Of a consumer between two key tiles."""
 
@@ -81,7 +70,7 @@ class _State(NamedTuple):
 
 
 def forward(
-    form: Form, q: Array, k: Array, v: Array, x: Array, c: Array, low: Array, high: Array
+    form: Form, q: Array, k: Array, v: Array, x: Array, c: Array, most: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     """o in the dtype of q, the log-sum-exp, odd, and what rounding took from o in that dtype, if that is kept.
 
@@ -92,8 +81,7 @@ def forward(
         v: (B, Hkv, Lk, E).
         x: (B, Hkv, Lk, E), 2^(βv·log2e − c), finite: 0·NaN would leak.
         c: (B, Hkv, E), float32, integers.
-        low: Like c, the least βv.
-        high: The greatest.
+        most: (B, Hkv, 2 or more, E), float32, the greatest −βv and the greatest βv.
 
     Returns:
         o (B, Hq, Lq, E); l (B, Hq, Lq or more), float32; odd (B, Hq, rows), float32, NaN somewhere if a score is not
@@ -101,12 +89,13 @@ def forward(
     """
     batch, heads, rows, _ = q.shape
     kv_heads, _, width = x.shape[1:]
-    work = _Work(form, batch * heads, heads, heads // kv_heads, pl.cdiv(rows, form.cut.consumers * ROWS))
+    sizes = (form.processors, form.cut.consumers * ROWS, form.cut.block_k, form.key_length, form.offset)
+    work = Work(*sizes, batch * heads, heads, heads // kv_heads, pl.cdiv(rows, form.cut.consumers * ROWS))
     dtype = q.dtype
 
     def block(*refs: Ref) -> None:
         scratch = _scratch(form, q.shape[-1], width, dtype)
-        pl.run_scoped(lambda *scoped: _block(work, refs, scoped), *scratch, collective_axes="wg")
+        pl.run_scoped(lambda *scoped: _block(form, work, refs, scoped), *scratch, collective_axes="wg")
 
     out = jax.ShapeDtypeStruct((batch, heads, rows, width), dtype)
     # a copy of one axis is not cut off where that axis ends
@@ -115,7 +104,7 @@ def forward(
     kernel = plgpu.kernel(
         block,
         out_type=[out, lse, odd, *([jax.ShapeDtypeStruct(out.shape, jnp.int8)] * form.keeps)],
-        grid=(min(form.processors, work.number),),
+        grid=(work.blocks,),
         grid_names=("block",),
         num_threads=form.cut.consumers + 1,
         thread_name="wg",
@@ -123,7 +112,7 @@ def forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}),
     )
-    o, l, found, *rest = kernel(q, k, x, v, c, low, high)
+    o, l, found, *rest = kernel(q, k, x, v, c, most)
     return o, l, found, rest[0] if rest else None
 
 
@@ -159,66 +148,18 @@ def _scratch(form: Form, d: int, e: int, dtype: Any) -> list[Any]:
     ]
 
 
-class _Work(NamedTuple):
-    """All tiles of queries, in an order, and which of them are a block's."""
-
-    form: Form
-    everything: int  # heads of all batch entries
-    heads: int
-    group: int
-    q_tiles: int
-
-    @property
-    def number(self) -> int:
-        """Of tiles."""
-        return self.everything * self.q_tiles
-
-    @property
-    def pair(self) -> int:
-        """Tiles that a block takes at a time: where their work differs, a heavy and a light one."""
-        return 1 if self.form.offset is None else 2
-
-    def turns(self) -> Array:
-        """How many tiles this block works on."""
-        blocks, own = lax.axis_size("block"), lax.axis_index("block")
-        pairs = lax.div(pl.cdiv(self.number, self.pair) - own + (blocks - 1), blocks)
-        last = (own + blocks * (pairs - 1)) * self.pair
-        return pairs * self.pair - jnp.where(last + self.pair > self.number, 1, 0)
-
-    def place(self, turn: Array) -> _Place:
-        """The tile of a turn; heads whose keys are in the L2 cache come together."""
-        form = self.form
-        pair = lax.axis_index("block") + lax.axis_size("block") * lax.div(turn, self.pair)
-        index = pair * self.pair + lax.rem(turn, self.pair)
-        head, within = lax.div(index, self.q_tiles), lax.rem(index, self.q_tiles)
-        tile = within
-        if form.offset is not None:
-            half = lax.div(within, 2)
-            tile = jnp.where(lax.rem(within, 2) == 0, self.q_tiles - 1 - half, half)
-        first = tile * (form.cut.consumers * ROWS)
-        block = form.cut.block_k
-        total, full = jnp.int32(pl.cdiv(form.key_length, block)), jnp.int32(form.key_length // block)
-        if form.offset is not None:
-            last = first + (form.cut.consumers * ROWS + form.offset)  # one beyond what the last row sees
-            total = jnp.maximum(jnp.minimum(total, lax.div(jnp.maximum(last, 0) + (block - 1), block)), 1)
-            full = jnp.minimum(full, lax.div(jnp.maximum(first + form.offset + 1, 0), block))
-        b, h = lax.div(head, self.heads), lax.rem(head, self.heads)
-        return _Place(b, h, lax.div(h, self.group), first, total, full, tile == self.q_tiles - 1)
-
-
-def _block(work: _Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
-    q_ref, k_ref, x_ref, *known = refs[:7]
-    results = refs[7:]
+def _block(form: Form, work: Work, refs: tuple[Ref, ...], scoped: tuple[Ref, ...]) -> None:
+    q_ref, k_ref, x_ref, *known = refs[:6]
+    results = refs[6:]
     q_s, k_s, x_s, o_s, l_s, odd_s, rest_s, p_s, q_full, q_free, k_full, k_free, x_full, x_free, turn = scoped
     which = lax.axis_index("wg")
-    form = work.form
     consumers = form.cut.consumers
 
     @pl.when(which == consumers)
     def _() -> None:
         if not form.interpreted:
             plgpu.set_max_registers(REGISTERS[consumers][0], action="decrease")
-        _produce(work, (q_ref, k_ref, x_ref), (q_s, k_s, x_s), (q_full, q_free, k_full, k_free, x_full, x_free))
+        _produce(form, work, (q_ref, k_ref, x_ref), (q_s, k_s, x_s), (q_full, q_free, k_full, k_free, x_full, x_free))
 
     @pl.when(which < consumers)
     def _() -> None:
@@ -270,16 +211,16 @@ class _Bars(NamedTuple):
     turn: Ref
 
 
-def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars: tuple[Ref, ...]) -> None:
+def _produce(form: Form, work: Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars: tuple[Ref, ...]) -> None:
     """Bring the tiles of q, k and x as their places become free."""
     q_ref, k_ref, x_ref = sources
     q_s, k_s, x_s = tiles
     q_full, q_free, k_full, k_free, x_full, x_free = bars
-    block, stages = work.form.cut.block_k, work.form.cut.stages
+    block, stages = form.cut.block_k, form.cut.stages
 
     def one(index: Array, used: Array) -> Array:
         place = work.place(index)
-        for w in range(work.form.cut.consumers):
+        for w in range(form.cut.consumers):
             rows = pl.ds(place.first + w * ROWS, ROWS)
             plgpu.barrier_wait(q_free.at[w])
             plgpu.copy_gmem_to_smem(q_ref.at[place.batch, place.head, rows], q_s.at[w], q_full.at[w])
@@ -295,7 +236,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         return used + place.total
 
     used = lax.fori_loop(0, work.turns(), one, jnp.int32(0))
-    for w in range(work.form.cut.consumers):  # every arrival is waited for
+    for w in range(form.cut.consumers):  # every arrival is waited for
         plgpu.barrier_wait(q_free.at[w])
 
     @pl.loop(used, used + stages)
@@ -304,7 +245,7 @@ def _produce(work: _Work, sources: tuple[Ref, ...], tiles: tuple[Ref, ...], bars
         plgpu.barrier_wait(x_free.at[lax.rem(i, stages)])
 
 
-def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, known: list[Ref],
+def _consume(form: Form, place: Place, which: Array, used: Array, tiles: _Tiles, bars: _Bars, known: list[Ref],
     results: list[Ref]) -> None:  # fmt: skip
     """The rows of one consumer, from the first key tile to the stored output."""
     block, stages = form.cut.block_k, form.cut.stages
@@ -335,9 +276,12 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
     plgpu.barrier_wait(bars.q_full)
     s = pl.run_scoped(start, plgpu.ACC((ROWS, block), jnp.float32))
     plgpu.barrier_arrive(bars.k_free.at[slot])
-    odd = s.sum(axis=1) * 0.0
-    m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    p, m, _ = _weights(form, scores(jnp.int32(0), True, s), m, True)
+    m, zero = (
+        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)) for x in (-jnp.inf, 0.0)
+    )
+    odd = lax.cond(place.asks, lambda: s.sum(axis=1) * 0.0, lambda: zero)
+    ends = form.offset is not None or form.key_length % block != 0
+    p, m, _ = _weights(form, scores(jnp.int32(0), ends, s), m, ends)
     o = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
     state = _State(o, m, p.sum(axis=1), p.astype(dtype), odd)
 
@@ -377,16 +321,19 @@ def _consume(form: Form, place: _Place, which: Array, used: Array, tiles: _Tiles
 
     last = lax.rem(used + place.total - 1, stages)
 
-    def finish(o_acc: Ref) -> Array:
+    def finish(o_acc: Ref) -> tuple[Array, list[Array]]:
         plgpu.barrier_wait(bars.x_full.at[last])
         if not form.interpreted:
             o_acc[...] = state.o
-        return _start_values(form, o_acc, state, tiles.p, tiles.x.at[last])(o_acc[...])
+        add = _start_values(form, o_acc, state, tiles.p, tiles.x.at[last])
+        asked = [(known[1],), *([(known[2], 0), (known[2], 1)] if form.offset is None else [])]
+        ends = [of_channels(ref, place, (ROWS, width), *at) for ref, *at in asked]  # meanwhile
+        return add(o_acc[...]), ends
 
-    attended = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
+    attended, ends = pl.run_scoped(finish, plgpu.ACC((ROWS, width), jnp.float32))
     plgpu.barrier_arrive(bars.x_free.at[last])
     o_ref, l_ref, odd_ref, *rest_ref = results
-    store(form, place, first, state._replace(o=attended), tiles, known, [o_ref, l_ref, *rest_ref])
+    store(form, place, first, state._replace(o=attended), tiles, known, ends, [o_ref, l_ref, *rest_ref])
 
     @pl.when(place.asks)
     def _() -> None:
@@ -426,5 +373,6 @@ def _weights(form: Form, s: Array, m: Array, masked: bool) -> tuple[Array, Array
 
 def tiles(causal: bool, width: int) -> Tiles:
     """The tile sizes for a width: see docs/jax-log.md for what they rest on."""
-    del causal
+    if width == 64 and not causal:
+        return Tiles(128, 4, True, 3)
     return Tiles(128, 4 if width == 64 else 2, False)

@@ -6,6 +6,7 @@ power of two. Device code only, in JAX 0.11 or later.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, TypeAlias
 
@@ -15,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from . import values
+
 Array: TypeAlias = jax.Array
 Ref: TypeAlias = Any
 
@@ -22,6 +25,7 @@ ROWS = 64  # of a tile
 TILES = 2  # of a block
 COLUMNS = 32  # worked on at a time: few, so that many blocks find registers
 FAR = 2.0**22  # exponents beyond it have no fraction
+LARGE = 256  # below it the 8 bits of what rounding took from o keep βo, and so the logarithm of Σ_j w, to half of u
 _MAGIC = 1.5 * 2.0**23  # added to a float, it leaves the nearest integer in the low bits
 LOW, HIGH, ODD, SUM = range(4)  # what is known of a block's columns
 _LOG2E = math.log2(math.e)
@@ -153,6 +157,10 @@ def rest_tile(rows: int, width: int) -> Any:
 
 def split(o: Array, dtype: Any) -> tuple[Array, Array]:
     """A float32 tile rounded to a dtype, and what that took from it: integers of 8 bits, 1/256 of the last place."""
+    if dtype == jnp.bfloat16:  # rounded to 16 bits of its own first, and then in the middle, upwards: bytes of the bits
+        bits = jnp.minimum(_bits(o), _NAN) + 0x80
+        rounded = lax.shift_right_logical(bits + 0x8000, 16).astype(jnp.int16)
+        return lax.bitcast_convert_type(rounded, jnp.bfloat16), lax.shift_right_logical(bits, 8)
     rounded = o.astype(dtype)
     rest = _bits(o) - _bits(rounded.astype(jnp.float32))
     places = _LOST[jnp.dtype(dtype).name] - 8
@@ -167,6 +175,7 @@ def joined(rounded: Array, rest: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+_NAN = 0x7FC00000  # as an integer no less than any other float32 that is not negative
 _LOST = {"bfloat16": 16, "float16": 13}  # bits of float32
 
 
@@ -174,26 +183,55 @@ def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
-def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, interpreted: bool) -> Array:
-    """``x`` with 2^(βv·log2e − c) in the heads that are ``hard``; the others are not touched.
+def settle(
+    x: Array, v: Array, most: Array, sums: Array | None, length: int, beta: float, narrow: int, interpreted: bool
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """``x`` with 2^(βv·log2e − c) in the heads where some c is not 0, c, and the flags of all heads.
 
     Args:
         x: As :func:`measure` returns it.
         v: As it took it.
-        c: (B, H, W), float32, integers.
-        hard: (B, H), int32.
+        most: (B, H, 3, W), float32, of all that it knows the greatest.
+        sums: (B, H, W), float32, Σx where asked for.
         length: Keys beyond it are padding; their x is 0.
         beta: β.
+        narrow: Of so many channels it is told whether they hardly vary.
         interpreted: By JAX, on the CPU.
+
+    Returns:
+        x; c (B, H, W), float32, integers; flags (B, H), int32.
     """
     batch, heads, keys, width = v.shape
     blocks = pl.cdiv(keys, ROWS)
     share = min(blocks, max(1, pl.cdiv(512, batch * heads)))  # most often there is nothing to do
+    of_channels = plgpu.Layout.WGMMA.reduce(0)
+    limits = values.LIMITS[jnp.dtype(v.dtype).name]
 
-    def block(v_ref: Ref, c_ref: Ref, hard_ref: Ref, x_ref: Ref) -> None:
+    def block(v_ref: Ref, most_ref: Ref, *refs: Ref) -> None:
         b, h = lax.axis_index("batch"), lax.axis_index("head")
+        *sums_ref, x_ref, c_ref, flags_ref = refs
 
-        def work(tile: Ref, full: Ref) -> None:
+        def load(ref: Ref, *at: int) -> Array:
+            loaded: Array = plgpu.load(ref.at[b, h, *at], layout=of_channels, optimized=False)
+            return loaded
+
+        low, high, odd = -load(most_ref, 0), load(most_ref, 1), load(most_ref, 2)
+        total = load(sums_ref[0]) if sums_ref else None
+        c, outside = values.decide(low * _LOG2E, high * _LOG2E, total, length, limits)
+        size = jnp.maximum(high, -low)
+        found = [
+            (outside, values.OUTSIDE),
+            (odd != odd, values.BROKEN),
+            (size >= LARGE, values.FAR),
+            (c != 0, values.MOVED),
+        ]
+        if narrow:
+            channel = plgpu.broadcasted_iota(jnp.int32, c.shape, 0, layout=of_channels)
+            found.append(((high - low <= limits.narrow) & (size < 1) & (channel < narrow), values.NARROW))
+        in_any = [jnp.max(jnp.where(is_so, float(flag), 0.0)).astype(jnp.int32) for is_so, flag in found]
+        flags = functools.reduce(jnp.bitwise_or, in_any)
+
+        def work(c_s: Ref, tile: Ref, full: Ref) -> None:
             @pl.loop(lax.axis_index("share"), blocks, step=share)
             def _(index: Array) -> None:
                 at = (b, h, pl.ds(index * ROWS, ROWS))
@@ -202,23 +240,38 @@ def refer(x: Array, v: Array, c: Array, hard: Array, length: int, beta: float, i
                 for column in range(0, width, COLUMNS):
                     columns = pl.ds(column, COLUMNS)
                     v_t = plgpu.load(tile.at[:, columns], layout=plgpu.Layout.WGMMA)
-                    c_t = plgpu.load(c_ref.at[b, h, columns], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                    c_t = plgpu.load(c_s.at[columns], layout=of_channels, optimized=False)
                     tile.at[:, columns][...] = exponentiated(v_t, c_t, beta, length - index * ROWS)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(tile, x_ref.at[at])
                 plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(hard_ref[b, h] != 0)
-        def _() -> None:
-            pl.run_scoped(work, plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT), plgpu.Barrier())
+        def tell(c_s: Ref) -> None:
+            c_s[...] = c
+            plgpu.commit_smem()
+
+            @pl.when(lax.axis_index("share") == 0)
+            def _() -> None:
+                flags_ref[b, h] = flags
+                plgpu.copy_smem_to_gmem(c_s, c_ref.at[b, h])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(flags & values.MOVED != 0)
+            def _() -> None:
+                tile = plgpu.SMEM((ROWS, width), v.dtype, transforms=LAYOUT)
+                pl.run_scoped(functools.partial(work, c_s), tile, plgpu.Barrier())
+
+        pl.run_scoped(tell, plgpu.SMEM((width,), jnp.float32))
 
     mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
     options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpreted else {}
     parameters = plgpu.CompilerParams(approx_math=True)
 
-    def write(out: Ref) -> None:
-        pl.kernel(block, out_type=(), mesh=mesh, compiler_params=parameters, name="laser_refer", **options)(
-            v, c, hard, out
+    given = (v, most, *([] if sums is None else [sums]))
+
+    def write(written: tuple[Ref, ...]) -> None:
+        pl.kernel(block, out_type=(), mesh=mesh, compiler_params=parameters, name="laser_settle", **options)(
+            *given, *written
         )
 
-    return pl.run_state(write)(x)
+    return pl.run_state(write)((x, lax.empty((batch, heads, width), jnp.float32), lax.empty((batch, heads), jnp.int32)))

@@ -41,7 +41,7 @@ AXES = {  # of all arrays by name; batch axes are further on the left. Arrays ma
     "residual": ("heads", "rows", "values"),
     "rest": ("heads", "rows", "values"),
     "c": ("kv", "values"),
-    "flags": ("kv",),
+    "flags": ("heads",),
     "d_out": ("heads", "rows", "values"),
     "lse": ("heads", "rows"),
     "d_lse": ("heads", "rows"),

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 
-# flags of a head: beyond the fast range; NaN or infinity; values that hardly vary, or that are large
-OUTSIDE, BROKEN, NARROW, FAR = 1, 2, 4, 8
+# flags of a head: beyond the fast range; NaN or infinity; values that hardly vary, or that are large; c is not 0
+OUTSIDE, BROKEN, NARROW, FAR, MOVED = 1, 2, 4, 8, 16
 _LOG2E = math.log2(math.e)
 
 
@@ -50,8 +50,15 @@ def needs_sum(keys: int, limits: Limits) -> bool:
     return limits.range + math.log2(max(keys, 1)) > limits.sum
 
 
+def _floor(x: Array) -> Array:
+    """Of what is known to Mosaic."""
+    small = jnp.abs(x) < 2.0**23  # what is not, is an integer
+    whole = jnp.where(small, x, 0).astype(jnp.int32).astype(x.dtype)
+    return jnp.where(small, jnp.where(whole > x, whole - 1, whole), x)
+
+
 def decide(low: Array, high: Array, total: Array | None, keys: int, limits: Limits) -> tuple[Array, Array]:
-    """c of every channel, and which heads are outside the fast range.
+    """c of every channel, and which are outside the fast range.
 
     Args:
         low: ``(..., E)``, the least exponent βv·log2e that is finite; +∞ where none is.
@@ -65,7 +72,7 @@ def decide(low: Array, high: Array, total: Array | None, keys: int, limits: Limi
         tame = (high < 120) & (low > -120)
         spread = jnp.where(tame, jnp.log2(jnp.where(tame, total, 1)) - low, spread)
     some = high >= low
-    outside = jnp.any(some & ~((high - low <= limits.range) & (spread <= limits.sum)), axis=-1)
-    hard = some & ~((low >= limits.easy[0]) & (high <= limits.easy[1]))
-    middle = jnp.ceil(high) - limits.top if limits.top else jnp.floor(low + (high - low) * 0.5 + 0.5)
+    outside = some & ((high - low > limits.range) | (spread > limits.sum))  # Mosaic cannot negate
+    hard = some & ((low < limits.easy[0]) | (high > limits.easy[1]))
+    middle = -_floor(-high) - limits.top if limits.top else _floor(low + (high - low) * 0.5 + 0.5)
     return jnp.where(hard, middle, 0), outside
