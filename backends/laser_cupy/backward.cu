@@ -13,7 +13,10 @@
 #ifndef HELD
 #define HELD (!FLOAT32 && DP + XP <= 256)  // 64 queries stay in registers
 #endif
-#define HELD_KEYS (HELD && INNER == 16 && !SPLIT)  // and 64 keys
+#ifndef HELD_KEYS
+#define HELD_KEYS (HELD && !SPLIT)  // and 64 keys, for which queries are taken 16 at a time
+#endif
+#define AT_ONCE (HELD_KEYS > 1 ? 16 : INNER)
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
 
 // zeros for what is not finite in a tile that tile_begin has loaded
@@ -27,14 +30,14 @@ template <int ROWS, int CELLS> __device__ __forceinline__ void tile_clean(elemen
 }
 
 // product [16, INNER] = a [16, CELLS] · bᵀ, for b [INNER, CELLS]
-template <int CELLS>
-__device__ __forceinline__ void multiply(float (&product)[INNER / 8][4], const element* a_tile, const element* b_tile) {
+template <int CELLS, int N>
+__device__ __forceinline__ void multiply(float (&product)[N][4], const element* a_tile, const element* b_tile) {
 #pragma unroll
   for (int d = 0; d < CELLS / 16; d++) {
     Left a;
     load_a(a, a_tile + d * 16, CELLS + PAD);
 #pragma unroll
-    for (int j = 0; j < INNER / 16; j++) {
+    for (int j = 0; j < N / 2; j++) {
       Right b;
       load_b(b, b_tile + j * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
       mma(product[2 * j], product[2 * j + 1], a, b);
@@ -43,12 +46,12 @@ __device__ __forceinline__ void multiply(float (&product)[INNER / 8][4], const e
 }
 
 // the same, with a in registers
-template <int CELLS>
-__device__ __forceinline__ void multiply(float (&product)[INNER / 8][4], const Left (&a)[CELLS / 16], const element* b_tile) {
+template <int CELLS, int N>
+__device__ __forceinline__ void multiply(float (&product)[N][4], const Left (&a)[CELLS / 16], const element* b_tile) {
 #pragma unroll
   for (int d = 0; d < CELLS / 16; d++)
 #pragma unroll
-    for (int j = 0; j < INNER / 16; j++) {
+    for (int j = 0; j < N / 2; j++) {
       Right b;
       load_b(b, b_tile + j * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
       mma(product[2 * j], product[2 * j + 1], a[d], b);
@@ -56,10 +59,10 @@ __device__ __forceinline__ void multiply(float (&product)[INNER / 8][4], const L
 }
 
 // acc [16, CELLS] += a [16, INNER] · b, for b [INNER, CELLS]; a comes as the result of a product
-template <int CELLS>
-__device__ __forceinline__ void accumulate(float (&acc)[CELLS / 8][4], const float (&a)[INNER / 8][4], const element* b_tile) {
+template <int CELLS, int N>
+__device__ __forceinline__ void accumulate(float (&acc)[CELLS / 8][4], const float (&a)[N][4], const element* b_tile) {
 #pragma unroll
-  for (int j = 0; j < INNER / 16; j++) {
+  for (int j = 0; j < N / 2; j++) {
     Left left;
     left_of(left, a[2 * j], a[2 * j + 1]);
 #pragma unroll
@@ -162,9 +165,12 @@ __device__ __forceinline__ void backward_of_keys(
 
 #if HELD_KEYS
   __syncthreads();
-  Left own_k[DP / 16], own_x[XP / 16];
+  Left own_k[DP / 16];
 #pragma unroll
   for (int d = 0; d < DP / 16; d++) load_a(own_k[d], k_tile + warp * 16 * (DP + PAD) + d * 16, DP + PAD);
+#endif
+#if HELD_KEYS > 1
+  Left own_x[XP / 16];
 #pragma unroll
   for (int d = 0; d < XP / 16; d++) load_a(own_x[d], x_tile + warp * 16 * (XP + PAD) + d * 16, XP + PAD);
 #endif
@@ -198,17 +204,22 @@ __device__ __forceinline__ void backward_of_keys(
       if (flag & ODD) tile_clean<INNER, DP>(q_tile);
       __syncthreads();  // this tile is there, and nobody reads the one before
       if (STAGES > 1 && i0 + INNER < end) begin(i0 + INNER);
-      float s[INNER / 8][4] = {}, gx[INNER / 8][4] = {};  // [16 keys, 32 queries]
+const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + INNER, j0, j0 + BLOCK);
+#pragma unroll
+      for (int n0 = 0; n0 < INNER; n0 += AT_ONCE) {
+      float s[AT_ONCE / 8][4] = {}, gx[AT_ONCE / 8][4] = {};  // [16 keys, 16 or 32 queries]
 #if HELD_KEYS
-      multiply<DP>(s, own_k, q_tile);
-      multiply<XP>(gx, own_x, g_tile);
+      multiply<DP>(s, own_k, q_tile + n0 * (DP + PAD));
 #else
-      multiply<DP>(s, k_tile + warp * 16 * (DP + PAD), q_tile);
-      if (DK) multiply<XP>(gx, x_tile + warp * 16 * (XP + PAD), g_tile);
+      multiply<DP>(s, k_tile + warp * 16 * (DP + PAD), q_tile + n0 * (DP + PAD));
 #endif
-      const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + INNER, j0, j0 + BLOCK);
+#if HELD_KEYS > 1
+      multiply<XP>(gx, own_x, g_tile + n0 * (XP + PAD));
+#else
+      if (DK) multiply<XP>(gx, x_tile + warp * 16 * (XP + PAD), g_tile + n0 * (XP + PAD));
+#endif
       weigh<true>(pr, f, direct, s, gx, [&](int n, int h, bool look, float& one_l, float& one_r, float& one_mark, float& bias) {
-        const int column = n * 8 + t * 2 + h % 2;
+        const int column = n0 + n * 8 + t * 2 + h % 2;
         one_l = l_tile[column];
         one_r = r_tile[column];
         one_mark = mark[h / 2];
@@ -216,12 +227,13 @@ __device__ __forceinline__ void backward_of_keys(
       });
       if (DV && P_SHIFT) {
 #pragma unroll
-        for (int n = 0; n < INNER / 8; n++)
+        for (int n = 0; n < AT_ONCE / 8; n++)
 #pragma unroll
           for (int h = 0; h < 4; h++) s[n][h] *= 1 << P_SHIFT;
       }
-      if (DV) accumulate<XP>(dv_acc, s, g_tile);
-      if (DK) accumulate<DP>(dk_acc, gx, q_tile);
+      if (DV) accumulate<XP>(dv_acc, s, g_tile + n0 * (XP + PAD));
+      if (DK) accumulate<DP>(dk_acc, gx, q_tile + n0 * (DP + PAD));
+      }
       if (STAGES == 1) {
         __syncthreads();
         if (i0 + INNER < end) begin(i0 + INNER);

@@ -6,6 +6,9 @@
 // is subtracted from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
+#ifndef CHUNKED
+#define CHUNKED 1
+#endif
 
 // whether a key whose score is so far above m is more than a quarter of the row
 __device__ __forceinline__ bool is_heavy(float above, float total) { return total < 4.f * (1 << P_SHIFT) * exp_fast(above); }
@@ -90,10 +93,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   v += keys * pr.value_dim;
 
   float acc[STRIPS][XP / 8][4] = {};
-  float m[STRIPS][2], top[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
+  float m[STRIPS][2];
+  // The sums of this thread's weights are in shared memory: there are few registers, and it makes the compiler add at once,
+  // instead of keeping weights in float32 until all products are made
+  struct alignas(16) Sums { float x[2][2]; };
+  Sums& l = ((Sums*)(x_tile + KEYS * (XP + PAD)))[threadIdx.x];
+  l = {};
   for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) m[w][h] = top[w][h] = -INF;
-  u32 heavy = 0;  // tiles in which a row had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
+    for (int h = 0; h < 2; h++) m[w][h] = -INF;
+  // Of one row, and each of its four lanes has another: the greatest score, the sum of the rounded weights, and tiles in which
+  // it had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
+  float top = -INF, total = 0.f;
+  u32 heavy = 0;
+  auto pick = [&](const float (&rows)[STRIPS][2]) {
+    const float one = t % 2 ? rows[0][1] : rows[0][0], other = t % 2 ? rows[STRIPS - 1][1] : rows[STRIPS - 1][0];
+    return t / 2 ? other : one;
+  };
+  auto total_of = [&](int w, int h) { return __shfl_sync(FULL_WARP, total, threadIdx.x % 32 / 4 * 4 + w * 2 + h); };
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
@@ -125,10 +141,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
       } else {
         tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
       }
-      float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+      float s[STRIPS][KEYS / 8][4];  // [16 * STRIPS, KEYS]
       // whether a query of this warp sees a key of this tile
       const bool some = j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low;
       if (some) {
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+          for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) s[w][j][r] = 0.f;
 #pragma unroll
         for (int d = 0; d < DP / 16; d++) {
           Left a[STRIPS];
@@ -149,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 
       if (some) {
         if constexpr (GENERAL) {
+          Sums odd = l;
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
@@ -157,9 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
               for (int r = 0; r < 4; r++) {
                 float slope, bias, &one = s[w][j][r];
                 const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
-                l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
+                odd.x[w][r / 2] = seen ? fmaf(one, 0.f, odd.x[w][r / 2]) : odd.x[w][r / 2];  // a cap would make a number of infinity
                 one = seen ? score(pr, one, bias, slope) : -INF;
               }
+          l = odd;
         } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
@@ -188,68 +212,92 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
             for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
             const float one = row_max(fmaxf(most[0], most[1]));
             ahead[w][h] = one == -INF ? -INF : one * factor;
-            top[w][h] = fmaxf(top[w][h], ahead[w][h]);
             grows |= ahead[w][h] > m[w][h] + SLACK;
           }
+        const float own_ahead = pick(ahead);
+        top = fmaxf(top, own_ahead);
         if (!again.value && warp_any(grows)) {
+          float shrink[STRIPS][2];
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
               const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
-              const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
+              shrink[w][h] = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
               m[w][h] = next;
-              l[w][h] *= shrink;
-              total[w][h] *= shrink;
+              l.x[w][h] *= shrink[w][h];
 #pragma unroll
               for (int e = 0; e < XP / 8; e++) {
-                acc[w][e][2 * h] *= shrink;
-                acc[w][e][2 * h + 1] *= shrink;
+                acc[w][e][2 * h] *= shrink[w][h];
+                acc[w][e][2 * h + 1] *= shrink[w][h];
               }
             }
+          total *= pick(shrink);
         }
-        Left p[STRIPS][KEYS / 16];
+        float minus_m[STRIPS][2];
+        bool carries[STRIPS][2];
 #pragma unroll
-        for (int w = 0; w < STRIPS; w++) {
-          float minus_m[2];
-#pragma unroll
-          for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
-#pragma unroll
-          for (int j = 0; j < KEYS / 16; j++) {
-#pragma unroll
-            for (int r = 0; r < 8; r++) {
-              float& one = s[w][2 * j + r / 4][r % 4];
-              one = exp_fast(fmaf(one, factor, minus_m[r % 4 / 2]));
-              if (!again.value) l[w][r % 4 / 2] += one;
-            }
-            left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
-          }
-#if !FLOAT32
-          float sums[4] = {};
-          const u32 one = pack(1.f, 1.f);
-#pragma unroll
-          for (int j = 0; j < KEYS / 16; j++)
-            if (!again.value) mma(sums, p[w][j].x, one, one);
+        for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            total[w][h] += sums[2 * h];
-            const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
-            if (!again.value && carries) heavy |= 1u << (tile - first >> span);
-#pragma unroll
-            for (int j = 0; j < KEYS / 16; j++)
-              if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
+            minus_m[w][h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
+            if (again.value) carries[w][h] = flag & NARROW || is_heavy(ahead[w][h] - m[w][h], total_of(w, h));
           }
-#endif
-        }
+        float sums[STRIPS][4] = {};
+        Left p[KEYS / 16][STRIPS];
+        auto weigh = [&](int k, Sums& so_far) {
 #pragma unroll
-        for (int k = 0; k < KEYS / 16; k++)
+          for (int w = 0; w < STRIPS; w++) {
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+              float& one = s[w][2 * k + r / 4][r % 4];
+              one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
+              if (!again.value) so_far.x[w][r % 4 / 2] += one;
+            }
+            left_of(p[k][w], s[w][2 * k], s[w][2 * k + 1]);
+#if !FLOAT32
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              if (again.value && !carries[w][h]) p[k][w].x[h] = p[k][w].x[h + 2] = 0;
+#endif
+          }
+        };
+#if !CHUNKED
+        {
+          Sums so_far = l;
+#pragma unroll
+          for (int k = 0; k < KEYS / 16; k++) weigh(k, so_far);
+          l = so_far;
+        }
+#endif
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) {
+#if CHUNKED
+          Sums so_far = l;
+          weigh(k, so_far);
+          l = so_far;
+#endif
+#if !FLOAT32
+          const u32 ones = pack(1.f, 1.f);
+#pragma unroll
+          for (int w = 0; w < STRIPS; w++)
+            if (!again.value) mma(sums[w], p[k][w].x, ones, ones);
+#endif
 #pragma unroll
           for (int e = 0; e < XP / 16; e++) {
             Right b;
             load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
 #pragma unroll
-            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
+            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[k][w], b);
           }
+        }
+        if (!again.value) {
+          float both[STRIPS][2];
+          for (int w = 0; w < STRIPS; w++)
+            for (int h = 0; h < 2; h++) both[w][h] = sums[w][2 * h];
+          total += pick(both);
+          if (is_heavy(own_ahead - pick(m), total)) heavy |= 1u << (tile - first >> span);
+        }
       }
       copy_wait();
       __syncthreads();  // k of the next tile is there, and nobody reads x any more
@@ -259,8 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #if !FLOAT32
   bool few = flag & NARROW;
   if (few) heavy = ~0u;
-  for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) few |= is_heavy(top[w][h] - m[w][h], total[w][h]);
+  few |= is_heavy(top - pick(m), total);
   if (__syncthreads_or(few)) {
     u32* room = (u32*)k_tile;
     room[threadIdx.x] = few ? heavy : 0;
@@ -272,6 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   }
 #endif
 
+  const Sums own_l = l;
   // o by way of shared memory: a warp writes whole rows
   float* results = (float*)raw + warp * 16 * (XP + 8);  // [16, XP] of a warp: sums over keys
   RowEnd* ends = (RowEnd*)(results + 16 * (XP + 4));
@@ -285,12 +333,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h], acc[w][e][2 * h + 1]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const float sum = row_sum(l[w][h]);
+      const float sum = row_sum(own_l.x[w][h]), rounded_sum = total_of(w, h);
       const int i = own + w * 16 + h * 8;
       const i64 row = (i64)at.query * pr.query_length + i;
       const bool there = i < pr.query_length;
       if (t) continue;
-      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][h]) : NOT_A_NUMBER;
+      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : rounded_sum) : NOT_A_NUMBER;
       const float nothing = sum == 0.f ? 0.f : sum == sum ? -INF * inverse_of(pr.beta) : NOT_A_NUMBER;
       ends[g + h * 8] = {over_total, nothing, there ? row * pr.value_dim : -1};
       if (there) lse[row] = sum == 0.f ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
