@@ -167,7 +167,7 @@ class Build:
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
         return {
             "value_exp": 8 * THREADS * (16 // self.bytes),
-            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 16 * THREADS, 4 * BLOCK * (self.wide + 8)),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 32 * THREADS, 4 * BLOCK * (self.wide + 8)),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "forward_few": self._few,
             "row_scales": 4 * THREADS,

@@ -6,9 +6,6 @@
 // is subtracted from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
-#ifndef CHUNKED
-#define CHUNKED 1
-#endif
 
 // whether a key whose score is so far above m is more than a quarter of the row
 __device__ __forceinline__ bool is_heavy(float above, float total) { return total < 4.f * (1 << P_SHIFT) * exp_fast(above); }
@@ -70,6 +67,10 @@ __device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, co
   }
 }
 
+struct alignas(16) Pairs { float x[2][2]; };  // of the rows of a thread: strips, and the two halves of each
+struct Rows { Pairs m, l; };
+#define LOWEST -3.40282347e38f  // below all scores; what it is subtracted from stays what it is, -infinity too
+
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     PROBLEM, const element* q, const element* k, const element* v, const element* x, const int* c,
     const int* flags, element* out, float* residual, float* lse) {
@@ -93,26 +94,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   v += keys * pr.value_dim;
 
   float acc[STRIPS][XP / 8][4] = {};
-  float m[STRIPS][2];
-  // The sums of this thread's weights are in shared memory: there are few registers, and it makes the compiler add at once,
-  // instead of keeping weights in float32 until all products are made
-  struct alignas(16) Sums { float x[2][2]; };
-  Sums& l = ((Sums*)(x_tile + KEYS * (XP + PAD)))[threadIdx.x];
-  l = {};
-  for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) m[w][h] = -INF;
+  // What a thread knows of its rows is in shared memory: there are few registers, and storing the sums makes the compiler add at
+  // once, instead of keeping weights in float32 until all products are made. Nobody else reads it
+  Rows& rows_of = ((Rows*)(x_tile + KEYS * (XP + PAD)))[threadIdx.x];
+  rows_of = {{LOWEST, LOWEST, LOWEST, LOWEST}, {}};
   // Of one row, and each of its four lanes has another: the greatest score, the sum of the rounded weights, and tiles in which
   // it had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
   float top = -INF, total = 0.f;
   u32 heavy = 0;
-  auto pick = [&](const float (&rows)[STRIPS][2]) {
-    const float one = t % 2 ? rows[0][1] : rows[0][0], other = t % 2 ? rows[STRIPS - 1][1] : rows[STRIPS - 1][0];
+  auto pick = [&](const Pairs& rows) {
+    const float one = t % 2 ? rows.x[0][1] : rows.x[0][0], other = t % 2 ? rows.x[STRIPS - 1][1] : rows.x[STRIPS - 1][0];
     return t / 2 ? other : one;
   };
   auto total_of = [&](int w, int h) { return __shfl_sync(FULL_WARP, total, threadIdx.x % 32 / 4 * 4 + w * 2 + h); };
   const int i1 = least(i0 + QUERIES, at.q_end);
   const int first = greatest(0, i0 + pr.low) / KEYS;
   const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
+  // tiles of which every query of the block sees every key
+  const int whole_from = least(i0 + QUERIES, pr.query_length) > at.q_end ? end : greatest(0, i0 + QUERIES - 1 + pr.low + KEYS - 1) / KEYS;
+  const int whole_end = least(at.k_end, i0 + pr.high + 1) / KEYS;
   int span = 0;
   while (end - first > 32 << span) span++;
   auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
@@ -143,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
       }
       float s[STRIPS][KEYS / 8][4];  // [16 * STRIPS, KEYS]
       // whether a query of this warp sees a key of this tile
-      const bool some = j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low;
+      const bool whole = tile >= whole_from && tile < whole_end;
+      const bool some = whole || (j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low);
       if (some) {
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
@@ -171,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 
       if (some) {
         if constexpr (GENERAL) {
-          Sums odd = l;
+          Pairs odd = rows_of.l;
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
@@ -183,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
                 odd.x[w][r / 2] = seen ? fmaf(one, 0.f, odd.x[w][r / 2]) : odd.x[w][r / 2];  // a cap would make a number of infinity
                 one = seen ? score(pr, one, bias, slope) : -INF;
               }
-          l = odd;
-        } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
+          rows_of.l = odd;
+        } else if (!whole) {
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
@@ -201,58 +202,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
             }
         }
 
-        float ahead[STRIPS][2];  // the greatest score of this tile
+        const Pairs m = rows_of.m;
+        Pairs ahead, minus_m;  // ahead: the greatest score of this tile
         bool grows = false;
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            float most[2] = {-INF, -INF};
+            float most[2];
 #pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-            const float one = row_max(fmaxf(most[0], most[1]));
-            ahead[w][h] = one == -INF ? -INF : one * factor;
-            grows |= ahead[w][h] > m[w][h] + SLACK;
+            for (int j = 0; j < KEYS / 8; j++) {
+              const float one = fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]);
+              most[j % 2] = j < 2 ? one : fmaxf(most[j % 2], one);
+            }
+            ahead.x[w][h] = row_max(fmaxf(most[0], most[1])) * factor;
+            minus_m.x[w][h] = -m.x[w][h];
+            grows |= ahead.x[w][h] > m.x[w][h] + SLACK;
           }
         const float own_ahead = pick(ahead);
         top = fmaxf(top, own_ahead);
         if (!again.value && warp_any(grows)) {
-          float shrink[STRIPS][2];
+          Pairs shrink, next, l = rows_of.l;
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-              const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
-              shrink[w][h] = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
-              m[w][h] = next;
-              l.x[w][h] *= shrink[w][h];
+              next.x[w][h] = ahead.x[w][h] > m.x[w][h] + SLACK ? ahead.x[w][h] : m.x[w][h];
+              shrink.x[w][h] = m.x[w][h] == next.x[w][h] ? 1.f : exp_fast(m.x[w][h] - next.x[w][h]);
+              minus_m.x[w][h] = -next.x[w][h];
+              l.x[w][h] *= shrink.x[w][h];
 #pragma unroll
               for (int e = 0; e < XP / 8; e++) {
-                acc[w][e][2 * h] *= shrink[w][h];
-                acc[w][e][2 * h + 1] *= shrink[w][h];
+                acc[w][e][2 * h] *= shrink.x[w][h];
+                acc[w][e][2 * h + 1] *= shrink.x[w][h];
               }
             }
           total *= pick(shrink);
+          rows_of = {next, l};
         }
-        float minus_m[STRIPS][2];
+        const float own_above = own_ahead + pick(minus_m);
         bool carries[STRIPS][2];
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            minus_m[w][h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
-            if (again.value) carries[w][h] = flag & NARROW || is_heavy(ahead[w][h] - m[w][h], total_of(w, h));
+            if (again.value) carries[w][h] = flag & NARROW || is_heavy(ahead.x[w][h] + minus_m.x[w][h], total_of(w, h));
+            minus_m.x[w][h] += P_SHIFT - (again.value ? REST_SHIFT : 0);
           }
         float sums[STRIPS][4] = {};
         Left p[KEYS / 16][STRIPS];
-        auto weigh = [&](int k, Sums& so_far) {
+        auto weigh = [&](int k, Pairs& l) {
 #pragma unroll
           for (int w = 0; w < STRIPS; w++) {
 #pragma unroll
             for (int r = 0; r < 8; r++) {
               float& one = s[w][2 * k + r / 4][r % 4];
-              one = exp_fast(fmaf(one, factor, minus_m[w][r % 4 / 2]));
-              if (!again.value) so_far.x[w][r % 4 / 2] += one;
+              one = exp_fast(fmaf(one, factor, minus_m.x[w][r % 4 / 2]));
+              if (!again.value) l.x[w][r % 4 / 2] += one;
             }
             left_of(p[k][w], s[w][2 * k], s[w][2 * k + 1]);
 #if !FLOAT32
@@ -262,21 +268,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #endif
           }
         };
-#if !CHUNKED
-        {
-          Sums so_far = l;
-#pragma unroll
-          for (int k = 0; k < KEYS / 16; k++) weigh(k, so_far);
-          l = so_far;
-        }
-#endif
 #pragma unroll
         for (int k = 0; k < KEYS / 16; k++) {
-#if CHUNKED
-          Sums so_far = l;
-          weigh(k, so_far);
-          l = so_far;
-#endif
+          Pairs l = rows_of.l;
+          weigh(k, l);
+          rows_of.l = l;
 #if !FLOAT32
           const u32 ones = pack(1.f, 1.f);
 #pragma unroll
@@ -292,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
           }
         }
         if (!again.value) {
-          float both[STRIPS][2];
+          Pairs both;
           for (int w = 0; w < STRIPS; w++)
-            for (int h = 0; h < 2; h++) both[w][h] = sums[w][2 * h];
+            for (int h = 0; h < 2; h++) both.x[w][h] = sums[w][2 * h];
           total += pick(both);
-          if (is_heavy(own_ahead - pick(m), total)) heavy |= 1u << (tile - first >> span);
+          if (is_heavy(own_above, total)) heavy |= 1u << (tile - first >> span);
         }
       }
       copy_wait();
@@ -307,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #if !FLOAT32
   bool few = flag & NARROW;
   if (few) heavy = ~0u;
-  few |= is_heavy(top - pick(m), total);
+  few |= is_heavy(top - pick(rows_of.m), total);
   if (__syncthreads_or(few)) {
     u32* room = (u32*)k_tile;
     room[threadIdx.x] = few ? heavy : 0;
@@ -319,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   }
 #endif
 
-  const Sums own_l = l;
+  const Rows own_rows = rows_of;
   // o by way of shared memory: a warp writes whole rows
   float* results = (float*)raw + warp * 16 * (XP + 8);  // [16, XP] of a warp: sums over keys
   RowEnd* ends = (RowEnd*)(results + 16 * (XP + 4));
@@ -333,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h], acc[w][e][2 * h + 1]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const float sum = row_sum(own_l.x[w][h]), rounded_sum = total_of(w, h);
+      const float sum = row_sum(own_rows.l.x[w][h]), rounded_sum = total_of(w, h);
       const int i = own + w * 16 + h * 8;
       const i64 row = (i64)at.query * pr.query_length + i;
       const bool there = i < pr.query_length;
@@ -341,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
       const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : rounded_sum) : NOT_A_NUMBER;
       const float nothing = sum == 0.f ? 0.f : sum == sum ? -INF * inverse_of(pr.beta) : NOT_A_NUMBER;
       ends[g + h * 8] = {over_total, nothing, there ? row * pr.value_dim : -1};
-      if (there) lse[row] = sum == 0.f ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
+      if (there) lse[row] = sum == 0.f ? -INF : (own_rows.m.x[w][h] - P_SHIFT) / UNIT + logf(sum);
     }
     __syncwarp();
     write_rows(pr, at, results, ends, c + (i64)at.key * CP, out, residual);
