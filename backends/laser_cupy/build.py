@@ -57,6 +57,7 @@ class Build:
         strips: Of the forward pass: a warp owns 16 queries times this.
         keys: Of the forward pass: keys of a tile.
         resident: Of the forward pass: blocks that share a multiprocessor, by registers.
+        owned: Of the backward pass: a warp owns 16 keys or queries times this.
         inner: Of the backward pass: rows of the tiles that are walked over.
         stages: How many of them are in shared memory.
     """
@@ -71,6 +72,7 @@ class Build:
     strips: int = 1
     keys: int = 64
     resident: int = 2
+    owned: int = 1
     inner: int = 32
     stages: int = 2
 
@@ -83,6 +85,7 @@ class Build:
             ("strips", (1, 2)),
             ("keys", (16, 32, 64, 128)),
             ("resident", (1, 2, 3)),
+            ("owned", (1, 2)),
             ("inner", (16, 32)),
             ("stages", (1, 2)),
         ):
@@ -108,7 +111,7 @@ class Build:
             or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, strips=2)
+            return dataclasses.replace(build, strips=2, owned=2 if build.padded + build.wide <= 128 else 1)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -158,7 +161,7 @@ class Build:
         values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1}
         values |= {"CAP": self.cap, "GENERAL": self.general or self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
+        values |= {"OWNED": self.owned, "INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:
@@ -171,9 +174,9 @@ class Build:
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "forward_few": self._few,
             "row_scales": 4 * THREADS,
-            "backward_keys": self.bytes * BLOCK * (d + x) + walked,
-            "backward_values": self.bytes * BLOCK * (d + x) + walked,
-            "backward_queries": self.bytes * BLOCK * (d + x) + walked,
+            "backward_keys": self.bytes * BLOCK * self.owned * (d + x) + walked,
+            "backward_values": self.bytes * BLOCK * self.owned * (d + x) + walked,
+            "backward_queries": self.bytes * BLOCK * self.owned * (d + x) + walked,
             "backward_bias": self.bytes * BLOCK * (d + x) + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
             "decode_merge": 8 * THREADS,
