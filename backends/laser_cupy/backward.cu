@@ -87,6 +87,9 @@ __device__ __forceinline__ void accumulate(float (&acc)[W][CELLS / 8][4], const 
   }
 }
 
+// without the power of two that keeps float16 in range
+__device__ __forceinline__ float restored(float x, int n) { return FLOAT16 ? scaled(x, n) : x; }
+
 // How products of G and X become ds: ds = p * (gx * in + r); and ds an element, times `out`; both as two, which are in range
 struct Factors { float in, in2, out, out2; };
 
@@ -149,6 +152,54 @@ __device__ __forceinline__ float value_gradient(float exp_form, float expm1_form
     if (finite(y)) dbeta += part * v * v * curvature(fminf(y, CLIP));
   }
   return sum;
+}
+
+// exp(beta*v) * 2^-c of a head inside the fast range, by the hardware's exponential; c is not in the bits before the exponent
+__device__ __forceinline__ float exp_of_value(float beta, float v, int c) {
+  const float y = beta * v, whole = rintf(y * LOG2E);
+  const float rest = fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + fmaf(beta, v, -y);
+  const int n = least(127, greatest(-126, (int)whole - c));
+  return finite(y) ? exp2_fast(rest * LOG2E) * bits_as_float((u32)(n + 127) << 23) : 0.f;
+}
+
+struct alignas(4 * sizeof(element)) Quad { element x[4]; };
+
+// dv of up to 16 keys from `results` [16, XP], sums over queries; and sums [EP] over the keys of what they add to dβ, or null
+__device__ __forceinline__ void write_values(const Problem& pr, int head, const float* results, int keys, const element* v, const int* c,
+                                             int g_scale, element* dv, float* sums, bool add) {
+  const int lane = threadIdx.x % 32;
+  if (EXP && !EXPM1 && !FLOAT32 && pr.value_dim % 4 == 0) {
+#pragma unroll 1
+    for (int e = lane * 4; e < pr.value_dim; e += 128) {
+      int own_c[4];
+      for (int h = 0; h < 4; h++) own_c[h] = c[e + h];
+#pragma unroll 4
+      for (int j = 0; j < keys; j++) {
+        const Quad from = *(const Quad*)(v + (i64)j * pr.value_dim + e);
+        Floats to = *(const Floats*)(results + j * (XP + 4) + e);
+#pragma unroll
+        for (int h = 0; h < 4; h++)
+          to.x[h] = restored(to.x[h], g_scale - P_SHIFT) * exp_of_value(pr.beta, widen(from.x[h]), own_c[h]) * pr.beta;
+        store_pair(dv + (i64)j * pr.value_dim + e, to.x[0], to.x[1]);
+        store_pair(dv + (i64)j * pr.value_dim + e + 2, to.x[2], to.x[3]);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int e = lane; e < EP; e += 32) {
+    const float beta = e < pr.value_dim ? beta_of(pr, head, e) : 0.f;
+    float sum = add && sums ? sums[e] : 0.f;
+#pragma unroll 1
+    for (int j = 0; j < keys && e < pr.value_dim; j++) {
+      const float* from = results + j * (XP + 4) + e;
+      const i64 at = (i64)j * pr.value_dim + e;
+      float dbeta;
+      dv[at] = narrow(value_gradient(from[0], from[XP - EP], beta, widen(v[at]), c, e, g_scale, dbeta));
+      sum += dbeta;
+    }
+    if (sums) sums[e] = sum;
+  }
 }
 
 // dk and dv of a block's keys; one of them where SPLIT has a thread hold no more. dbetas [B*Hkv, blocks, EP], or null
@@ -233,7 +284,11 @@ __device__ __forceinline__ void backward_of_keys(
                       one_l = l_tile[column];
                       one_r = r_tile[column];
                       one_mark = mark[w * 2 + h / 2];
-                      return !look || visible(pr, at, i0 + column, j0 + own + w * 16 + h / 2 * 8, bias);
+                      const int j = j0 + own + w * 16 + h / 2 * 8;
+                      if (GENERAL && look) return visible(pr, at, i0 + column, j, bias);
+                      const int from = j - pr.high - i0 - t * 2;  // queries that see key j, up to `to`
+                      const int to = (j < at.k_end ? least(at.q_end, j - pr.low + 1) : 0) - i0 - t * 2;
+                      return !look || (column - t * 2 >= from && column - t * 2 < to);
                     });
         if (DV && P_SHIFT) {
 #pragma unroll
@@ -257,35 +312,28 @@ __device__ __forceinline__ void backward_of_keys(
     for (int n = 0; n < DP / 8; n++) {
       const int d = n * 8 + t * 2;
       if (d < WIDTH)
-        store_pair(dk + (keys + j) * WIDTH + d, scaled(dk_acc[h / 2][n][h % 2 * 2] * pr.scale, ds_scale),
-                   scaled(dk_acc[h / 2][n][h % 2 * 2 + 1] * pr.scale, ds_scale));
+        store_pair(dk + (keys + j) * WIDTH + d, restored(dk_acc[h / 2][n][h % 2 * 2] * pr.scale, ds_scale),
+                   restored(dk_acc[h / 2][n][h % 2 * 2 + 1] * pr.scale, ds_scale));
     }
   }
   if (!DV) return;
-  float* sums = (float*)raw;  // [4 warps, EP] of dβ
+  // by way of shared memory: a warp writes whole rows
+  float* results = (float*)raw + warp * 16 * (XP + 4);
+  float* sums = (float*)raw + 64 * (XP + 4);  // [4 warps, EP] of dβ
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < EP / 8; n++)
+  for (int w = 0; w < OWNED; w++) {
 #pragma unroll
-    for (int w = 0; w < 2; w++) {
-      const int e = n * 8 + t * 2 + w;
-      const float beta = e < pr.value_dim ? beta_of(pr, kv * pr.group % pr.query_heads, e) : 0.f;
-      float dbeta = 0.f;
+    for (int n = 0; n < XP / 8; n++)
 #pragma unroll
-      for (int h = 0; h < 2 * OWNED; h++) {
-        const int j = j0 + own + h * 8;
-        if (j >= pr.key_length || e >= pr.value_dim) continue;
-        float part;
-        dv[(keys + j) * pr.value_dim + e] =
-            narrow(value_gradient(dv_acc[h / 2][n][h % 2 * 2 + w], dv_acc[h / 2][XP / 8 - EP / 8 + n][h % 2 * 2 + w], beta,
-                                  widen(v[(keys + j) * pr.value_dim + e]), c + (i64)kv * CP, e, g_scale, part));
-        dbeta += part;
-      }
-      if (dbetas) {
-        for (int n = 4; n < 32; n *= 2) dbeta += __shfl_xor_sync(FULL_WARP, dbeta, n);
-        if (lane < 4) sums[warp * EP + e] = dbeta;
-      }
-    }
+      for (int h = 0; h < 2; h++)
+        store_two(results + (lane / 4 + h * 8) * (XP + 4) + n * 8 + t * 2, dv_acc[w][n][2 * h], dv_acc[w][n][2 * h + 1]);
+    __syncwarp();
+    const int j = j0 + (warp * OWNED + w) * 16;
+    write_values(pr, kv * pr.group % pr.query_heads, results, least(16, pr.key_length - j), v + (keys + j) * pr.value_dim,
+                 c + (i64)kv * CP, g_scale, dv + (keys + j) * pr.value_dim, dbetas ? sums + warp * EP : nullptr, w > 0);
+    __syncwarp();
+  }
   if (!dbetas) return;
   __syncthreads();
   for (int e = threadIdx.x; e < EP; e += THREADS)
@@ -382,7 +430,11 @@ __device__ __forceinline__ void walk_over_keys(
                    one_l = l_row[w * 2 + h / 2];
                    one_r = r_row[w * 2 + h / 2];
                    one_mark = look ? mark[column] : 0.f;
-                   return !look || visible(pr, at, i0 + own + w * 16 + h / 2 * 8, j0 + column, bias);
+                   const int i = i0 + own + w * 16 + h / 2 * 8;
+                   if (GENERAL && look) return visible(pr, at, i, j0 + column, bias);
+                   const int from = i + pr.low - j0 - t * 2;  // keys that query i sees, up to `to`
+                   const int to = (i < at.q_end ? least(at.k_end, i + pr.high + 1) : 0) - j0 - t * 2;
+                   return !look || (column - t * 2 >= from && column - t * 2 < to);
                  });
     use(j0, gx, k_tile);
     if (STAGES == 1) {
@@ -417,8 +469,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
     for (int n = 0; n < DP / 8; n++) {
       const int d = n * 8 + t * 2;
       if (d < WIDTH)
-        store_pair(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d, scaled(acc[h / 2][n][h % 2 * 2] * pr.scale, ds_scale),
-                   scaled(acc[h / 2][n][h % 2 * 2 + 1] * pr.scale, ds_scale));
+        store_pair(dq + ((i64)at.query * pr.query_length + i) * WIDTH + d, restored(acc[h / 2][n][h % 2 * 2] * pr.scale, ds_scale),
+                   restored(acc[h / 2][n][h % 2 * 2 + 1] * pr.scale, ds_scale));
     }
   }
 }

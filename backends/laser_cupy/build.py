@@ -168,16 +168,18 @@ class Build:
         """Bytes of shared memory that a block of a kernel takes."""
         d, x = self.padded + _PAD, self.wide + _PAD
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
+        tiles, rows = self.bytes * BLOCK * (d + x), 4 * BLOCK * (self.wide + 8)
+        backward = max(tiles * self.owned + walked, rows + 16 * self.value_dim)
         return {
             "value_exp": 8 * THREADS * (16 // self.bytes),
-            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 32 * THREADS, 4 * BLOCK * (self.wide + 8)),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 32 * THREADS, rows),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "forward_few": self._few,
             "row_scales": 4 * THREADS,
-            "backward_keys": self.bytes * BLOCK * self.owned * (d + x) + walked,
-            "backward_values": self.bytes * BLOCK * self.owned * (d + x) + walked,
-            "backward_queries": self.bytes * BLOCK * self.owned * (d + x) + walked,
-            "backward_bias": self.bytes * BLOCK * (d + x) + walked,
+            "backward_keys": backward,
+            "backward_values": backward,
+            "backward_queries": backward,
+            "backward_bias": tiles + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
             "decode_merge": 8 * THREADS,
             "backward_queries_exact": 4 * (self.padded + THREADS),
