@@ -172,7 +172,7 @@ class Build:
         backward = max(tiles * self.owned + walked, rows + 16 * self.value_dim)
         return {
             "value_exp": 8 * THREADS * (16 // self.bytes),
-            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 32 * THREADS, rows),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 48 * THREADS, rows),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "forward_few": self._few,
             "row_scales": 4 * THREADS,

@@ -255,3 +255,35 @@ __device__ __forceinline__ void tile_begin(element* tile, const element* matrix,
     }
   }
 }
+
+// The copies of the tiles [ROWS, CELLS] of a matrix one after the other, in parts: between other work, the unit that loads and
+// stores does not keep that waiting
+template <int ROWS, int CELLS, int COLUMNS> struct Mover {
+  static constexpr int CHUNKS = CELLS / PER, STEP = THREADS % CHUNKS ? ROWS + 1 : THREADS / CHUNKS;
+  static constexpr bool APART = ROWS % STEP == 0;
+  element *tile, *to;
+  const element *matrix, *from;  // `from` goes over the whole matrix
+  int end, edge;  // edge: of this thread's rows
+
+  __device__ __forceinline__ Mover(element* tile, const element* matrix, int start, int end) : tile(tile), matrix(matrix), end(end) {
+    const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * PER;
+    to = tile + row * (CELLS + PAD) + column;
+    from = matrix + (i64)(start + row) * COLUMNS + column;
+    edge = column < COLUMNS ? end - row : 0;
+  }
+  // part `n` of `parts` of the tile from row `start` on, the one after the last; nothing is read unless it is wanted
+  __device__ __forceinline__ void part(int n, int parts, int start, bool wanted) {
+    if constexpr (APART) {
+      constexpr int COUNT = ROWS / STEP;
+      const int left = wanted ? edge - start : 0;
+#pragma unroll
+      for (int r = 0; r < COUNT; r++) {
+        if (r < COUNT * n / parts || r >= COUNT * (n + 1) / parts) continue;
+        copy_begin(to + r * STEP * (CELLS + PAD), from, r * STEP < left);
+        from += STEP * COLUMNS;
+      }
+    } else if (n == 0 && wanted) {
+      tile_begin<ROWS, CELLS, COLUMNS>(tile, matrix, start, end);
+    }
+  }
+};

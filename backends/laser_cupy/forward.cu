@@ -6,6 +6,7 @@
 // is subtracted from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
+#define MOVES (DP >= 64 ? DP / 32 : 1)  // steps of a product between which the next tile is fetched
 
 // whether a key whose score is so far above m is more than a quarter of the row
 __device__ __forceinline__ bool is_heavy(float above, float total) { return total < 4.f * (1 << P_SHIFT) * exp_fast(above); }
@@ -68,7 +69,10 @@ __device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, co
 }
 
 struct alignas(16) Pairs { float x[2][2]; };  // of the rows of a thread: strips, and the two halves of each
-struct Rows { Pairs m, l; };
+// and of one row, of which each of its four lanes has another: the greatest score, the sum of the rounded weights, and tiles in
+// which it had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
+struct alignas(16) Single { float top, total; u32 heavy; };
+struct Rows { Pairs m, l; Single one; };
 #define LOWEST -3.40282347e38f  // below all scores; what it is subtracted from stays what it is, -infinity too
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
@@ -97,25 +101,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   // What a thread knows of its rows is in shared memory: there are few registers, and storing the sums makes the compiler add at
   // once, instead of keeping weights in float32 until all products are made. Nobody else reads it
   Rows& rows_of = ((Rows*)(x_tile + KEYS * (XP + PAD)))[threadIdx.x];
-  rows_of = {{LOWEST, LOWEST, LOWEST, LOWEST}, {}};
-  // Of one row, and each of its four lanes has another: the greatest score, the sum of the rounded weights, and tiles in which
-  // it had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
-  float top = -INF, total = 0.f;
-  u32 heavy = 0;
+  rows_of = {{LOWEST, LOWEST, LOWEST, LOWEST}, {}, {-INF, 0.f, 0}};
   auto pick = [&](const Pairs& rows) {
     const float one = t % 2 ? rows.x[0][1] : rows.x[0][0], other = t % 2 ? rows.x[STRIPS - 1][1] : rows.x[STRIPS - 1][0];
     return t / 2 ? other : one;
   };
-  auto total_of = [&](int w, int h) { return __shfl_sync(FULL_WARP, total, threadIdx.x % 32 / 4 * 4 + w * 2 + h); };
+  auto total_of = [&](float total, int w, int h) { return __shfl_sync(FULL_WARP, total, threadIdx.x % 32 / 4 * 4 + w * 2 + h); };
   const int i1 = least(i0 + QUERIES, at.q_end);
-  const int first = greatest(0, i0 + pr.low) / KEYS;
-  const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
-  // tiles of which every query of the block sees every key
-  const int whole_from = least(i0 + QUERIES, pr.query_length) > at.q_end ? end : greatest(0, i0 + QUERIES - 1 + pr.low + KEYS - 1) / KEYS;
-  const int whole_end = least(at.k_end, i0 + pr.high + 1) / KEYS;
+  const int first = greatest(0, i0 + pr.low) / KEYS * KEYS, end = i1 <= i0 ? 0 : least(at.k_end, i1 + pr.high);
+  // keys whose tiles every query of the block sees
+  const int whole_from = least(i0 + QUERIES, pr.query_length) > at.q_end ? end : greatest(0, i0 + QUERIES - 1 + pr.low);
+  const int whole_end = least(at.k_end, i0 + pr.high + 1) - KEYS;
   int span = 0;
-  while (end - first > 32 << span) span++;
-  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
+  while (pr.key_length > KEYS * 32 << span) span++;
+  const Place own_q = place_a(q_tile + warp * STRIPS * 16 * (DP + PAD), DP + PAD), all_k = place_b(k_tile, DP + PAD);
+  const Place all_x = place_b_transposed(x_tile, XP + PAD);
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
 
   // One walk over the keys. Unless GENERAL, scores are products times one factor, in their order, and what is seen are columns
@@ -124,26 +124,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   // itself, so that its bits do not depend on its neighbours.
   auto walk = [&](auto again, u32 tiles) {
     const float factor = GENERAL ? 1.f : pr.scale * UNIT;
-    begin_k(first);
+    Mover<KEYS, DP, WIDTH> next_k(k_tile, k, first, at.k_end);
+    Mover<KEYS, XP, XP> next_x(x_tile, x, first, at.k_end);
+    next_k.part(0, 1, first, first < end);
     copy_wait();
     __syncthreads();
-    for (int tile = first; tile < end; tile++) {
-      const int j0 = tile * KEYS;
+    for (int j0 = first; j0 < end; j0 += KEYS) {
+      const u32 tile = 1u << (j0 / KEYS >> span);
       if (again.value) {
-        if (!(tiles >> (tile - first >> span) & 1)) {
+        if (!(tiles & tile)) {
           __syncthreads();
-          begin_k(tile + 1);
+          next_k.part(0, 1, j0 + KEYS, j0 + KEYS < end);
           copy_wait();
           __syncthreads();
           continue;
         }
         make_rest<KEYS>(pr, at, x_tile, v, c + (i64)at.key * CP, j0);
-      } else {
-        tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
       }
       float s[STRIPS][KEYS / 8][4];  // [16 * STRIPS, KEYS]
+      Pairs minus_m;
+      float own_above;
+      bool carries[STRIPS][2];
       // whether a query of this warp sees a key of this tile
-      const bool whole = tile >= whole_from && tile < whole_end;
+      const bool whole = j0 >= whole_from && j0 <= whole_end;
       const bool some = whole || (j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low);
       if (some) {
 #pragma unroll
@@ -156,21 +159,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         for (int d = 0; d < DP / 16; d++) {
           Left a[STRIPS];
 #pragma unroll
-          for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
+          for (int w = 0; w < STRIPS; w++) load_a(a[w], own_q, w * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
           for (int j = 0; j < KEYS / 16; j++) {
             Right b;
-            load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+            load_b(b, all_k, j * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
             for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
           }
+          if (!again.value && d < MOVES) next_x.part(d, MOVES, j0, true);
         }
-      }
-      copy_wait();
-      __syncthreads();  // x is there, and nobody reads k any more
-      begin_k(tile + 1);
-
-      if (some) {
         if constexpr (GENERAL) {
           Pairs odd = rows_of.l;
 #pragma unroll
@@ -203,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         }
 
         const Pairs m = rows_of.m;
-        Pairs ahead, minus_m;  // ahead: the greatest score of this tile
+        Pairs ahead;  // the greatest score of this tile
         bool grows = false;
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
@@ -220,7 +218,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
             grows |= ahead.x[w][h] > m.x[w][h] + SLACK;
           }
         const float own_ahead = pick(ahead);
-        top = fmaxf(top, own_ahead);
         if (!again.value && warp_any(grows)) {
           Pairs shrink, next, l = rows_of.l;
 #pragma unroll
@@ -237,19 +234,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
                 acc[w][e][2 * h + 1] *= shrink.x[w][h];
               }
             }
-          total *= pick(shrink);
-          rows_of = {next, l};
+          rows_of.m = next;
+          rows_of.l = l;
+          rows_of.one.total *= pick(shrink);
         }
-        const float own_above = own_ahead + pick(minus_m);
-        bool carries[STRIPS][2];
+        if (!again.value) rows_of.one.top = fmaxf(rows_of.one.top, own_ahead);
+        own_above = own_ahead + pick(minus_m);
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            if (again.value) carries[w][h] = flag & NARROW || is_heavy(ahead.x[w][h] + minus_m.x[w][h], total_of(w, h));
+            if (again.value) carries[w][h] = flag & NARROW || is_heavy(ahead.x[w][h] + minus_m.x[w][h], total_of(rows_of.one.total, w, h));
             minus_m.x[w][h] += P_SHIFT - (again.value ? REST_SHIFT : 0);
           }
+      } else if (!again.value) {
+        next_x.part(0, 1, j0, true);
+      }
+      copy_wait();
+      __syncthreads();  // x is there, and nobody reads k any more
+      if (some) {
         float sums[STRIPS][4] = {};
+        Right b[2];
+        load_b_transposed(b[0], all_x, 0, XP + PAD);
         Left p[KEYS / 16][STRIPS];
         auto weigh = [&](int k, Pairs& l) {
 #pragma unroll
@@ -273,6 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
           Pairs l = rows_of.l;
           weigh(k, l);
           rows_of.l = l;
+          if (k < KEYS / 16 / 2 || KEYS < 32) next_k.part(k, KEYS < 32 ? 1 : KEYS / 16 / 2, j0 + KEYS, j0 + KEYS < end);
 #if !FLOAT32
           const u32 ones = pack(1.f, 1.f);
 #pragma unroll
@@ -281,19 +288,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
 #endif
 #pragma unroll
           for (int e = 0; e < XP / 16; e++) {
-            Right b;
-            load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
+            constexpr int STEPS = XP / 16;
+            const int n = k * STEPS + e + 1;  // the next step's values are loaded before this one's product
+            if (n < KEYS / 16 * STEPS) load_b_transposed(b[n % 2], all_x, n / STEPS * 16 * (XP + PAD) + n % STEPS * 16, XP + PAD);
 #pragma unroll
-            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[k][w], b);
+            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[k][w], b[(n + 1) % 2]);
           }
         }
         if (!again.value) {
           Pairs both;
           for (int w = 0; w < STRIPS; w++)
             for (int h = 0; h < 2; h++) both.x[w][h] = sums[w][2 * h];
-          total += pick(both);
-          if (is_heavy(own_above, total)) heavy |= 1u << (tile - first >> span);
+          Single one = rows_of.one;
+          one.total += pick(both);
+          if (is_heavy(own_above, one.total)) one.heavy |= tile;
+          rows_of.one = one;
         }
+      } else {
+        next_k.part(0, 1, j0 + KEYS, j0 + KEYS < end);
       }
       copy_wait();
       __syncthreads();  // k of the next tile is there, and nobody reads x any more
@@ -302,11 +314,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   walk(Flag<false>(), 0);
 #if !FLOAT32
   bool few = flag & NARROW;
-  if (few) heavy = ~0u;
-  few |= is_heavy(top - pick(rows_of.m), total);
+  few |= is_heavy(rows_of.one.top - pick(rows_of.m), rows_of.one.total);
   if (__syncthreads_or(few)) {
     u32* room = (u32*)k_tile;
-    room[threadIdx.x] = few ? heavy : 0;
+    room[threadIdx.x] = flag & NARROW ? ~0u : few ? rows_of.one.heavy : 0;
     __syncthreads();
     u32 tiles = 0;
     for (int n = 0; n < THREADS; n++) tiles |= room[n];
@@ -329,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h], acc[w][e][2 * h + 1]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const float sum = row_sum(own_rows.l.x[w][h]), rounded_sum = total_of(w, h);
+      const float sum = row_sum(own_rows.l.x[w][h]), rounded_sum = total_of(own_rows.one.total, w, h);
       const int i = own + w * 16 + h * 8;
       const i64 row = (i64)at.query * pr.query_length + i;
       const bool there = i < pr.query_length;
