@@ -15,7 +15,7 @@
 #define HELD (!FLOAT32 && DP + XP <= 256)  // queries stay in registers
 #endif
 #ifndef HELD_KEYS
-#define HELD_KEYS (HELD && !SPLIT && 0)  // and keys, for which queries are taken 16 at a time
+#define HELD_KEYS (HELD && !SPLIT)  // and keys, for which queries are taken 16 at a time
 #endif
 #define AT_ONCE (HELD_KEYS ? 16 : INNER)
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
@@ -30,9 +30,9 @@ template <int ROWS, int CELLS> __device__ __forceinline__ void tile_clean(elemen
   }
 }
 
-// product [16 * W, 8 * N] = a [16 * W, CELLS] · bᵀ, for b [8 * N, CELLS]
-template <int CELLS, int W, int N>
-__device__ __forceinline__ void multiply(float (&product)[W][N][4], const element* a_tile, const element* b_tile) {
+// product [16 * W, 8 * N] = a [16 * W, CELLS] · bᵀ, for b [8 * N, CELLS]; after each step between(d, steps)
+template <int CELLS, int W, int N, class Between>
+__device__ __forceinline__ void multiply(float (&product)[W][N][4], const element* a_tile, const element* b_tile, Between between) {
 #pragma unroll
   for (int d = 0; d < CELLS / 16; d++) {
     Left a[W];
@@ -45,6 +45,7 @@ __device__ __forceinline__ void multiply(float (&product)[W][N][4], const elemen
 #pragma unroll
       for (int w = 0; w < W; w++) mma(product[w][2 * j], product[w][2 * j + 1], a[w], b);
     }
+    between(d, CELLS / 16);
   }
 }
 
@@ -240,20 +241,21 @@ __device__ __forceinline__ void backward_of_keys(
     const int first = greatest(0, j0 - pr.high) / INNER * INNER;
     const int end = j0 < at.k_end ? least(at.q_end, j0 + OWNED_ROWS - pr.low) : 0;
     auto stage = [&](int i0) { return stages + i0 / INNER % STAGES * STAGE_BYTES; };
-    auto begin = [&](int i0) {
-      element* q_tile = (element*)stage(i0);
-      element* g_tile = q_tile + INNER * (DP + PAD);
-      float* l_tile = (float*)(g_tile + INNER * (XP + PAD));
-      tile_begin<INNER, DP, WIDTH>(q_tile, q + queries * WIDTH, i0, at.q_end);
-      tile_begin<INNER, XP, XP>(g_tile, g + queries * XP, i0, at.q_end);
-      if (threadIdx.x < 2 * INNER) {
+    Mover<INNER, DP, WIDTH> next_q((element*)stages, q + queries * WIDTH, first, at.q_end);
+    Mover<INNER, XP, XP> next_g((element*)stages + INNER * (DP + PAD), g + queries * XP, first, at.q_end);
+    auto begin = [&](int i0, int n, int parts, bool wanted) {  // part n of what it takes to copy the tile from i0 on
+      const int shift = i0 / INNER % STAGES * (STAGE_BYTES / (int)sizeof(element));
+      next_q.part(n, parts, i0, wanted, shift);
+      next_g.part(n, parts, i0, wanted, shift);
+      if (n == 0 && wanted && threadIdx.x < 2 * INNER) {
         const int i = i0 + threadIdx.x % INNER;
+        float* l_tile = (float*)((element*)stage(i0) + INNER * (DP + PAD + XP + PAD));
         copy_begin_float(l_tile + threadIdx.x, (threadIdx.x < INNER ? l : r) + queries + least(i, pr.query_length - 1),
                          i < at.q_end);
       }
     };
     __syncthreads();  // nobody reads the last tile of another head any more
-    if (first < end) begin(first);
+    begin(first, 0, 1, first < end);
     for (int i0 = first; i0 < end; i0 += INNER) {
       element* q_tile = (element*)stage(i0);
       const element* g_tile = q_tile + INNER * (DP + PAD);
@@ -262,7 +264,7 @@ __device__ __forceinline__ void backward_of_keys(
       copy_wait();
       if (flag & ODD) tile_clean<INNER, DP>(q_tile);
       __syncthreads();  // this tile is there, and nobody reads the one before
-      if (STAGES > 1 && i0 + INNER < end) begin(i0 + INNER);
+      auto between = [&](int n, int parts) { if (STAGES > 1) begin(i0 + INNER, n, parts, i0 + INNER < end); };
       const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + INNER, j0, j0 + OWNED_ROWS);
 #pragma unroll
       for (int n0 = 0; n0 < INNER; n0 += AT_ONCE) {
@@ -273,10 +275,11 @@ __device__ __forceinline__ void backward_of_keys(
         for (int d = 0; d < (DP > XP ? DP : XP) / 16; d++) {  // side by side: each alone would wait for itself
           multiply_step<DP>(s, held_k, q_rows, d);
           multiply_step<XP>(gx, held_x, g_rows, d);
+          if (n0 == 0 && d < DP / 16) between(d, DP / 16);
         }
 #else
-        multiply<DP>(s, own_k, q_rows);
-        if (DK) multiply<XP>(gx, own_x, g_rows);
+        multiply<DP>(s, own_k, q_rows, between);
+        if (DK) multiply<XP>(gx, own_x, g_rows, [](int, int) {});
 #endif
         weigh<true>(pr, f, direct, s, gx,
                     [&](int w, int n, int h, bool look, float& one_l, float& one_r, float& one_mark, float& bias) {
@@ -299,7 +302,7 @@ __device__ __forceinline__ void backward_of_keys(
       }
       if (STAGES == 1) {
         __syncthreads();
-        if (i0 + INNER < end) begin(i0 + INNER);
+        begin(i0 + INNER, 0, 1, i0 + INNER < end);
       }
     }
   }
@@ -381,18 +384,19 @@ __device__ __forceinline__ void walk_over_keys(
   const int first = greatest(j_first, (i0 + pr.low) / INNER * INNER);
   const int end = i1 <= i0 ? 0 : least(least(j_end, at.k_end), i1 + pr.high);
   auto stage = [&](int j0) { return stages + j0 / INNER % STAGES * STAGE_BYTES; };
-  auto begin = [&](int j0) {
-    element* k_tile = (element*)stage(j0);
-    element* x_tile = k_tile + INNER * (DP + PAD);
-    tile_begin<INNER, DP, WIDTH>(k_tile, k + keys * WIDTH, j0, at.k_end);
-    tile_begin<INNER, XP, XP>(x_tile, x + keys * XP, j0, at.k_end);
-    if (threadIdx.x < INNER) {
+  Mover<INNER, DP, WIDTH> next_k((element*)stages, k + keys * WIDTH, first, at.k_end);
+  Mover<INNER, XP, XP> next_x((element*)stages + INNER * (DP + PAD), x + keys * XP, first, at.k_end);
+  auto begin = [&](int j0, int n, int parts, bool wanted) {  // part n of what it takes to copy the tile from j0 on
+    const int shift = j0 / INNER % STAGES * (STAGE_BYTES / (int)sizeof(element));
+    next_k.part(n, parts, j0, wanted, shift);
+    next_x.part(n, parts, j0, wanted, shift);
+    if (n == 0 && wanted && threadIdx.x < INNER) {
       const int j = j0 + threadIdx.x;
-      copy_begin_float((float*)(x_tile + INNER * (XP + PAD)) + threadIdx.x, marks + keys + least(j, pr.key_length - 1),
-                       j < at.k_end);
+      float* mark = (float*)((element*)stage(j0) + INNER * (DP + PAD + XP + PAD));
+      copy_begin_float(mark + threadIdx.x, marks + keys + least(j, pr.key_length - 1), j < at.k_end);
     }
   };
-  if (first < end) begin(first);
+  begin(first, 0, 1, first < end);
   const element *own_q = q_tile + warp * 16 * W * (DP + PAD), *own_g = g_tile + warp * 16 * W * (XP + PAD);
 #if HELD
   Left held_q[W][DP / 16], held_g[W][XP / 16];
@@ -407,7 +411,7 @@ __device__ __forceinline__ void walk_over_keys(
       tile_clean<INNER, DP>(k_tile);
     }
     __syncthreads();  // this tile is there, and nobody reads the one before
-    if (STAGES > 1 && j0 + INNER < end) begin(j0 + INNER);
+    auto between = [&](int n, int parts) { if (STAGES > 1) begin(j0 + INNER, n, parts, j0 + INNER < end); };
     float s[W][INNER / 8][4] = {}, gx[W][INNER / 8][4] = {};  // [queries, keys]
 #if HELD
     if (j0 == first) {
@@ -418,10 +422,11 @@ __device__ __forceinline__ void walk_over_keys(
     for (int d = 0; d < (DP > XP ? DP : XP) / 16; d++) {
       multiply_step<DP>(s, held_q, k_tile, d);
       multiply_step<XP>(gx, held_g, x_tile, d);
+      if (d < DP / 16) between(d, DP / 16);
     }
 #else
-    multiply<DP>(s, own_q, k_tile);
-    multiply<XP>(gx, own_g, x_tile);
+    multiply<DP>(s, own_q, k_tile, between);
+    multiply<XP>(gx, own_g, x_tile, [](int, int) {});
 #endif
     const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + 64 * W, j0, j0 + INNER);
     weigh<SLOPE>(pr, f, direct, s, gx,
@@ -439,7 +444,7 @@ __device__ __forceinline__ void walk_over_keys(
     use(j0, gx, k_tile);
     if (STAGES == 1) {
       __syncthreads();
-      if (j0 + INNER < end) begin(j0 + INNER);
+      begin(j0 + INNER, 0, 1, j0 + INNER < end);
     }
   }
   copy_wait();

@@ -271,19 +271,20 @@ template <int ROWS, int CELLS, int COLUMNS> struct Mover {
     from = matrix + (i64)(start + row) * COLUMNS + column;
     edge = column < COLUMNS ? end - row : 0;
   }
-  // part `n` of `parts` of the tile from row `start` on, the one after the last; nothing is read unless it is wanted
-  __device__ __forceinline__ void part(int n, int parts, int start, bool wanted) {
+  // part `n` of `parts` of the tile from row `start` on, the one after the last; nothing is read unless it is wanted. The tile in
+  // shared memory is `shift` elements further
+  __device__ __forceinline__ void part(int n, int parts, int start, bool wanted, int shift = 0) {
     if constexpr (APART) {
       constexpr int COUNT = ROWS / STEP;
       const int left = wanted ? edge - start : 0;
 #pragma unroll
       for (int r = 0; r < COUNT; r++) {
         if (r < COUNT * n / parts || r >= COUNT * (n + 1) / parts) continue;
-        copy_begin(to + r * STEP * (CELLS + PAD), from, r * STEP < left);
+        copy_begin(to + shift + r * STEP * (CELLS + PAD), from, r * STEP < left);
         from += STEP * COLUMNS;
       }
     } else if (n == 0 && wanted) {
-      tile_begin<ROWS, CELLS, COLUMNS>(tile, matrix, start, end);
+      tile_begin<ROWS, CELLS, COLUMNS>(tile + shift, matrix, start, end);
     }
   }
 };
