@@ -20,74 +20,6 @@
 #define AT_ONCE (HELD_KEYS ? 16 : INNER)
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
 
-// zeros for what is not finite in a tile that tile_begin has loaded
-template <int ROWS, int CELLS> __device__ __forceinline__ void tile_clean(element* tile) {
-  __syncthreads();
-#pragma unroll 1
-  for (int n = threadIdx.x; n < ROWS * CELLS; n += THREADS) {
-    element* at = tile + n / CELLS * (CELLS + PAD) + n % CELLS;
-    if (!finite(widen(*at))) *at = narrow(0.f);
-  }
-}
-
-// product [16 * W, 8 * N] = a [16 * W, CELLS] · bᵀ, for b [8 * N, CELLS]; after each step between(d, steps)
-template <int CELLS, int W, int N, class Between>
-__device__ __forceinline__ void multiply(float (&product)[W][N][4], const element* a_tile, const element* b_tile, Between between) {
-#pragma unroll
-  for (int d = 0; d < CELLS / 16; d++) {
-    Left a[W];
-#pragma unroll
-    for (int w = 0; w < W; w++) load_a(a[w], a_tile + w * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
-#pragma unroll
-    for (int j = 0; j < N / 2; j++) {
-      Right b;
-      load_b(b, b_tile + j * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
-#pragma unroll
-      for (int w = 0; w < W; w++) mma(product[w][2 * j], product[w][2 * j + 1], a[w], b);
-    }
-    between(d, CELLS / 16);
-  }
-}
-
-// step d of the same, with a in registers
-template <int CELLS, int W, int N>
-__device__ __forceinline__ void multiply_step(float (&product)[W][N][4], const Left (&a)[W][CELLS / 16], const element* b_tile, int d) {
-  if (d >= CELLS / 16) return;
-#pragma unroll
-  for (int j = 0; j < N / 2; j++) {
-    Right b;
-    load_b(b, b_tile + j * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
-#pragma unroll
-    for (int w = 0; w < W; w++) mma(product[w][2 * j], product[w][2 * j + 1], a[w][d], b);
-  }
-}
-
-// rows of a warp as fragments
-template <int CELLS, int W> __device__ __forceinline__ void hold(Left (&a)[W][CELLS / 16], const element* tile) {
-#pragma unroll
-  for (int w = 0; w < W; w++)
-#pragma unroll
-    for (int d = 0; d < CELLS / 16; d++) load_a(a[w][d], tile + w * 16 * (CELLS + PAD) + d * 16, CELLS + PAD);
-}
-
-// acc [16 * W, CELLS] += a [16 * W, 8 * N] · b, for b [8 * N, CELLS]; a comes as the result of a product
-template <int CELLS, int W, int N>
-__device__ __forceinline__ void accumulate(float (&acc)[W][CELLS / 8][4], const float (&a)[W][N][4], const element* b_tile) {
-#pragma unroll
-  for (int j = 0; j < N / 2; j++) {
-    Left left[W];
-#pragma unroll
-    for (int w = 0; w < W; w++) left_of(left[w], a[w][2 * j], a[w][2 * j + 1]);
-#pragma unroll
-    for (int e = 0; e < CELLS / 16; e++) {
-      Right b;
-      load_b_transposed(b, b_tile + j * 16 * (CELLS + PAD) + e * 16, CELLS + PAD);
-#pragma unroll
-      for (int w = 0; w < W; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], left[w], b);
-    }
-  }
-}
-
 // without the power of two that keeps float16 in range
 __device__ __forceinline__ float restored(float x, int n) { return FLOAT16 ? scaled(x, n) : x; }
 
@@ -271,12 +203,7 @@ __device__ __forceinline__ void backward_of_keys(
         const element *q_rows = q_tile + n0 * (DP + PAD), *g_rows = g_tile + n0 * (XP + PAD);
         float s[OWNED][AT_ONCE / 8][4] = {}, gx[OWNED][AT_ONCE / 8][4] = {};  // [keys, queries]
 #if HELD_KEYS
-#pragma unroll
-        for (int d = 0; d < (DP > XP ? DP : XP) / 16; d++) {  // side by side: each alone would wait for itself
-          multiply_step<DP>(s, held_k, q_rows, d);
-          multiply_step<XP>(gx, held_x, g_rows, d);
-          if (n0 == 0 && d < DP / 16) between(d, DP / 16);
-        }
+        multiply_both(s, gx, held_k, held_x, q_rows, g_rows, [&](int n, int parts) { if (n0 == 0) between(n, parts); });
 #else
         multiply<DP>(s, own_k, q_rows, between);
         if (DK) multiply<XP>(gx, own_x, g_rows, [](int, int) {});
@@ -418,12 +345,7 @@ __device__ __forceinline__ void walk_over_keys(
       hold<DP>(held_q, own_q);
       hold<XP>(held_g, own_g);
     }
-#pragma unroll
-    for (int d = 0; d < (DP > XP ? DP : XP) / 16; d++) {
-      multiply_step<DP>(s, held_q, k_tile, d);
-      multiply_step<XP>(gx, held_g, x_tile, d);
-      if (d < DP / 16) between(d, DP / 16);
-    }
+    multiply_both(s, gx, held_q, held_g, k_tile, x_tile, between);
 #else
     multiply<DP>(s, own_q, k_tile, between);
     multiply<XP>(gx, own_g, x_tile, [](int, int) {});

@@ -21,7 +21,7 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
         ("value_exp", "value_decide", "value_again", "forward", "forward_exact", "forward_few"),
     ),
     "backward": (
-        (*_EXACT, "rows", "backward", "backward_exact"),
+        (*_EXACT, "rows", "backward_products", "backward", "backward_exact"),
         (
             "row_terms",
             "row_scales",
@@ -34,7 +34,10 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
             "backward_keys_exact",
         ),
     ),
-    "bias": ((*_EXACT, "rows", "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
+    "bias": (
+        (*_EXACT, "rows", "backward_products", "backward", "backward_exact", "bias"),
+        ("backward_beta", "backward_bias"),
+    ),
     "decode": (("decode",), ("decode", "decode_merge")),
 }
 KERNELS = {kernel: part for part, (_, kernels) in PARTS.items() for kernel in kernels}
