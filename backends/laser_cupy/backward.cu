@@ -18,6 +18,7 @@
 #define HELD_KEYS (HELD && !SPLIT)  // and keys, for which queries are taken 16 at a time
 #endif
 #define AT_ONCE (HELD_KEYS ? 16 : INNER)
+#define AHEAD (STAGES > 1 ? STAGES - 1 : 1)  // tiles that are on their way, or there
 #define SPLIT (DP + XP > 256)  // dk and dv in kernels of their own: one thread cannot hold both
 
 // without the power of two that keeps float16 in range
@@ -186,17 +187,22 @@ __device__ __forceinline__ void backward_of_keys(
                          i < at.q_end);
       }
     };
+    copy_wait();
     __syncthreads();  // nobody reads the last tile of another head any more
-    begin(first, 0, 1, first < end);
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) {
+      begin(first + n * INNER, 0, 1, first + n * INNER < end);
+      copy_end();
+    }
     for (int i0 = first; i0 < end; i0 += INNER) {
       element* q_tile = (element*)stage(i0);
       const element* g_tile = q_tile + INNER * (DP + PAD);
       const float* l_tile = (const float*)(g_tile + INNER * (XP + PAD));
       const float* r_tile = l_tile + INNER;
-      copy_wait();
+      copy_wait_but<AHEAD - 1>();
       if (flag & ODD) tile_clean<INNER, DP>(q_tile);
       __syncthreads();  // this tile is there, and nobody reads the one before
-      auto between = [&](int n, int parts) { if (STAGES > 1) begin(i0 + INNER, n, parts, i0 + INNER < end); };
+      auto between = [&](int n, int parts) { if (STAGES > 1) begin(i0 + AHEAD * INNER, n, parts, i0 + AHEAD * INNER < end); };
       const bool direct = !CAP && !(flag & ODD) && all_visible(pr, at, i0, i0 + INNER, j0, j0 + OWNED_ROWS);
 #pragma unroll
       for (int n0 = 0; n0 < INNER; n0 += AT_ONCE) {
@@ -231,6 +237,7 @@ __device__ __forceinline__ void backward_of_keys(
         __syncthreads();
         begin(i0 + INNER, 0, 1, i0 + INNER < end);
       }
+      copy_end();
     }
   }
   copy_wait();
@@ -323,7 +330,11 @@ __device__ __forceinline__ void walk_over_keys(
       copy_begin_float(mark + threadIdx.x, marks + keys + least(j, pr.key_length - 1), j < at.k_end);
     }
   };
-  begin(first, 0, 1, first < end);
+#pragma unroll
+  for (int n = 0; n < AHEAD; n++) {
+    begin(first + n * INNER, 0, 1, first + n * INNER < end);
+    copy_end();
+  }
   const element *own_q = q_tile + warp * 16 * W * (DP + PAD), *own_g = g_tile + warp * 16 * W * (XP + PAD);
 #if HELD
   Left held_q[W][DP / 16], held_g[W][XP / 16];
@@ -332,13 +343,13 @@ __device__ __forceinline__ void walk_over_keys(
     element* k_tile = (element*)stage(j0);
     const element* x_tile = k_tile + INNER * (DP + PAD);
     const float* mark = (const float*)(x_tile + INNER * (XP + PAD));
-    copy_wait();
+    copy_wait_but<AHEAD - 1>();
     if (flag & ODD) {
       if (j0 == first) tile_clean<64 * W, DP>(q_tile);
       tile_clean<INNER, DP>(k_tile);
     }
     __syncthreads();  // this tile is there, and nobody reads the one before
-    auto between = [&](int n, int parts) { if (STAGES > 1) begin(j0 + INNER, n, parts, j0 + INNER < end); };
+    auto between = [&](int n, int parts) { if (STAGES > 1) begin(j0 + AHEAD * INNER, n, parts, j0 + AHEAD * INNER < end); };
     float s[W][INNER / 8][4] = {}, gx[W][INNER / 8][4] = {};  // [queries, keys]
 #if HELD
     if (j0 == first) {
@@ -368,6 +379,7 @@ __device__ __forceinline__ void walk_over_keys(
       __syncthreads();
       begin(j0 + INNER, 0, 1, j0 + INNER < end);
     }
+    copy_end();
   }
   copy_wait();
 }

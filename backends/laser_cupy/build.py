@@ -62,7 +62,7 @@ class Build:
         resident: Of the forward pass: blocks that share a multiprocessor, by registers.
         owned: Of the backward pass: a warp owns 16 keys or queries times this.
         inner: Of the backward pass: rows of the tiles that are walked over.
-        stages: How many of them are in shared memory.
+        stages: How many of them are in shared memory, there or on their way.
     """
 
     dtype: str
@@ -90,7 +90,7 @@ class Build:
             ("resident", (1, 2, 3)),
             ("owned", (1, 2)),
             ("inner", (16, 32)),
-            ("stages", (1, 2)),
+            ("stages", (1, 2, 3)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
@@ -114,7 +114,7 @@ class Build:
             or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, strips=2, owned=2 if build.padded + build.wide <= 128 else 1)
+            return dataclasses.replace(build, strips=2, owned=2 if build.padded + build.wide <= 128 else 1, stages=3)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:

@@ -280,7 +280,16 @@ inline void left_of(Left& f, const float (&c0)[4], const float (&c1)[4]) {
 
 inline void copy_begin(void* to, const void* from, bool there = true) { emulator::current->copies.push_back({to, from, 16, there}); }
 inline void copy_begin_float(float* to, const float* from, bool there) { emulator::current->copies.push_back({to, from, 4, there}); }
-inline void copy_wait() {
-  for (auto& c : emulator::current->copies) { if (c.there) memcpy(c.to, c.from, c.size); else memset(c.to, 0, c.size); }
-  emulator::current->copies.clear();
+inline void copy_end() { emulator::current->copies.push_back({nullptr, nullptr, 0, false}); }
+template <int N> inline void copy_wait_but() {  // all groups but the last N
+  auto& copies = emulator::current->copies;
+  size_t done = copies.size();
+  for (int ends = 0; done; done--)
+    if (!copies[done - 1].to && ++ends > N) break;
+  for (size_t n = 0; n < done; n++) {
+    auto& c = copies[n];
+    if (c.there) memcpy(c.to, c.from, c.size); else if (c.to) memset(c.to, 0, c.size);
+  }
+  copies.erase(copies.begin(), copies.begin() + done);
 }
+inline void copy_wait() { copy_end(); copy_wait_but<0>(); }

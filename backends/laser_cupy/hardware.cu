@@ -70,6 +70,10 @@ __device__ __forceinline__ void copy_begin_float(float* to, const float* from, b
 // waits for the copies that this thread has begun; others see them after the next barrier
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// ends a group of copies; and waits for all groups but the last N
+__device__ __forceinline__ void copy_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void copy_wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
 // Fragments: Left is a [16, 16], Right is b [16, 16]; a result d [16, 8] is four floats: lane 4g + t holds
 // d[g][2t, 2t+1] and d[g+8][2t, 2t+1]. `ld` is the distance of rows in a tile. float32.cu has those of float32.
 #if !FLOAT32
