@@ -165,11 +165,14 @@ __device__ __forceinline__ float defect(float u) {
 // o is read from the expm1 form where |beta*o| is small
 __device__ __forceinline__ bool is_linear(float beta, float y) { return EXPM1 && (!EXP || (fabsf(beta) < 1.f && fabsf(y) <= 0.5f)); }
 
+// 2^x for x near 0, by the hardware where elements have 16 bits
+__device__ __forceinline__ float exp2_near(float x) { return FLOAT32 ? exp2f(x) : exp2_fast(x); }
+
 // exp(y + rest) = x * 2^n with x in [2^-1/2, 2^1/2]; y is finite
 __device__ __forceinline__ float split_exp(float y, float rest, int& n) {
   const float whole = rintf(fminf(fmaxf(y * LOG2E, -1e9f), 1e9f));
   n = (int)whole;
-  return exp2f((fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + rest) * LOG2E);
+  return exp2_near((fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + rest) * LOG2E);
 }
 
 // log(t * 2^c): the same bits for every c with the same t * 2^c; t >= 0, NaN stays NaN
