@@ -264,14 +264,14 @@ inline void load_b_transposed(Right& f, const u16* tile, int ld) {
     f.x[r] = p[0] | (u32)p[ld] << 16;
   }
 }
-// fragments by the place of their tile, as hardware.cu has it
-struct Place { const element* tile; };
-inline Place place_a(const element* tile, int) { return {tile}; }
-inline Place place_b(const element* tile, int) { return {tile}; }
-inline Place place_b_transposed(const element* tile, int) { return {tile}; }
-inline void load_a(Left& f, Place at, int offset, int ld) { load_a(f, at.tile + offset, ld); }
-inline void load_b(Right& f, Place at, int offset, int ld) { load_b(f, at.tile + offset, ld); }
-inline void load_b_transposed(Right& f, Place at, int offset, int ld) { load_b_transposed(f, at.tile + offset, ld); }
+// fragments by the spot of their tile, as hardware.cu has it
+struct Spot { const element* tile; };
+inline Spot spot_a(const element* tile, int) { return {tile}; }
+inline Spot spot_b(const element* tile, int) { return {tile}; }
+inline Spot spot_b_transposed(const element* tile, int) { return {tile}; }
+inline void load_a(Left& f, Spot at, int offset, int ld) { load_a(f, at.tile + offset, ld); }
+inline void load_b(Right& f, Spot at, int offset, int ld) { load_b(f, at.tile + offset, ld); }
+inline void load_b_transposed(Right& f, Spot at, int offset, int ld) { load_b_transposed(f, at.tile + offset, ld); }
 inline void left_of(Left& f, const float (&c0)[4], const float (&c1)[4]) {
   f.x[0] = pack(c0[0], c0[1]); f.x[1] = pack(c0[2], c0[3]);
   f.x[2] = pack(c1[0], c1[1]); f.x[3] = pack(c1[2], c1[3]);

@@ -114,8 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   const int whole_end = least(at.k_end, i0 + pr.high + 1) - KEYS;
   int span = 0;
   while (pr.key_length > KEYS * 32 << span) span++;
-  const Place own_q = place_a(q_tile + warp * STRIPS * 16 * (DP + PAD), DP + PAD), all_k = place_b(k_tile, DP + PAD);
-  const Place all_x = place_b_transposed(x_tile, XP + PAD);
+  const Spot own_q = spot_a(q_tile + warp * STRIPS * 16 * (DP + PAD), DP + PAD), all_k = spot_b(k_tile, DP + PAD);
+  const Spot all_x = spot_b_transposed(x_tile, XP + PAD);
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
 
   // One walk over the keys. Unless GENERAL, scores are products times one factor, in their order, and what is seen are columns

@@ -126,23 +126,23 @@ __device__ __forceinline__ void load_b_transposed(Right& f, const u16* tile, int
 
 // Where a lane reads of the fragments of a and of b at `tile`, and of b as it is; `offset` elements further. Loops take it before
 // them: the shuffle keeps the compiler from working it out again for every load
-struct Place { u32 address; };
-__device__ __forceinline__ Place place_of(const u16* row) {
+struct Spot { u32 address; };
+__device__ __forceinline__ Spot spot_of(const u16* row) {
   return {(u32)__shfl_sync(0xFFFFFFFFu, (int)shared_address(row), threadIdx.x % 32)};
 }
-__device__ __forceinline__ Place place_a(const u16* tile, int ld) { return place_of(tile + threadIdx.x % 16 * ld + threadIdx.x % 32 / 16 * 8); }
-__device__ __forceinline__ Place place_b(const u16* tile, int ld) {
+__device__ __forceinline__ Spot spot_a(const u16* tile, int ld) { return spot_of(tile + threadIdx.x % 16 * ld + threadIdx.x % 32 / 16 * 8); }
+__device__ __forceinline__ Spot spot_b(const u16* tile, int ld) {
   const int lane = threadIdx.x % 32;
-  return place_of(tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+  return spot_of(tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
 }
-__device__ __forceinline__ Place place_b_transposed(const u16* tile, int ld) { return place_a(tile, ld); }
+__device__ __forceinline__ Spot spot_b_transposed(const u16* tile, int ld) { return spot_a(tile, ld); }
 __device__ __forceinline__ void load_matrices(u32 (&f)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(address) : "memory");
 }
-__device__ __forceinline__ void load_a(Left& f, Place at, int offset, int) { load_matrices(f.x, at.address + offset * 2); }
-__device__ __forceinline__ void load_b(Right& f, Place at, int offset, int) { load_matrices(f.x, at.address + offset * 2); }
-__device__ __forceinline__ void load_b_transposed(Right& f, Place at, int offset, int) {
+__device__ __forceinline__ void load_a(Left& f, Spot at, int offset, int) { load_matrices(f.x, at.address + offset * 2); }
+__device__ __forceinline__ void load_b(Right& f, Spot at, int offset, int) { load_matrices(f.x, at.address + offset * 2); }
+__device__ __forceinline__ void load_b_transposed(Right& f, Spot at, int offset, int) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3]) : "r"(at.address + offset * 2) : "memory");
 }
