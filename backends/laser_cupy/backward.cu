@@ -167,6 +167,7 @@ __device__ __forceinline__ void backward_of_keys(
   hold<DP>(held_k, own_k);
   hold<XP>(held_x, own_x);
 #endif
+  constexpr bool EARLY = OWNED == 1;  // else there are no registers for it
   float dk_acc[OWNED][DP / 8][4] = {}, dv_acc[OWNED][XP / 8][4] = {};
   for (int member = 0; member < pr.group; member++) {
     const Head at = head_of(pr, kv * pr.group + member);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void backward_of_keys(
         const element *q_rows = q_tile + n0 * (DP + PAD), *g_rows = g_tile + n0 * (XP + PAD);
         float s[OWNED][AT_ONCE / 8][4] = {}, gx[OWNED][AT_ONCE / 8][4] = {};  // [keys, queries]
 #if HELD_KEYS
-        multiply_both(s, gx, held_k, held_x, q_rows, g_rows, [&](int n, int parts) { if (n0 == 0) between(n, parts); });
+        multiply_both<EARLY>(s, gx, held_k, held_x, q_rows, g_rows, [&](int n, int parts) { if (n0 == 0) between(n, parts); });
 #else
         multiply<DP>(s, own_k, q_rows, between);
         if (DK) multiply<XP>(gx, own_x, g_rows, [](int, int) {});
@@ -230,8 +231,8 @@ __device__ __forceinline__ void backward_of_keys(
 #pragma unroll
           for (int m = 0; m < OWNED * AT_ONCE / 2; m++) s[m / (AT_ONCE / 2)][m / 4 % (AT_ONCE / 8)][m % 4] *= 1 << P_SHIFT;
         }
-        if (DV) accumulate<XP>(dv_acc, s, g_rows);
-        if (DK) accumulate<DP>(dk_acc, gx, q_rows);
+        if (DV) accumulate<XP, EARLY>(dv_acc, s, g_rows);
+        if (DK) accumulate<DP, EARLY>(dk_acc, gx, q_rows);
       }
       if (STAGES == 1) {
         __syncthreads();
@@ -356,7 +357,7 @@ __device__ __forceinline__ void walk_over_keys(
       hold<DP>(held_q, own_q);
       hold<XP>(held_g, own_g);
     }
-    multiply_both(s, gx, held_q, held_g, k_tile, x_tile, between);
+    multiply_both<true>(s, gx, held_q, held_g, k_tile, x_tile, between);
 #else
     multiply<DP>(s, own_q, k_tile, between);
     multiply<XP>(gx, own_g, x_tile, [](int, int) {});
@@ -399,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries(
   float acc[OWNED][DP / 8][4] = {};
   walk_over_keys<true, OWNED>(
       pr, raw, at, flag, i0, 0, pr.key_length, factors(scales + 2 * at.key), q, k, x, g, l, r, marks,
-      [&](int, const float(&ds)[OWNED][INNER / 8][4], const element* k_tile) { accumulate<DP>(acc, ds, k_tile); });
+      [&](int, const float(&ds)[OWNED][INNER / 8][4], const element* k_tile) { accumulate<DP, true>(acc, ds, k_tile); });
 #pragma unroll
   for (int h = 0; h < 2 * OWNED; h++) {
     const int i = i0 + own + h * 8;

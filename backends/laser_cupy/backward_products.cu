@@ -30,14 +30,14 @@ __device__ __forceinline__ void multiply(float (&product)[W][N][4], const elemen
 }
 
 // two of the same side by side, with a in registers: each alone would wait for itself
-template <int W, int N, class Between>
+template <bool EARLY, int W, int N, class Between>
 __device__ __forceinline__ void multiply_both(float (&s)[W][N][4], float (&gx)[W][N][4], const Left (&qk)[W][DP / 16],
                                               const Left (&of_x)[W][XP / 16], const element* qk_tile, const element* x_tile,
                                               Between between) {
   constexpr int TURNS = DP == XP ? 2 : 1, J = N / 2;  // by turns where there are as many steps
   auto is_x = [](int d) { return TURNS == 2 ? d % 2 == 1 : d >= DP / 16; };
   auto step_of = [&](int d) { return TURNS == 2 ? d / 2 : is_x(d) ? d - DP / 16 : d; };
-  each_ahead<(DP + XP) / 16 * J>(
+  each_fragment<(DP + XP) / 16 * J, EARLY>(
       [&](Right& b, int n) {
         const int d = step_of(n / J), j = n % J;
         if (is_x(n / J)) load_b(b, x_tile + j * 16 * (XP + PAD) + d * 16, XP + PAD);
@@ -63,17 +63,18 @@ template <int CELLS, int W> __device__ __forceinline__ void hold(Left (&a)[W][CE
 }
 
 // acc [16 * W, CELLS] += a [16 * W, 8 * N] · b, for b [8 * N, CELLS]; a comes as the result of a product
-template <int CELLS, int W, int N>
+template <int CELLS, bool EARLY, int W, int N>
 __device__ __forceinline__ void accumulate(float (&acc)[W][CELLS / 8][4], const float (&a)[W][N][4], const element* b_tile) {
 #pragma unroll
   for (int j = 0; j < N / 2; j++) {
     Left left[W];
 #pragma unroll
     for (int w = 0; w < W; w++) left_of(left[w], a[w][2 * j], a[w][2 * j + 1]);
-    each_ahead<CELLS / 16>([&](Right& b, int e) { load_b_transposed(b, b_tile + j * 16 * (CELLS + PAD) + e * 16, CELLS + PAD); },
-                           [&](const Right& b, int e) {
+    each_fragment<CELLS / 16, EARLY>(
+        [&](Right& b, int e) { load_b_transposed(b, b_tile + j * 16 * (CELLS + PAD) + e * 16, CELLS + PAD); },
+        [&](const Right& b, int e) {
 #pragma unroll
-                             for (int w = 0; w < W; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], left[w], b);
-                           });
+          for (int w = 0; w < W; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], left[w], b);
+        });
   }
 }

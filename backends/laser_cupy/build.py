@@ -114,7 +114,9 @@ class Build:
             or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, strips=2, owned=2 if build.padded + build.wide <= 128 else 1, stages=3)
+            if max(build.wide, build.padded) <= 64:
+                return dataclasses.replace(build, strips=2, keys=128, owned=2)
+            return dataclasses.replace(build, strips=2, stages=3)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:

@@ -292,13 +292,14 @@ template <int ROWS, int CELLS, int COLUMNS> struct Mover {
   }
 };
 
-// STEPS fragments, each loaded a step before it is used: load(to, n), use(fragment, n)
-template <int STEPS, class Load, class Use> __device__ __forceinline__ void each_ahead(Load load, Use use) {
+// STEPS fragments: load(to, n), use(fragment, n). EARLY: each is loaded a step before it is used, which takes registers
+template <int STEPS, bool EARLY, class Load, class Use> __device__ __forceinline__ void each_fragment(Load load, Use use) {
   Right b[2];
-  load(b[0], 0);
+  if (EARLY) load(b[0], 0);
 #pragma unroll
   for (int n = 0; n < STEPS; n++) {
-    if (n + 1 < STEPS) load(b[(n + 1) % 2], n + 1);
+    if (!EARLY) load(b[n % 2], n);
+    if (EARLY && n + 1 < STEPS) load(b[(n + 1) % 2], n + 1);
     use(b[n % 2], n);
   }
 }
