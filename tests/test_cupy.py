@@ -79,7 +79,9 @@ def test_what_it_refuses(change: dict[str, object], reason: str | None) -> None:
 def test_a_build_is_validated() -> None:
     with pytest.raises(ValueError, match="value_dim: got 40; allowed: 16, 32"):
         Build("bfloat16", 40, 40)
-    assert Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == Build("bfloat16", 40, 32, strips=2)
+    assert Build.of(dataclasses.replace(PROBLEM, head_dim=33, value_dim=1)) == Build(
+        "bfloat16", 40, 32, strips=2, keys=128, owned=2
+    )
 
 
 def test_tile_sizes_are_those_of_the_kernels() -> None:
@@ -251,10 +253,10 @@ def test_arrays_that_cannot_be_exchanged_are_refused() -> None:
 # -------------------------------------------------------------------------------------------------------------- NVRTC
 
 BUILDS = (
-    (80, "80", Build("bfloat16", 128, 128, strips=2)),
+    (80, "80", Build("bfloat16", 128, 128, strips=2, stages=3)),
     (80, "80", Build("float32", 64, 64, expm1=True, cap=True, keys=32, inner=16)),
-    (90, "90a", Build("float16", 64, 64, strips=2)),
-    (100, "100", Build("bfloat16", 64, 64, strips=2)),
+    (90, "90a", Build("float16", 64, 64, strips=2, keys=128, owned=2)),
+    (100, "100", Build("bfloat16", 64, 64, strips=2, keys=128, owned=2)),
 )
 REGISTERS = 255
 STACK = 256  # bytes: at 128, 128 forward has a third of the registers, and keeps addresses of what is rare there

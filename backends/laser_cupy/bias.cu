@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
     for (int h = reduce_h ? 0 : head % own_heads; h < (reduce_h ? pr.query_heads : head % own_heads + 1); h++) {
       const Head at = head_of(pr, b * pr.query_heads + h);
       float sums[2] = {0.f, 0.f};  // of rows, where there is no key axis
-      auto use = [&](int j0, const float(&ds)[INNER / 8][4], const element*) {
+      auto use = [&](int j0, const float(&all)[1][INNER / 8][4], const element*) {
+        const float(&ds)[INNER / 8][4] = all[0];
 #pragma unroll
         for (int n = 0; n < INNER / 8; n++) {
           if (!columns) {
@@ -69,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
       __syncthreads();  // nobody reads tiles of another head any more
       if (flags[at.key] & OUTSIDE) {
         for (int j0 = part * chunk; j0 < j_end; j0 += INNER) {
-          float ds[INNER / 8][4] = {};
+          float ds[1][INNER / 8][4] = {};
 #pragma unroll 1
           for (int n = 0; n < INNER / 2; n++) {
             const int i = i0 + own + n % 4 / 2 * 8, j = j0 + n / 4 * 8 + t * 2 + n % 2;
@@ -82,12 +83,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
             const float one = score_gradient(pr, at.h, log_p, d_lse ? d_lse[row] : 0.f, v + key * pr.value_dim,
                                              o + row * pr.value_dim, d_out + row * pr.value_dim);
 #pragma unroll
-            for (int w = 0; w < INNER / 2; w++) ds[w / 4][w % 4] = w == n ? one : ds[w / 4][w % 4];
+            for (int w = 0; w < INNER / 2; w++) ds[0][w / 4][w % 4] = w == n ? one : ds[0][w / 4][w % 4];
           }
           use(j0, ds, nullptr);
         }
       } else {
-        walk_over_keys<false>(pr, raw, at, flags[at.key], i0, part * chunk, j_end, factors(scales + 2 * at.key), q, k, x, g, l, r,
+        walk_over_keys<false, 1>(pr, raw, at, flags[at.key], i0, part * chunk, j_end, factors(scales + 2 * at.key), q, k, x, g, l, r,
                               marks, use);
       }
       if (columns) continue;

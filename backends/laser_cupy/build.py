@@ -21,7 +21,7 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
         ("value_exp", "value_decide", "value_again", "forward", "forward_exact", "forward_few"),
     ),
     "backward": (
-        (*_EXACT, "rows", "backward", "backward_exact"),
+        (*_EXACT, "rows", "backward_products", "backward", "backward_exact"),
         (
             "row_terms",
             "row_scales",
@@ -34,7 +34,10 @@ PARTS = {  # what is compiled together, when it is needed: files, which may hold
             "backward_keys_exact",
         ),
     ),
-    "bias": ((*_EXACT, "rows", "backward", "backward_exact", "bias"), ("backward_beta", "backward_bias")),
+    "bias": (
+        (*_EXACT, "rows", "backward_products", "backward", "backward_exact", "bias"),
+        ("backward_beta", "backward_bias"),
+    ),
     "decode": (("decode",), ("decode", "decode_merge")),
 }
 KERNELS = {kernel: part for part, (_, kernels) in PARTS.items() for kernel in kernels}
@@ -57,8 +60,9 @@ class Build:
         strips: Of the forward pass: a warp owns 16 queries times this.
         keys: Of the forward pass: keys of a tile.
         resident: Of the forward pass: blocks that share a multiprocessor, by registers.
+        owned: Of the backward pass: a warp owns 16 keys or queries times this.
         inner: Of the backward pass: rows of the tiles that are walked over.
-        stages: How many of them are in shared memory.
+        stages: How many of them are in shared memory, there or on their way.
     """
 
     dtype: str
@@ -71,6 +75,7 @@ class Build:
     strips: int = 1
     keys: int = 64
     resident: int = 2
+    owned: int = 1
     inner: int = 32
     stages: int = 2
 
@@ -83,8 +88,9 @@ class Build:
             ("strips", (1, 2)),
             ("keys", (16, 32, 64, 128)),
             ("resident", (1, 2, 3)),
+            ("owned", (1, 2)),
             ("inner", (16, 32)),
-            ("stages", (1, 2)),
+            ("stages", (1, 2, 3)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
@@ -108,7 +114,9 @@ class Build:
             or problem.scale <= 0,
         )
         if narrow and build.wide <= 128 and build.padded <= 128:
-            return dataclasses.replace(build, strips=2)
+            if max(build.wide, build.padded) <= 64:
+                return dataclasses.replace(build, strips=2, keys=128, owned=2)
+            return dataclasses.replace(build, strips=2, stages=3)
         for keys, inner, stages in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1)):
             build = dataclasses.replace(build, keys=keys, inner=inner, stages=stages)
             if build.largest <= SHARED:
@@ -158,23 +166,25 @@ class Build:
         values |= {"WIDTH": self.columns, "EP": self.value_dim, "EXP": self.exp, "EXPM1": self.expm1}
         values |= {"CAP": self.cap, "GENERAL": self.general or self.cap}
         values |= {"STRIPS": self.strips, "KEYS": self.keys, "FORWARD_BLOCKS": self.resident}
-        values |= {"INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
+        values |= {"OWNED": self.owned, "INNER": self.inner, "STAGES": self.stages, "LANES": self.lanes}
         return tuple(f"-D{name}={int(value)}" for name, value in values.items())
 
     def shared(self, kernel: str) -> int:
         """Bytes of shared memory that a block of a kernel takes."""
         d, x = self.padded + _PAD, self.wide + _PAD
         walked = self.stages * self.inner * (self.bytes * (d + x) + 8)
+        tiles, rows = self.bytes * BLOCK * (d + x), 4 * BLOCK * (self.wide + 8)
+        backward = max(tiles * self.owned + walked, rows + 16 * self.value_dim)
         return {
             "value_exp": 8 * THREADS * (16 // self.bytes),
-            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)), 4 * BLOCK * (self.wide + 8)),
+            "forward": max(self.bytes * (self.queries * d + self.keys * (d + x)) + 48 * THREADS, rows),
             "forward_exact": 4 * (self.padded + 2 * THREADS),
             "forward_few": self._few,
             "row_scales": 4 * THREADS,
-            "backward_keys": self.bytes * BLOCK * (d + x) + walked,
-            "backward_values": self.bytes * BLOCK * (d + x) + walked,
-            "backward_queries": self.bytes * BLOCK * (d + x) + walked,
-            "backward_bias": self.bytes * BLOCK * (d + x) + walked,
+            "backward_keys": backward,
+            "backward_values": backward,
+            "backward_queries": backward,
+            "backward_bias": tiles + walked,
             "decode": WARPS * 2 * 16 * self.bytes * (d + self.value_dim + _PAD),
             "decode_merge": 3 * 4 * THREADS * WARPS,
             "backward_queries_exact": 4 * (self.padded + THREADS),

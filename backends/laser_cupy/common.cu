@@ -165,11 +165,14 @@ __device__ __forceinline__ float defect(float u) {
 // o is read from the expm1 form where |beta*o| is small
 __device__ __forceinline__ bool is_linear(float beta, float y) { return EXPM1 && (!EXP || (fabsf(beta) < 1.f && fabsf(y) <= 0.5f)); }
 
+// 2^x for x near 0, by the hardware where elements have 16 bits
+__device__ __forceinline__ float exp2_near(float x) { return FLOAT32 ? exp2f(x) : exp2_fast(x); }
+
 // exp(y + rest) = x * 2^n with x in [2^-1/2, 2^1/2]; y is finite
 __device__ __forceinline__ float split_exp(float y, float rest, int& n) {
   const float whole = rintf(fminf(fmaxf(y * LOG2E, -1e9f), 1e9f));
   n = (int)whole;
-  return exp2f((fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + rest) * LOG2E);
+  return exp2_near((fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + rest) * LOG2E);
 }
 
 // log(t * 2^c): the same bits for every c with the same t * 2^c; t >= 0, NaN stays NaN
@@ -253,5 +256,50 @@ __device__ __forceinline__ void tile_begin(element* tile, const element* matrix,
       const bool there = start + row < end && column < COLUMNS;
       copy_begin(tile + row * (CELLS + PAD) + column, there ? from + row * COLUMNS + column : matrix, there);
     }
+  }
+}
+
+// The copies of the tiles [ROWS, CELLS] of a matrix one after the other, in parts: between other work, the unit that loads and
+// stores does not keep that waiting
+template <int ROWS, int CELLS, int COLUMNS> struct Mover {
+  static constexpr int CHUNKS = CELLS / PER, STEP = THREADS % CHUNKS ? ROWS + 1 : THREADS / CHUNKS;
+  static constexpr bool APART = ROWS % STEP == 0;
+  element *tile, *to;
+  const element *matrix, *from;  // `from` goes over the whole matrix
+  int end, edge;  // edge: of this thread's rows
+
+  __device__ __forceinline__ Mover(element* tile, const element* matrix, int start, int end) : tile(tile), matrix(matrix), end(end) {
+    const int row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * PER;
+    to = tile + row * (CELLS + PAD) + column;
+    from = matrix + (i64)(start + row) * COLUMNS + column;
+    edge = column < COLUMNS ? end - row : 0;
+  }
+  // part `n` of `parts` of the tile from row `start` on, the one after the last; nothing is read unless it is wanted. The tile in
+  // shared memory is `shift` elements further
+  __device__ __forceinline__ void part(int n, int parts, int start, bool wanted, int shift = 0) {
+    if constexpr (APART) {
+      constexpr int COUNT = ROWS / STEP;
+      const int left = wanted ? edge - start : 0;
+#pragma unroll
+      for (int r = 0; r < COUNT; r++) {
+        if (r < COUNT * n / parts || r >= COUNT * (n + 1) / parts) continue;
+        copy_begin(to + shift + r * STEP * (CELLS + PAD), from, r * STEP < left);
+        from += STEP * COLUMNS;
+      }
+    } else if (n == 0 && wanted) {
+      tile_begin<ROWS, CELLS, COLUMNS>(tile + shift, matrix, start, end);
+    }
+  }
+};
+
+// STEPS fragments: load(to, n), use(fragment, n). EARLY: each is loaded a step before it is used, which takes registers
+template <int STEPS, bool EARLY, class Load, class Use> __device__ __forceinline__ void each_fragment(Load load, Use use) {
+  Right b[2];
+  if (EARLY) load(b[0], 0);
+#pragma unroll
+  for (int n = 0; n < STEPS; n++) {
+    if (!EARLY) load(b[n % 2], n);
+    if (EARLY && n + 1 < STEPS) load(b[(n + 1) % 2], n + 1);
+    use(b[n % 2], n);
   }
 }

@@ -264,6 +264,14 @@ inline void load_b_transposed(Right& f, const u16* tile, int ld) {
     f.x[r] = p[0] | (u32)p[ld] << 16;
   }
 }
+// fragments by the spot of their tile, as hardware.cu has it
+struct Spot { const element* tile; };
+inline Spot spot_a(const element* tile, int) { return {tile}; }
+inline Spot spot_b(const element* tile, int) { return {tile}; }
+inline Spot spot_b_transposed(const element* tile, int) { return {tile}; }
+inline void load_a(Left& f, Spot at, int offset, int ld) { load_a(f, at.tile + offset, ld); }
+inline void load_b(Right& f, Spot at, int offset, int ld) { load_b(f, at.tile + offset, ld); }
+inline void load_b_transposed(Right& f, Spot at, int offset, int ld) { load_b_transposed(f, at.tile + offset, ld); }
 inline void left_of(Left& f, const float (&c0)[4], const float (&c1)[4]) {
   f.x[0] = pack(c0[0], c0[1]); f.x[1] = pack(c0[2], c0[3]);
   f.x[2] = pack(c1[0], c1[1]); f.x[3] = pack(c1[2], c1[3]);
@@ -272,7 +280,16 @@ inline void left_of(Left& f, const float (&c0)[4], const float (&c1)[4]) {
 
 inline void copy_begin(void* to, const void* from, bool there = true) { emulator::current->copies.push_back({to, from, 16, there}); }
 inline void copy_begin_float(float* to, const float* from, bool there) { emulator::current->copies.push_back({to, from, 4, there}); }
-inline void copy_wait() {
-  for (auto& c : emulator::current->copies) { if (c.there) memcpy(c.to, c.from, c.size); else memset(c.to, 0, c.size); }
-  emulator::current->copies.clear();
+inline void copy_end() { emulator::current->copies.push_back({nullptr, nullptr, 0, false}); }
+template <int N> inline void copy_wait_but() {  // all groups but the last N
+  auto& copies = emulator::current->copies;
+  size_t done = copies.size();
+  for (int ends = 0; done; done--)
+    if (!copies[done - 1].to && ++ends > N) break;
+  for (size_t n = 0; n < done; n++) {
+    auto& c = copies[n];
+    if (c.there) memcpy(c.to, c.from, c.size); else if (c.to) memset(c.to, 0, c.size);
+  }
+  copies.erase(copies.begin(), copies.begin() + done);
 }
+inline void copy_wait() { copy_end(); copy_wait_but<0>(); }

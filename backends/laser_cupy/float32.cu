@@ -62,4 +62,12 @@ __device__ __forceinline__ void left_of(Left& f, const float (&c0)[4], const flo
       f.x[r / 2][8 + 2 * n + r % 2] = __shfl_sync(0xFFFFFFFFu, c1[r], first + n);
     }
 }
+// fragments by the spot of their tile, as hardware.cu has it
+struct Spot { const element* tile; };
+__device__ __forceinline__ Spot spot_a(const element* tile, int) { return {tile}; }
+__device__ __forceinline__ Spot spot_b(const element* tile, int) { return {tile}; }
+__device__ __forceinline__ Spot spot_b_transposed(const element* tile, int) { return {tile}; }
+__device__ __forceinline__ void load_a(Left& f, Spot at, int offset, int ld) { load_a(f, at.tile + offset, ld); }
+__device__ __forceinline__ void load_b(Right& f, Spot at, int offset, int ld) { load_b(f, at.tile + offset, ld); }
+__device__ __forceinline__ void load_b_transposed(Right& f, Spot at, int offset, int ld) { load_b_transposed(f, at.tile + offset, ld); }
 #endif

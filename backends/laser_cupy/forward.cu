@@ -6,6 +6,7 @@
 // is subtracted from cancels, and acc is scaled rarely.
 
 #define QUERIES (64 * STRIPS)
+#define MOVES (DP >= 64 ? DP / 32 : 1)  // steps of a product between which the next tile is fetched
 
 // whether a key whose score is so far above m is more than a quarter of the row
 __device__ __forceinline__ bool is_heavy(float above, float total) { return total < 4.f * (1 << P_SHIFT) * exp_fast(above); }
@@ -67,6 +68,13 @@ __device__ __forceinline__ void write_rows(const Problem& pr, const Head& at, co
   }
 }
 
+struct alignas(16) Pairs { float x[2][2]; };  // of the rows of a thread: strips, and the two halves of each
+// and of one row, of which each of its four lanes has another: the greatest score, the sum of the rounded weights, and tiles in
+// which it had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
+struct alignas(16) Single { float top, total; u32 heavy; };
+struct Rows { Pairs m, l; Single one; };
+#define LOWEST -3.40282347e38f  // below all scores; what it is subtracted from stays what it is, -infinity too
+
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
     PROBLEM, const element* q, const element* k, const element* v, const element* x, const int* c,
     const int* flags, element* out, float* residual, float* lse) {
@@ -90,16 +98,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   v += keys * pr.value_dim;
 
   float acc[STRIPS][XP / 8][4] = {};
-  float m[STRIPS][2], top[STRIPS][2], l[STRIPS][2] = {}, total[STRIPS][2] = {};  // total: the sum of the rounded weights
-  for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) m[w][h] = top[w][h] = -INF;
-  u32 heavy = 0;  // tiles in which a row had, then, a key of more than a quarter of all so far; a bit for 1 << `span` tiles
+  // What a thread knows of its rows is in shared memory: there are few registers, and storing the sums makes the compiler add at
+  // once, instead of keeping weights in float32 until all products are made. Nobody else reads it
+  Rows& rows_of = ((Rows*)(x_tile + KEYS * (XP + PAD)))[threadIdx.x];
+  rows_of = {{LOWEST, LOWEST, LOWEST, LOWEST}, {}, {-INF, 0.f, 0}};
+  auto pick = [&](const Pairs& rows) {
+    const float one = t % 2 ? rows.x[0][1] : rows.x[0][0], other = t % 2 ? rows.x[STRIPS - 1][1] : rows.x[STRIPS - 1][0];
+    return t / 2 ? other : one;
+  };
+  auto total_of = [&](float total, int w, int h) { return __shfl_sync(FULL_WARP, total, threadIdx.x % 32 / 4 * 4 + w * 2 + h); };
   const int i1 = least(i0 + QUERIES, at.q_end);
-  const int first = greatest(0, i0 + pr.low) / KEYS;
-  const int end = i1 <= i0 ? 0 : (least(at.k_end, i1 + pr.high) + KEYS - 1) / KEYS;
+  const int first = greatest(0, i0 + pr.low) / KEYS * KEYS, end = i1 <= i0 ? 0 : least(at.k_end, i1 + pr.high);
+  // keys whose tiles every query of the block sees
+  const int whole_from = least(i0 + QUERIES, pr.query_length) > at.q_end ? end : greatest(0, i0 + QUERIES - 1 + pr.low);
+  const int whole_end = least(at.k_end, i0 + pr.high + 1) - KEYS;
   int span = 0;
-  while (end - first > 32 << span) span++;
-  auto begin_k = [&](int tile) { if (tile < end) tile_begin<KEYS, DP, WIDTH>(k_tile, k, tile * KEYS, at.k_end); };
+  while (pr.key_length > KEYS * 32 << span) span++;
+  const Spot own_q = spot_a(q_tile + warp * STRIPS * 16 * (DP + PAD), DP + PAD), all_k = spot_b(k_tile, DP + PAD);
+  const Spot all_x = spot_b_transposed(x_tile, XP + PAD);
   tile_begin<QUERIES, DP, WIDTH>(q_tile, q, i0, pr.query_length);
 
   // One walk over the keys. Unless GENERAL, scores are products times one factor, in their order, and what is seen are columns
@@ -108,47 +124,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   // itself, so that its bits do not depend on its neighbours.
   auto walk = [&](auto again, u32 tiles) {
     const float factor = GENERAL ? 1.f : pr.scale * UNIT;
-    begin_k(first);
+    Mover<KEYS, DP, WIDTH> next_k(k_tile, k, first, at.k_end);
+    Mover<KEYS, XP, XP> next_x(x_tile, x, first, at.k_end);
+    next_k.part(0, 1, first, first < end);
     copy_wait();
     __syncthreads();
-    for (int tile = first; tile < end; tile++) {
-      const int j0 = tile * KEYS;
+    for (int j0 = first; j0 < end; j0 += KEYS) {
+      const u32 tile = 1u << (j0 / KEYS >> span);
       if (again.value) {
-        if (!(tiles >> (tile - first >> span) & 1)) {
+        if (!(tiles & tile)) {
           __syncthreads();
-          begin_k(tile + 1);
+          next_k.part(0, 1, j0 + KEYS, j0 + KEYS < end);
           copy_wait();
           __syncthreads();
           continue;
         }
         make_rest<KEYS>(pr, at, x_tile, v, c + (i64)at.key * CP, j0);
-      } else {
-        tile_begin<KEYS, XP, XP>(x_tile, x, j0, at.k_end);
       }
-      float s[STRIPS][KEYS / 8][4] = {};  // [16 * STRIPS, KEYS]
+      float s[STRIPS][KEYS / 8][4];  // [16 * STRIPS, KEYS]
+      Pairs minus_m;
+      float own_above;
+      bool carries[STRIPS][2];
       // whether a query of this warp sees a key of this tile
-      const bool some = j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low;
+      const bool whole = j0 >= whole_from && j0 <= whole_end;
+      const bool some = whole || (j0 < rows_end + pr.high && j0 + KEYS > rows + pr.low);
       if (some) {
+#pragma unroll
+        for (int w = 0; w < STRIPS; w++)
+#pragma unroll
+          for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) s[w][j][r] = 0.f;
 #pragma unroll
         for (int d = 0; d < DP / 16; d++) {
           Left a[STRIPS];
 #pragma unroll
-          for (int w = 0; w < STRIPS; w++) load_a(a[w], q_tile + (warp * STRIPS + w) * 16 * (DP + PAD) + d * 16, DP + PAD);
+          for (int w = 0; w < STRIPS; w++) load_a(a[w], own_q, w * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
           for (int j = 0; j < KEYS / 16; j++) {
             Right b;
-            load_b(b, k_tile + j * 16 * (DP + PAD) + d * 16, DP + PAD);
+            load_b(b, all_k, j * 16 * (DP + PAD) + d * 16, DP + PAD);
 #pragma unroll
             for (int w = 0; w < STRIPS; w++) mma(s[w][2 * j], s[w][2 * j + 1], a[w], b);
           }
+          if (!again.value && d < MOVES) next_x.part(d, MOVES, j0, true);
         }
-      }
-      copy_wait();
-      __syncthreads();  // x is there, and nobody reads k any more
-      begin_k(tile + 1);
-
-      if (some) {
         if constexpr (GENERAL) {
+          Pairs odd = rows_of.l;
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
@@ -157,10 +179,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
               for (int r = 0; r < 4; r++) {
                 float slope, bias, &one = s[w][j][r];
                 const bool seen = visible(pr, at, own + w * 16 + r / 2 * 8, j0 + j * 8 + t * 2 + r % 2, bias);
-                l[w][r / 2] = seen ? fmaf(one, 0.f, l[w][r / 2]) : l[w][r / 2];  // a cap would make a number of infinity
+                odd.x[w][r / 2] = seen ? fmaf(one, 0.f, odd.x[w][r / 2]) : odd.x[w][r / 2];  // a cap would make a number of infinity
                 one = seen ? score(pr, one, bias, slope) : -INF;
               }
-        } else if (!all_visible(pr, at, i0, least(i0 + QUERIES, pr.query_length), j0, j0 + KEYS)) {
+          rows_of.l = odd;
+        } else if (!whole) {
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
@@ -177,79 +200,112 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
             }
         }
 
-        float ahead[STRIPS][2];  // the greatest score of this tile
+        const Pairs m = rows_of.m;
+        Pairs ahead;  // the greatest score of this tile
         bool grows = false;
 #pragma unroll
         for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            float most[2] = {-INF, -INF};
+            float most[2];
 #pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) most[j % 2] = fmaxf(most[j % 2], fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]));
-            const float one = row_max(fmaxf(most[0], most[1]));
-            ahead[w][h] = one == -INF ? -INF : one * factor;
-            top[w][h] = fmaxf(top[w][h], ahead[w][h]);
-            grows |= ahead[w][h] > m[w][h] + SLACK;
+            for (int j = 0; j < KEYS / 8; j++) {
+              const float one = fmaxf(s[w][j][2 * h], s[w][j][2 * h + 1]);
+              most[j % 2] = j < 2 ? one : fmaxf(most[j % 2], one);
+            }
+            ahead.x[w][h] = row_max(fmaxf(most[0], most[1])) * factor;
+            minus_m.x[w][h] = -m.x[w][h];
+            grows |= ahead.x[w][h] > m.x[w][h] + SLACK;
           }
+        const float own_ahead = pick(ahead);
         if (!again.value && warp_any(grows)) {
+          Pairs shrink, next, l = rows_of.l;
 #pragma unroll
           for (int w = 0; w < STRIPS; w++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-              const float next = ahead[w][h] > m[w][h] + SLACK ? ahead[w][h] : m[w][h];
-              const float shrink = m[w][h] == next ? 1.f : exp_fast(m[w][h] - next);
-              m[w][h] = next;
-              l[w][h] *= shrink;
-              total[w][h] *= shrink;
+              next.x[w][h] = ahead.x[w][h] > m.x[w][h] + SLACK ? ahead.x[w][h] : m.x[w][h];
+              shrink.x[w][h] = m.x[w][h] == next.x[w][h] ? 1.f : exp_fast(m.x[w][h] - next.x[w][h]);
+              minus_m.x[w][h] = -next.x[w][h];
+              l.x[w][h] *= shrink.x[w][h];
 #pragma unroll
               for (int e = 0; e < XP / 8; e++) {
-                acc[w][e][2 * h] *= shrink;
-                acc[w][e][2 * h + 1] *= shrink;
+                acc[w][e][2 * h] *= shrink.x[w][h];
+                acc[w][e][2 * h + 1] *= shrink.x[w][h];
               }
             }
+          rows_of.m = next;
+          rows_of.l = l;
+          rows_of.one.total *= pick(shrink);
         }
-        Left p[STRIPS][KEYS / 16];
+        if (!again.value) rows_of.one.top = fmaxf(rows_of.one.top, own_ahead);
+        own_above = own_ahead + pick(minus_m);
 #pragma unroll
-        for (int w = 0; w < STRIPS; w++) {
-          float minus_m[2];
-#pragma unroll
-          for (int h = 0; h < 2; h++) minus_m[h] = P_SHIFT - (again.value ? REST_SHIFT : 0) - (m[w][h] == -INF ? 0.f : m[w][h]);
-#pragma unroll
-          for (int j = 0; j < KEYS / 16; j++) {
-#pragma unroll
-            for (int r = 0; r < 8; r++) {
-              float& one = s[w][2 * j + r / 4][r % 4];
-              one = exp_fast(fmaf(one, factor, minus_m[r % 4 / 2]));
-              if (!again.value) l[w][r % 4 / 2] += one;
-            }
-            left_of(p[w][j], s[w][2 * j], s[w][2 * j + 1]);
-          }
-#if !FLOAT32
-          float sums[4] = {};
-          const u32 one = pack(1.f, 1.f);
-#pragma unroll
-          for (int j = 0; j < KEYS / 16; j++)
-            if (!again.value) mma(sums, p[w][j].x, one, one);
+        for (int w = 0; w < STRIPS; w++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            total[w][h] += sums[2 * h];
-            const bool carries = (again.value && flag & NARROW) || is_heavy(ahead[w][h] - m[w][h], total[w][h]);
-            if (!again.value && carries) heavy |= 1u << (tile - first >> span);
-#pragma unroll
-            for (int j = 0; j < KEYS / 16; j++)
-              if (again.value && !carries) p[w][j].x[h] = p[w][j].x[h + 2] = 0;
+            if (again.value) carries[w][h] = flag & NARROW || is_heavy(ahead.x[w][h] + minus_m.x[w][h], total_of(rows_of.one.total, w, h));
+            minus_m.x[w][h] += P_SHIFT - (again.value ? REST_SHIFT : 0);
           }
-#endif
-        }
+      } else if (!again.value) {
+        next_x.part(0, 1, j0, true);
+      }
+      copy_wait();
+      __syncthreads();  // x is there, and nobody reads k any more
+      if (some) {
+        float sums[STRIPS][4] = {};
+        Right b[2];
+        load_b_transposed(b[0], all_x, 0, XP + PAD);
+        Left p[KEYS / 16][STRIPS];
+        auto weigh = [&](int k, Pairs& l) {
 #pragma unroll
-        for (int k = 0; k < KEYS / 16; k++)
+          for (int w = 0; w < STRIPS; w++) {
+#pragma unroll
+            for (int r = 0; r < 8; r++) {
+              float& one = s[w][2 * k + r / 4][r % 4];
+              one = exp_fast(fmaf(one, factor, minus_m.x[w][r % 4 / 2]));
+              if (!again.value) l.x[w][r % 4 / 2] += one;
+            }
+            left_of(p[k][w], s[w][2 * k], s[w][2 * k + 1]);
+#if !FLOAT32
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              if (again.value && !carries[w][h]) p[k][w].x[h] = p[k][w].x[h + 2] = 0;
+#endif
+          }
+        };
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; k++) {
+          Pairs l = rows_of.l;
+          weigh(k, l);
+          rows_of.l = l;
+          if (k < KEYS / 16 / 2 || KEYS < 32) next_k.part(k, KEYS < 32 ? 1 : KEYS / 16 / 2, j0 + KEYS, j0 + KEYS < end);
+#if !FLOAT32
+          const u32 ones = pack(1.f, 1.f);
+#pragma unroll
+          for (int w = 0; w < STRIPS; w++)
+            if (!again.value) mma(sums[w], p[k][w].x, ones, ones);
+#endif
 #pragma unroll
           for (int e = 0; e < XP / 16; e++) {
-            Right b;
-            load_b_transposed(b, x_tile + k * 16 * (XP + PAD) + e * 16, XP + PAD);
+            constexpr int STEPS = XP / 16;
+            const int n = k * STEPS + e + 1;  // the next step's values are loaded before this one's product
+            if (n < KEYS / 16 * STEPS) load_b_transposed(b[n % 2], all_x, n / STEPS * 16 * (XP + PAD) + n % STEPS * 16, XP + PAD);
 #pragma unroll
-            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[w][k], b);
+            for (int w = 0; w < STRIPS; w++) mma(acc[w][2 * e], acc[w][2 * e + 1], p[k][w], b[(n + 1) % 2]);
           }
+        }
+        if (!again.value) {
+          Pairs both;
+          for (int w = 0; w < STRIPS; w++)
+            for (int h = 0; h < 2; h++) both.x[w][h] = sums[w][2 * h];
+          Single one = rows_of.one;
+          one.total += pick(both);
+          if (is_heavy(own_above, one.total)) one.heavy |= tile;
+          rows_of.one = one;
+        }
+      } else {
+        next_k.part(0, 1, j0 + KEYS, j0 + KEYS < end);
       }
       copy_wait();
       __syncthreads();  // k of the next tile is there, and nobody reads x any more
@@ -258,12 +314,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   walk(Flag<false>(), 0);
 #if !FLOAT32
   bool few = flag & NARROW;
-  if (few) heavy = ~0u;
-  for (int w = 0; w < STRIPS; w++)
-    for (int h = 0; h < 2; h++) few |= is_heavy(top[w][h] - m[w][h], total[w][h]);
+  few |= is_heavy(rows_of.one.top - pick(rows_of.m), rows_of.one.total);
   if (__syncthreads_or(few)) {
     u32* room = (u32*)k_tile;
-    room[threadIdx.x] = few ? heavy : 0;
+    room[threadIdx.x] = flag & NARROW ? ~0u : few ? rows_of.one.heavy : 0;
     __syncthreads();
     u32 tiles = 0;
     for (int n = 0; n < THREADS; n++) tiles |= room[n];
@@ -272,6 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
   }
 #endif
 
+  const Rows own_rows = rows_of;
   // o by way of shared memory: a warp writes whole rows
   float* results = (float*)raw + warp * 16 * (XP + 8);  // [16, XP] of a warp: sums over keys
   RowEnd* ends = (RowEnd*)(results + 16 * (XP + 4));
@@ -285,15 +340,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward(
         store_two(results + (g + h * 8) * (XP + 4) + e * 8 + t * 2, acc[w][e][2 * h], acc[w][e][2 * h + 1]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const float sum = row_sum(l[w][h]);
+      const float sum = row_sum(own_rows.l.x[w][h]), rounded_sum = total_of(own_rows.one.total, w, h);
       const int i = own + w * 16 + h * 8;
       const i64 row = (i64)at.query * pr.query_length + i;
       const bool there = i < pr.query_length;
       if (t) continue;
-      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : total[w][h]) : NOT_A_NUMBER;
+      const float over_total = sum == sum ? 1.f / (FLOAT32 ? sum : rounded_sum) : NOT_A_NUMBER;
       const float nothing = sum == 0.f ? 0.f : sum == sum ? -INF * inverse_of(pr.beta) : NOT_A_NUMBER;
       ends[g + h * 8] = {over_total, nothing, there ? row * pr.value_dim : -1};
-      if (there) lse[row] = sum == 0.f ? -INF : (m[w][h] - P_SHIFT) / UNIT + logf(sum);
+      if (there) lse[row] = sum == 0.f ? -INF : (own_rows.m.x[w][h] - P_SHIFT) / UNIT + logf(sum);
     }
     __syncwarp();
     write_rows(pr, at, results, ends, c + (i64)at.key * CP, out, residual);

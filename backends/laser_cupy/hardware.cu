@@ -70,6 +70,10 @@ __device__ __forceinline__ void copy_begin_float(float* to, const float* from, b
 // waits for the copies that this thread has begun; others see them after the next barrier
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// ends a group of copies; and waits for all groups but the last N
+__device__ __forceinline__ void copy_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void copy_wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
 // Fragments: Left is a [16, 16], Right is b [16, 16]; a result d [16, 8] is four floats: lane 4g + t holds
 // d[g][2t, 2t+1] and d[g+8][2t, 2t+1]. `ld` is the distance of rows in a tile. float32.cu has those of float32.
 #if !FLOAT32
@@ -118,6 +122,29 @@ __device__ __forceinline__ void load_b_transposed(Right& f, const u16* tile, int
   const u16* row = tile + lane % 16 * ld + lane / 16 * 8;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// Where a lane reads of the fragments of a and of b at `tile`, and of b as it is; `offset` elements further. Loops take it before
+// them: the shuffle keeps the compiler from working it out again for every load
+struct Spot { u32 address; };
+__device__ __forceinline__ Spot spot_of(const u16* row) {
+  return {(u32)__shfl_sync(0xFFFFFFFFu, (int)shared_address(row), threadIdx.x % 32)};
+}
+__device__ __forceinline__ Spot spot_a(const u16* tile, int ld) { return spot_of(tile + threadIdx.x % 16 * ld + threadIdx.x % 32 / 16 * 8); }
+__device__ __forceinline__ Spot spot_b(const u16* tile, int ld) {
+  const int lane = threadIdx.x % 32;
+  return spot_of(tile + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8);
+}
+__device__ __forceinline__ Spot spot_b_transposed(const u16* tile, int ld) { return spot_a(tile, ld); }
+__device__ __forceinline__ void load_matrices(u32 (&f)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_a(Left& f, Spot at, int offset, int) { load_matrices(f.x, at.address + offset * 2); }
+__device__ __forceinline__ void load_b(Right& f, Spot at, int offset, int) { load_matrices(f.x, at.address + offset * 2); }
+__device__ __forceinline__ void load_b_transposed(Right& f, Spot at, int offset, int) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3]) : "r"(at.address + offset * 2) : "memory");
 }
 
 // a from two results of products side by side

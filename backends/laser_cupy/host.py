@@ -272,7 +272,7 @@ def backward(
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     dq, dk, dv = (xp.empty_like(a) for a in (x.q, x.k, x.v))
-    q_blocks, k_blocks = (-(-n // BLOCK) for n in (problem.query_length, problem.key_length))
+    q_blocks, k_blocks = (-(-n // (BLOCK * x.build.owned)) for n in (problem.query_length, problem.key_length))
     workers = EXACT if given.beta is not None else WORKERS * machine.processors  # the former have room for dβ
     dbetas: Any = [NOTHING, NOTHING]
     if given.beta is not None:

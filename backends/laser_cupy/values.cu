@@ -50,6 +50,13 @@ __device__ __forceinline__ float number(u32 x) { return bits_as_float(x >> 31 ? 
 // the shift of the expm1 form, of elements that have the exponents of float32: sums over keys stay finite
 __device__ __forceinline__ int shift_of(const Problem& p) { return 26 + (int)log2f((float)greatest(p.key_length, 1)); }
 
+// exp(y + rest) as the first guess of X, with the bits that split_exp gives it; only where that is in range, for it is made again elsewhere
+__device__ __forceinline__ float guess(float y, float rest) {
+  const float whole = rintf(fminf(fmaxf(y * LOG2E, -120.f), 120.f));
+  const float mantissa = exp2_near((fmaf(-whole, LN2_LOW, fmaf(-whole, LN2_HIGH, y)) + rest) * LOG2E);
+  return bits_as_float(float_as_bits(rounded(mantissa)) + ((u32)(int)whole << 23));
+}
+
 // A vector of values in all forms, or what their rounding leaves; zero where beta*v is not finite. `e` is its first channel, c
 // are the integers of the head, or null for the first guess
 __device__ __forceinline__ void forms_of(const Problem& p, int head, const Vector& from, int e, const int* c, bool rest,
@@ -57,7 +64,10 @@ __device__ __forceinline__ void forms_of(const Problem& p, int head, const Vecto
 #pragma unroll
   for (int h = 0; h < PER; h++) {
     const float beta = beta_of(p, head, e + h), one = widen(from.x[h]), y = beta * one;
-    if (EXP) {
+    if (EXP && !c && !FLOAT32) {
+      const float x = guess(y, fmaf(beta, one, -y));
+      to[0].x[h] = narrow(finite(y) ? x : 0.f);
+    } else if (EXP) {
       int exponent;
       const float mantissa = split_exp(y, fmaf(beta, one, -y), exponent), coarse = rounded(mantissa);
       const float steps = 1 << 21;  // 11 bits of what is left
