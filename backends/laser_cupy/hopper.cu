@@ -95,6 +95,19 @@ __device__ __forceinline__ void tile_copy(u8* tile, const TensorMap* map, int ro
         : "memory");
 }
 
+// the same for what nobody will read again soon
+template <int ROWS, int CELLS>
+__device__ __forceinline__ void tile_copy_once(u8* tile, const TensorMap* map, int row, int head, u64* bar) {
+#pragma unroll
+  for (int n = 0; n < CELLS / 64; n++)
+    asm volatile(
+        "{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], "
+        "first;\n}\n" ::"r"(shared_address(tile + n * BLOCK_BYTES(ROWS))),
+        "l"(map), "r"(shared_address(bar)), "r"(n * 64), "r"(row), "r"(head)
+        : "memory");
+}
+
 // begins to bring them into the L2 cache
 template <int ROWS, int CELLS> __device__ __forceinline__ void tile_fetch(const TensorMap* map, int row, int head) {
 #pragma unroll

@@ -25,6 +25,7 @@ BEHIND = 1024  # queries that read a key/value head, from which on its X is made
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS: tuple[str, ...] = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
+ROOMS = 3  # sections of heads of which X is there, forward
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
 FEW_WORKERS = 2  # blocks for each multiprocessor, which have room side by side
@@ -113,7 +114,6 @@ class ForwardTiles(Operands):
         keys: Of a tile.
         stages: Tiles of k, and of x, in shared memory.
         turns: Consumers take turns in issuing products.
-        dynamic: Work is drawn from a counter; otherwise every block has its share from the start.
         lazy: Bits that the running maximum of a row may be behind, so that sums are seldom made smaller.
     """
 
@@ -121,7 +121,6 @@ class ForwardTiles(Operands):
     keys: int = 128
     stages: int = 2
     turns: bool = False
-    dynamic: bool = True
     lazy: int = 0
 
     # of a producer's and of a consumer's thread; together no more than a block is launched with
@@ -162,7 +161,8 @@ class ForwardTiles(Operands):
     def shared(self) -> int:
         """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
         d, e = self.widths
-        return 2 * (self.queries + self.stages * self.keys) * (d + e) + VALUE_ROOM + 8 * (7 + 4 * self.stages) + 1024
+        tiles = 2 * (2 * self.queries * max(d, e) + self.stages * self.keys * (d + e))
+        return tiles + VALUE_ROOM + 8 * (9 + 4 * self.stages) + 1024
 
     @property
     def values(self) -> dict[str, int]:
@@ -173,7 +173,6 @@ class ForwardTiles(Operands):
             "KEYS": self.keys,
             "STAGES": self.stages,
             "TURNS": int(self.turns),
-            "DYNAMIC": int(self.dynamic),
             "LAZY": self.lazy,
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
@@ -313,20 +312,21 @@ def forward_alone(
     blocks = -(-problem.query_length // tiles.queries)
     # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
     section = -(-x.machine.processors // (blocks * problem.group))
-    zeros = xp.zeros(4 * kv_heads + x.heads + 2, dtype=xp.int32)
-    flags, done, states, again = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(4))
-    counts, work, runs = zeros[4 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
+    zeros = xp.zeros(5 * kv_heads + x.heads + 2, dtype=xp.int32)
+    flags, done, states, again, used = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(5))
+    counts, work, runs = zeros[5 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
     if problem.group * problem.query_length >= BEHIND:
-        made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
+        rooms = min(ROOMS * section, kv_heads)
+        made, c = x.empty(rooms, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
         v, first, ranges = host.Values(made, c, flags), min(section, kv_heads), x.empty(kv_heads, 2, width)
         ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
     else:
-        v, first, ranges = values(x), -1, host.NOTHING
+        rooms, v, first, ranges = kv_heads, values(x), -1, host.NOTHING
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    passes = (x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, np.int32(first))
+    passes = (x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, used, np.int32(first), np.int32(rooms))
     outputs = (residual, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *passes, *outputs, *scalars)
