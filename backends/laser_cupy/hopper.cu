@@ -116,6 +116,10 @@ template <int ROWS, int CELLS> __device__ __forceinline__ void tile_fetch(const 
                  : "memory");
 }
 
+__device__ __forceinline__ void bytes_fetch(const void* from, int bytes) {  // a multiple of 16
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // the same for adjacent bytes, a multiple of 16
 __device__ __forceinline__ void bytes_copy(void* to, const void* from, int bytes, u64* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),

@@ -162,7 +162,7 @@ class ForwardTiles(Operands):
         """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
         d, e = self.widths
         tiles = 2 * (2 * self.queries * max(d, e) + self.stages * self.keys * (d + e))
-        return tiles + VALUE_ROOM + 8 * (9 + 4 * self.stages) + 1024
+        return tiles + VALUE_ROOM + 8 * (8 + 4 * self.stages) + 2 * 32 + 1024
 
     @property
     def values(self) -> dict[str, int]:
@@ -326,7 +326,7 @@ def forward_alone(
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
     maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    passes = (x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, used, np.int32(first), np.int32(rooms))
+    passes = (x.k, x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, used, np.int32(first), np.int32(rooms))
     outputs = (residual, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *passes, *outputs, *scalars)

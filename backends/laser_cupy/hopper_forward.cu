@@ -22,16 +22,19 @@
 #define O_BYTES (64 * ET * 2)  // of a consumer
 #define QO_BYTES (Q_BYTES > O_BYTES ? Q_BYTES : O_BYTES)
 
+// A tile of queries of a head, whose rows and keys end somewhere, and the key tiles that some of them see; head < 0: no more
+struct alignas(16) Work { int head, key, i0, first, end, q_end, k_end; };
+
 struct Shared {  // offsets of tiles are multiples of 1024 bytes
   u8 q[2][CONSUMERS][QO_BYTES];  // [DT/64][64][64], and at the end o: [ET/64][64][64]
   u8 k[STAGES][K_BYTES];     // [DT/64][KEYS][64]
   u8 x[STAGES][X_BYTES];     // [ET/64][KEYS][64]
   ValueRoom values;
   u64 q_full[2], q_free[2], k_full[STAGES], k_free[STAGES], x_full[STAGES], x_free[STAGES], drawn_full[2], drawn_free[2];
-  int drawn[2];
+  Work drawn[2];
 };
 
-// A tile of queries: heads come in sections whose keys share the L2 cache; in a section the longest rows come first
+// Heads come in sections whose keys share the L2 cache; in a section the longest rows come first
 struct Place { int head, i0; };
 __device__ __forceinline__ Place place_of(int index, int tiles, int heads, int section) {
   const int begin = index / (section * tiles) * section, within = index - begin * tiles;
@@ -39,12 +42,11 @@ __device__ __forceinline__ Place place_of(int index, int tiles, int heads, int s
   return {begin + within % span, (tiles - 1 - within / span) * TILE};
 }
 
-// the key tiles that some query of i0 … i0 + TILE sees
-struct Span { int first, end; };
-__device__ __forceinline__ Span span_of(const Problem& p, const Head& at, int i0) {
-  const int i1 = least(i0 + TILE, at.q_end);
+__device__ __forceinline__ Work work_of(const Problem& p, const Place& place) {
+  const Head at = head_of(p, place.head);
+  const int i0 = place.i0, i1 = least(i0 + TILE, at.q_end);
   const int end = i1 <= i0 ? 0 : greatest(0, (least(at.k_end, i1 + p.high) + KEYS - 1) / KEYS);
-  return {least(greatest(0, i0 + p.low) / KEYS, end), end};
+  return {place.head, at.key, i0, least(greatest(0, i0 + p.low) / KEYS, end), end, at.q_end, at.k_end};
 }
 
 // The state of a row: what weights are relative to, which may be LAZY bits behind the greatest score; that score; the sum of
@@ -78,7 +80,12 @@ __device__ __forceinline__ bool weigh(float (&s)[KEYS / 8][4], Row (&row)[2], fl
   return LAZY == 0 || __any_sync(FULL_WARP, moves);
 }
 
-__device__ __forceinline__ void mask_tile(float (&s)[KEYS / 8][4], const Problem& p, const Head& at, int own, int j0) {
+// whether every query of i0 … i1 sees every key of the tile at j0 (ends not included)
+__device__ __forceinline__ bool all_visible(const Problem& p, const Work& at, int i0, int i1, int j0) {
+  return i1 <= at.q_end && j0 + KEYS <= at.k_end && j0 - (i1 - 1) >= p.low && j0 + KEYS - 1 - i0 <= p.high;
+}
+
+__device__ __forceinline__ void mask_tile(float (&s)[KEYS / 8][4], const Problem& p, const Work& at, int own, int j0) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -102,56 +109,59 @@ __device__ __forceinline__ float log2_split(float a, int& n) {
 __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* x_map,
                                         const ValuePass& pass, int* counter, int heads, int tiles, int section, Shared& sm) {
   Ring<STAGES> ring;
+  int index = atomicAdd(counter, 1), known = -1;  // known: the last head of which X was there when it was looked at
+#pragma unroll 1
   for (int turn = 0;; turn++) {
-    int index;
-    Place place = {};
-    bool outside;
-    do {  // a head outside the fast range is left to the exact path
+    Work work = {-1};
+    while (index < heads * tiles) {
+      work = work_of(pr, place_of(index, tiles, heads, section));
+      if (known != work.key) wait_for_values(pass, work.key);
+      if (!(__ldcg(pass.flags + work.key) & OUTSIDE)) break;
+      atomicAdd(pass.used + work.key, 4 * CONSUMERS);  // left to the exact path
       index = atomicAdd(counter, 1);
-      outside = false;
-      if (index < heads * tiles) {
-        place = place_of(index, tiles, heads, section);
-        wait_for_values(pass, place.head / pr.group);
-        outside = __ldcg(pass.flags + place.head / pr.group) & OUTSIDE;
-        if (outside) atomicAdd(pass.used + place.head / pr.group, 4 * CONSUMERS);
-      }
-    } while (outside);
+      work.head = -1;
+    }
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
-    sm.drawn[turn % 2] = index;
+    sm.drawn[turn % 2] = work;
     barrier_arrive(&sm.drawn_full[turn % 2]);
-    if (index >= heads * tiles) return;
-    const Head at = head_of(pr, place.head);
-    const Span span = span_of(pr, at, place.i0);
+    if (work.head < 0) return;
+    index = atomicAdd(counter, 1);
     u64* q_full = &sm.q_full[turn % 2];
     barrier_wait(&sm.q_free[turn % 2], turn / 2 % 2 ^ 1);
-    if (span.first == span.end) {
+    if (work.first == work.end) {
       barrier_arrive(q_full);
       continue;
     }
     barrier_expect(q_full, CONSUMERS * Q_BYTES);
 #pragma unroll 1
-    for (int w = 0; w < CONSUMERS; w++) tile_copy_once<64, DT>(sm.q[turn % 2][w], q_map, place.i0 + w * 64, at.query, q_full);
-    const int room = at.key % pass.rooms;
+    for (int w = 0; w < CONSUMERS; w++) tile_copy_once<64, DT>(sm.q[turn % 2][w], q_map, work.i0 + w * 64, work.head, q_full);
+    const int room = work.key % pass.rooms;
 #pragma unroll 1
-    for (int tile = span.end - 1; tile >= span.first; tile--) {
+    for (int tile = work.end - 1; tile >= work.first; tile--) {
       barrier_wait(&sm.k_free[ring.stage], ring.parity ^ 1);
       barrier_expect(&sm.k_full[ring.stage], K_BYTES);
-      tile_copy<KEYS, DT>(sm.k[ring.stage], k_map, tile * KEYS, at.key, &sm.k_full[ring.stage]);
+      tile_copy<KEYS, DT>(sm.k[ring.stage], k_map, tile * KEYS, work.key, &sm.k_full[ring.stage]);
       barrier_wait(&sm.x_free[ring.stage], ring.parity ^ 1);
       barrier_expect(&sm.x_full[ring.stage], X_BYTES);
       tile_copy<KEYS, ET>(sm.x[ring.stage], x_map, tile * KEYS, room, &sm.x_full[ring.stage]);
       ring.next();
+      if (tile == work.end - 1 && index < heads * tiles) {  // the next tile of queries: what has to be waited for is begun
+        const Place next = place_of(index, tiles, heads, section);
+#pragma unroll 1
+        for (int w = 0; w < CONSUMERS; w++) tile_fetch<64, DT>(q_map, next.i0 + w * 64, next.head);
+        known = values_there(pass, next.head / pr.group) ? next.head / pr.group : -1;
+      }
     }
   }
 }
 
 // o, its float32 form, l and the list of rows in which few keys carry the weight, from acc, m and l of 64 rows
-__device__ __forceinline__ void finish(const Problem& pr, const Head& at, float (&acc)[ET / 8][4], const Row (&state)[2],
+__device__ __forceinline__ void finish(const Problem& pr, const Work& at, float (&acc)[ET / 8][4], const Row (&state)[2],
                                        float factor, int own, const int2 (&c)[ET / 8], const TensorMap* o_map, u8* tile,
                                        float* residual, float* lse, int* few, int* counts) {
   const int t = threadIdx.x % 4, lane = threadIdx.x % 32;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
-  const i64 first_row = (i64)at.query * pr.query_length;
+  const i64 first_row = (i64)at.head * pr.query_length;
   float log_l[2];
   int n_l[2];
   bool seen[2], listed = false;
@@ -169,7 +179,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
   }
   const u32 some = __ballot_sync(FULL_WARP, listed);
   if (some) {
-    const int start = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(counts + at.query, __popc(some)) : 0, 0);
+    const int start = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(counts + at.head, __popc(some)) : 0, 0);
     if (listed) few[first_row + start + __popc(some & (1u << lane) - 1)] = own + t * 8;
   }
   u32 one = 0x3F800000u;
@@ -198,7 +208,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
   for (int n = 0; n < ET / 16; n++) store_matrices(tile + n / 4 * BLOCK_BYTES(64) + (offset ^ n % 4 * 32), packed[n]);
   publish();
   __syncwarp();
-  if (lane == 0) tile_write<64, ET>(o_map, tile + warp * 128, own, at.query);
+  if (lane == 0) tile_write<64, ET>(o_map, tile + warp * 128, own, at.head);
   if (!residual) return;
 #pragma unroll
   for (int n = 0; n < ET / 8; n++)
@@ -211,7 +221,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Head& at, float 
 }
 
 __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_map, const ValuePass& pass, float* residual, float* lse,
-                                        int* few, int* counts, int heads, int tiles, int section, Shared& sm) {
+                                        int* few, int* counts, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
   const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -224,20 +234,16 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
   u32 p[KEYS / 16][4];
   auto drawn = [&](int turn) {
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);
-    const int index = sm.drawn[turn % 2];
+    const Work work = sm.drawn[turn % 2];
     __syncwarp();
     if (first_lane) barrier_arrive(&sm.drawn_free[turn % 2]);
-    return index;
+    return work;
   };
   // begins the first scores of a tile of queries, if there are some; otherwise the product is of no use
-  auto begin_scores = [&](int index, int turn) {
-    if (index < heads * tiles) {
-      const Place place = place_of(index, tiles, heads, section);
-      const Span span = span_of(pr, head_of(pr, place.head), place.i0);
-      if (span.first < span.end) {
-        barrier_wait(&sm.q_full[turn % 2], turn / 2 % 2);
-        barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
-      }
+  auto begin_scores = [&](const Work& work, int turn) {
+    if (work.head >= 0 && work.first < work.end) {
+      barrier_wait(&sm.q_full[turn % 2], turn / 2 % 2);
+      barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
     }
     turn_begins();
     pin(s);
@@ -246,20 +252,17 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
     products_commit();
     turn_ends();
   };
-  int index = drawn(0);
-  begin_scores(index, 0);
+  Work at = drawn(0);
+  begin_scores(at, 0);
   products_wait<0>();
   pin(s);
 #pragma unroll 1
-  for (int turn = 1; index < heads * tiles; turn++) {
-    const Place place = place_of(index, tiles, heads, section);
-    const Head at = head_of(pr, place.head);
-    const Span span = span_of(pr, at, place.i0);
-    const int own = place.i0 + row, i0 = place.i0 + which * 64, i1 = least(i0 + 64, pr.query_length);
+  for (int turn = 1; at.head >= 0; turn++) {
+    const int own = at.i0 + row, i0 = at.i0 + which * 64, i1 = least(i0 + 64, pr.query_length);
     float acc[ET / 8][4] = {}, shrink[2];
     Row state[2];
     int2 own_c[ET / 8];
-    const bool some = span.first < span.end;
+    const bool some = at.first < at.end;
     u8* q = sm.q[(turn + 1) % 2][which];
     // when o of the tile of queries before has been read, there is room for the next q
     auto q_free = [&] {
@@ -270,19 +273,19 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
     if (some) {
       auto weights = [&](int tile) {  // p from s
         const int j0 = tile * KEYS;
-        if (!all_visible(pr, at, i0, i1, j0, j0 + KEYS)) mask_tile(s, pr, at, own, j0);
+        if (!all_visible(pr, at, i0, i1, j0)) mask_tile(s, pr, at, own, j0);
         return weigh(s, state, shrink, factor);
       };
-      auto scores_made = [&](int tile) {
+      auto scores_made = [&] {
         if (first_lane) barrier_arrive(&sm.k_free[k_ring.stage]);
         k_ring.next();
       };
-      scores_made(span.end - 1);
-      weights(span.end - 1);
+      scores_made();
+      weights(at.end - 1);
       q_free();
       as_operand(p, s);
 #pragma unroll 1
-      for (int tile = span.end - 2; tile >= span.first; tile--) {
+      for (int tile = at.end - 2; tile >= at.first; tile--) {
         barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
         turn_begins();
         pin(s);
@@ -297,7 +300,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
         turn_ends();
         products_wait<1>();
         pin(s);
-        scores_made(tile);
+        scores_made();
         const bool shrinks = weights(tile);
         products_wait<0>();
         pin(acc);
@@ -325,8 +328,8 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
       const int e = n * 8 + threadIdx.x % 4 * 2;
       own_c[n] = e < EP ? __ldcg((const int2*)(pass.c + (i64)at.key * CP + e)) : make_int2(0, 0);
     }
-    index = drawn(turn);
-    begin_scores(index, turn);
+    const Work next = drawn(turn);
+    begin_scores(next, turn);
     products_wait<1>();
     pin(acc);
     if (some) {
@@ -335,6 +338,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
     }
     if (first_lane) used(pass, at.key);
     finish(pr, at, acc, state, factor, own, own_c, o_map, q, residual, lse, few, counts);
+    at = next;
     products_wait<0>();
     pin(s);
   }
@@ -343,10 +347,10 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* v, u16* x, u16* ranges, int* c,
-    int* flags, int* done, int* states, int* again, int* next, int* used, int first, int rooms, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* k, const u16* v, u16* x, u16* ranges,
+    int* c, int* flags, int* done, int* states, int* again, int* next, int* used, int first, int rooms, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
   const Problem pr = THE_PROBLEM;
-  const ValuePass pass = {v, x, ranges, c, flags, done, states, again, next, used, first, rooms, tiles * group * 4 * CONSUMERS};
+  const ValuePass pass = {k, v, x, ranges, c, flags, done, states, again, next, used, first, rooms, tiles * group * 4 * CONSUMERS};
   extern __shared__ u8 memory[];
   Shared& sm = *(Shared*)(memory + (-shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
@@ -372,6 +376,6 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
     if (threadIdx.x >= 32 && first >= 0) more_values(pr, pass, heads / pr.group, sm.values.v[threadIdx.x / 32 - 1]);
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    consume(pr, &o_map, pass, residual, lse, few, counts, heads, tiles, section, sm);
+    consume(pr, &o_map, pass, residual, lse, few, counts, sm);
   }
 }

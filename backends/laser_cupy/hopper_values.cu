@@ -92,7 +92,7 @@ __device__ __forceinline__ u32 least_pair(u32 a, u32 b) {
 
 // The value pass as other work of a kernel that reads X. Integers are zero before, and ranges NaN.
 struct ValuePass {
-  const u16* v;
+  const u16 *k, *v;
   u16* x;       // [rooms, Lk, EP]: head n has the room n % rooms
   u16* ranges;  // [B*Hkv, 2, EP]: the greatest and the least value of each channel, NaN where there is none
   int *c, *flags;
@@ -333,6 +333,7 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
       continue;
     }
     publish_global();  // X was read by the copy engine
+    if (lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
     const int next = __shfl_sync(FULL_WARP, drawn, 0), end = end_of(p, kv, e);
     drawn = draw();
     Range range;
@@ -359,9 +360,12 @@ __device__ __forceinline__ void used(const ValuePass& pass, int kv) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(pass.used + kv) : "memory");
 }
 
-// until X of a head can be copied by this thread
-__device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
-  if (pass.first < 0) return;
-  while (state_of(pass, kv) != MADE) {}
+// whether X of a head can be copied by this thread
+__device__ __forceinline__ bool values_there(const ValuePass& pass, int kv) {
+  if (pass.first >= 0 && state_of(pass, kv) != MADE) return false;
   publish_global();
+  return true;
+}
+__device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
+  while (!values_there(pass, kv)) {}
 }
