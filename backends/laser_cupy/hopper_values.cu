@@ -1,3 +1,6 @@
+#ifndef FETCH_K
+#define FETCH_K 1
+#endif
 // X = exp(beta*v) * 2^-c for the Hopper kernels, made by single warps.
 //
 // values.cu reads the values twice: c has to be known before X is written. Here X is written with c = 0 at once, and again for
@@ -333,7 +336,7 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
       continue;
     }
     publish_global();  // X was read by the copy engine
-    if (lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
+    if (FETCH_K && lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
     const int next = __shfl_sync(FULL_WARP, drawn, 0), end = end_of(p, kv, e);
     drawn = draw();
     Range range;
