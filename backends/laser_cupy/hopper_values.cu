@@ -206,7 +206,7 @@ __device__ __forceinline__ int state_of(const ValuePass& pass, int kv) { return 
 // What this warp has written can be copied by whoever learns of it from the first lane
 __device__ __forceinline__ void release() {
   publish_global();  // X is read by the copy engine
-  __threadfence();
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
   __syncwarp();
 }
 
@@ -358,9 +358,9 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
   copy_wait();
 }
 
-// says that a warp has read X of a head for a tile of queries
+// says that a warp has read X of a head for a tile of queries: products with it are over, so that nothing has to be ordered
 __device__ __forceinline__ void used(const ValuePass& pass, int kv) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(pass.used + kv) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(pass.used + kv) : "memory");
 }
 
 // whether X of a head can be copied by this thread
