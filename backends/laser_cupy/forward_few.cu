@@ -54,7 +54,7 @@ __device__ __forceinline__ void few_values(const Problem& p, element* x, element
 }
 
 __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const element* q, const element* k, const element* v, const int* c,
-                                         const int* rows, int count, element* out, float* residual, float* lse, FewTiles& sm) {
+                                         const int* rows, int count, element* out, const Unrounded& kept, float* lse, FewTiles& sm) {
   const int tid = threadIdx.x, warp = tid / 32, g = tid % 32 / 4, t = tid % 4;
   __syncthreads();  // nobody reads the tiles any more
   if (tid < 64) sm.row[tid] = tid < count ? rows[tid] : -1;
@@ -190,14 +190,15 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
     for (int r = 0; r < 2; r++) o[r] = split_log(sm.results[row * (EP + 4) + e + r] * sm.factor[row], sm.c[e + r]) * inverse_of_beta;
     const i64 to = (i64)sm.row[row] * p.value_dim + e;
     store_pair(out + to, o[0], o[1]);
-    if (residual) store_two(residual + to, o[0], o[1]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) kept.store(to + r, o[r]);
   }
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward_few(
     PROBLEM, const element* q, const element* k, const element* v, const int* c, const int* counts, const int* rows, element* out,
-    float* residual, float* lse, int heads, int workers) {
+    float* residual, short* rest, float* lse, int heads, int workers) {
 #if !FLOAT32 && EXP && !EXPM1 && DP <= 128 && EP <= 128
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
@@ -227,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_few(
       const i64 first = (i64)at.query * p.query_length, keys = (i64)at.key * p.key_length;
       const int done = sm.group * 64, count = least(64, counts[at.query] - done);
       few_rows(p, at, q + first * WIDTH, k + keys * WIDTH, v + keys * p.value_dim, c + at.key * CP, rows + first + done, count,
-               out + first * p.value_dim, residual ? residual + first * p.value_dim : nullptr, lse + first, sm);
+               out + first * p.value_dim, {residual ? residual + first * p.value_dim : nullptr, rest ? rest + first * p.value_dim : nullptr}, lse + first, sm);
     }
     part -= all;
     __syncthreads();

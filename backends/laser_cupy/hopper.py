@@ -285,17 +285,20 @@ def values(x: host.Call) -> host.Values:
     return host.Values(made, c, flags)
 
 
-def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values:
+def forward(x: host.Call, out: Array, lse: Array, keep: bool) -> tuple[host.Values, Array]:
     """The value pass, and the output of heads inside the fast range.
 
     Returns:
-        What the value pass makes.
+        What the value pass makes, and what is kept of the unrounded output: of bfloat16 16 bits of each, otherwise all.
     """
+    residual: Any = host.NOTHING
+    if keep:
+        residual = x.empty(*out.shape, dtype=x.machine.xp.float32 if x.problem.dtype == "float16" else np.int16)
     v, counts, few = forward_alone(x, out, residual, lse)
     workers = FEW_WORKERS * x.machine.processors
     sizes = (np.int32(x.heads), np.int32(workers))
-    x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, *sizes)
-    return v
+    x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, *host.unrounded(residual), lse, *sizes)
+    return v, residual
 
 
 def forward_alone(
@@ -325,9 +328,11 @@ def forward_alone(
         rooms, v, first, ranges = kv_heads, values(x), -1, host.NOTHING
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
-    maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
+    whole, rest = host.unrounded(residual)
+    of_rest = of_heads if rest is host.NOTHING else rest.reshape(of_heads.shape)
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in (*operands, (of_rest, 16))]
     passes = (x.k, x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, used, np.int32(first), np.int32(rooms))
-    outputs = (residual, lse, few, counts, work)
+    outputs = (whole, rest, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *passes, *outputs, *scalars)
     shape = {"threads": tiles.threads, "shared": tiles.shared}
@@ -371,7 +376,7 @@ def rows(
         _run(x, tiles, "hopper_rows", heads * q_tiles, r.l, r.r, r.scales, records, np.int32(q_tiles))
         return r._replace(r=records), flags
     do = host.matrix(x.machine, d_out, problem.value_dim)
-    o = host.matrix(x.machine, host.unrounded(forward), problem.value_dim)
+    o, *rest = host.outputs(x, forward)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = host.NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     count = heads * problem.query_length
@@ -381,10 +386,10 @@ def rows(
     lanes = 16 if max(x.build.columns, x.build.value_dim) > 64 else 8
     grid = -(-heads * q_tiles * tiles.queries * lanes // THREADS)
     sizes = (np.int32(q_tiles), np.int32(tiles.queries))
-    _run(x, _passes(x), "hopper_terms", grid, x.q, o, do, lse, dl, v.c, v.flags, odd, l, records, g, *sizes)
+    _run(x, _passes(x), "hopper_terms", grid, x.q, o, *rest, do, lse, dl, v.c, v.flags, odd, l, records, g, *sizes)
     blocks = -(-problem.key_length // THREADS)
     _run(x, _passes(x), "hopper_marks", x.key_value_heads * blocks, x.k, v.flags, marks, np.int32(blocks))
-    return host.Rows(o, do, dl, l, records, g, marks, host.NOTHING), odd
+    return host.Rows(o, do, dl, l, records, g, marks, host.NOTHING, (rest[0], rest[1])), odd
 
 
 def backward_alone(

@@ -164,7 +164,7 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
 // o, its float32 form, l and the list of rows in which few keys carry the weight, from acc, m and l of 64 rows
 __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float (&acc)[ET / 8][4], const Row (&state)[2],
                                        float factor, int own, const int2 (&c)[ET / 8], const TensorMap* o_map, u8* tile,
-                                       float* residual, float* lse, int* few, int* counts) {
+                                       const TensorMap* rest_map, float* residual, bool rest, float* lse, int* few, int* counts) {
   const int t = threadIdx.x % 4, lane = threadIdx.x % 32;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
   const i64 first_row = (i64)at.head * pr.query_length;
@@ -206,6 +206,11 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
     if (!seen[h])
 #pragma unroll
       for (int n = 0; n < ET / 8; n++) acc[n][2 * h] = acc[n][2 * h + 1] = 0.f;
+  if (rest)  // so that what rounding leaves has 16 bits, no number is in the middle between two others
+#pragma unroll
+    for (int n = 0; n < ET / 8; n++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) acc[n][r] = bits_as_float(float_as_bits(acc[n][r]) | (u32)finite(acc[n][r]));
   // a warp writes its 16 rows by the copy engine
   u32 packed[ET / 16][4];
   as_operand(packed, acc);
@@ -215,6 +220,22 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
   publish();
   __syncwarp();
   if (lane == 0) tile_write<64, ET, ONCE>(o_map, tile + warp * 128, own, at.head);
+  if (rest) {
+#pragma unroll
+    for (int n = 0; n < ET / 16; n++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const float* two = &acc[2 * n + r / 2][r % 2 * 2];
+        packed[n][r] = float_as_bits(two[1]) << 16 | (float_as_bits(two[0]) & 0xFFFFu);
+      }
+    if (lane == 0) floats_read();
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < ET / 16; n++) store_matrices(tile + n / 4 * BLOCK_BYTES(64) + (offset ^ n % 4 * 32), packed[n]);
+    publish();
+    __syncwarp();
+    if (lane == 0) tile_write<64, ET, ONCE>(rest_map, tile + warp * 128, own, at.head);
+  }
   if (!residual) return;
 #pragma unroll
   for (int n = 0; n < ET / 8; n++)
@@ -240,8 +261,8 @@ __device__ __forceinline__ void mark(int turn, int n, u32 v) {
 #define MARK(n)
 #define MARKV(n, v)
 #endif
-__device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_map, const ValuePass& pass, float* residual, float* lse,
-                                        int* few, int* counts, Shared& sm) {
+__device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_map, const TensorMap* rest_map, const ValuePass& pass,
+                                        float* residual, bool rest, float* lse, int* few, int* counts, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
   const int row = which * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -367,7 +388,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
     }
     MARK(9);
     if (first_lane) used(pass, at.key);
-    finish(pr, at, acc, state, factor, own, own_c, o_map, q, residual, lse, few, counts);
+    finish(pr, at, acc, state, factor, own, own_c, o_map, q, rest_map, residual, rest, lse, few, counts);
     MARK(10);
     MARKV(12, at.end - at.first + 1000);
     at = next;
@@ -380,8 +401,8 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const u16* k, const u16* v, u16* x, u16* ranges,
-    int* c, int* flags, int* done, int* states, int* again, int* next, int* used, int first, int rooms, float* residual, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap rest_map, const u16* k, const u16* v, u16* x, u16* ranges,
+    int* c, int* flags, int* done, int* states, int* again, int* next, int* used, int first, int rooms, float* residual, const short* rest, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
   const Problem pr = THE_PROBLEM;
   const ValuePass pass = {k, v, x, ranges, c, flags, done, states, again, next, used, first, rooms, tiles * group * 4 * CONSUMERS};
   extern __shared__ u8 memory[];
@@ -409,6 +430,6 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
     if (threadIdx.x >= 32 && first >= 0) more_values(pr, pass, heads / pr.group, sm.values.v[threadIdx.x / 32 - 1]);
   } else {
     registers_take<CONSUMER_REGISTERS>();
-    consume(pr, &o_map, pass, residual, lse, few, counts, sm);
+    consume(pr, &o_map, &rest_map, pass, residual, rest != nullptr, lse, few, counts, sm);
   }
 }

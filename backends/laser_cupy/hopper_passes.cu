@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
 // bfloat16: what row_terms of backward.cu makes, and the records [heads, tiles][2][tile] of minus l and r that the Hopper
 // kernel reads. LANES lanes for a row.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    PROBLEM, const u16* q, const float* o, const short* rest, const u16* out, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
     int* odd, float* l, float* rows, u16* g, int tiles, int tile) {
   const Problem p = THE_PROBLEM;
   constexpr int PER_BLOCK = THREADS / LANES;  // rows; it divides a tile
@@ -97,9 +97,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
   float mean[8] = {}, to[8];
   if (there && e < p.value_dim) {
     from = *(const Eight*)(d_out + row * p.value_dim + e);
-    const float4 first = *(const float4*)(o + row * p.value_dim + e), second = *(const float4*)(o + row * p.value_dim + e + 4);
-    mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
-    mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
+    if (rest) {
+      const Eight high = *(const Eight*)(out + row * p.value_dim + e), low = *(const Eight*)(rest + row * p.value_dim + e);
+#pragma unroll
+      for (int h = 0; h < 8; h++) mean[h] = bits_as_float(float_as_bits(high[h]) + (u32)(int)(short)(low.x[h / 2] >> h % 2 * 16));
+    } else {
+      const float4 first = *(const float4*)(o + row * p.value_dim + e), second = *(const float4*)(o + row * p.value_dim + e + 4);
+      mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
+      mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
+    }
   }
   int shift[8] = {};
   if (e < EP) {
