@@ -192,7 +192,9 @@ __device__ __forceinline__ u64 operand_transposed(const u8* tile, int block) {
 
 // the operand so many bytes further
 __device__ __forceinline__ u64 moved(u64 operand, int bytes) {
-  return operand >> 32 << 32 | ((u32)operand + (u32)(bytes / 16));
+  u64 d;  // its halves are registers
+  asm("{\n.reg .b32 low, high;\nmov.b64 {low, high}, %1;\nadd.u32 low, low, %2;\nmov.b64 %0, {low, high};\n}\n" : "=l"(d) : "l"(operand), "r"(bytes / 16));
+  return d;
 }
 
 __device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -91,17 +91,25 @@ __device__ __forceinline__ bool all_visible(const Problem& p, const Work& at, in
   return i1 <= at.q_end && j0 + KEYS <= at.k_end && j0 - (i1 - 1) >= p.low && j0 + KEYS - 1 - i0 <= p.high;
 }
 
-__device__ __forceinline__ void mask_tile(float (&s)[KEYS / 8][4], const Problem& p, const Work& at, int own, int j0) {
+// Scores of keys that rows own, own + 8 of a thread do not see; a diagonal is most of the tiles that are not all visible
+__device__ __forceinline__ void mask_tile(float (&s)[KEYS / 8][4], const Problem& p, const Work& at, int own, int i1, int j0) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int i = own + h * 8;
-    const int last = i < at.q_end ? least(at.k_end - 1, i + p.high) - j0 - t * 2 : -1, first = i + p.low - j0 - t * 2;
+    const int i = own + h * 8, last = i < at.q_end ? least(at.k_end - 1, i + p.high) - j0 - t * 2 : -1;
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-        s[n][2 * h + r] = n * 8 + r <= last && n * 8 + r >= first ? s[n][2 * h + r] : -INF;
+      for (int r = 0; r < 2; r++) s[n][2 * h + r] = n * 8 + r <= last ? s[n][2 * h + r] : -INF;
+  }
+  if (j0 - (i1 - 1) >= p.low) return;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int first = own + h * 8 + p.low - j0 - t * 2;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) s[n][2 * h + r] = n * 8 + r >= first ? s[n][2 * h + r] : -INF;
   }
 }
 
@@ -317,7 +325,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
     if (some) {
       auto weights = [&](int tile) {  // p from s
         const int j0 = tile * KEYS;
-        if (!all_visible(pr, at, i0, i1, j0)) mask_tile(s, pr, at, own, j0);
+        if (!all_visible(pr, at, i0, i1, j0)) mask_tile(s, pr, at, own, i1, j0);
         return weigh(s, state, shrink, factor);
       };
       auto scores_made = [&] {
