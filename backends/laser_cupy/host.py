@@ -219,7 +219,7 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
 
 
 def unrounded(residual: Any) -> tuple[Any, Any]:
-    """What is kept of the unrounded output: all of it, or what its rounding left; in place of the other a null pointer."""
+    """What is kept of the unrounded output: all of it, or what its rounding left; a null pointer for the other."""
     return (NOTHING, residual) if getattr(residual, "dtype", None) == np.int16 else (residual, NOTHING)
 
 
