@@ -128,20 +128,15 @@ __device__ __forceinline__ void bytes_copy(void* to, const void* from, int bytes
 
 // begins to write a tile to rows [row, row + ROWS) of matrix `head`; one thread, after publish() of those that filled it.
 // What is outside of the matrix is not written.
-template <int ROWS, int CELLS, bool ONCE>
+template <int ROWS, int CELLS>
 __device__ __forceinline__ void tile_write(const TensorMap* map, const u8* tile, int row, int head) {
 #pragma unroll
   for (int n = 0; n < CELLS / 64; n++)
-    if (ONCE)
-      asm volatile(
-          "{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
-          "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], first;\n}\n" ::"l"(map),
-          "r"(shared_address(tile + n * BLOCK_BYTES(ROWS))), "r"(n * 64), "r"(row), "r"(head)
-          : "memory");
-    else
-      asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-                   "r"(shared_address(tile + n * BLOCK_BYTES(ROWS))), "r"(n * 64), "r"(row), "r"(head)
-                   : "memory");
+    asm volatile(
+        "{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], first;\n}\n" ::"l"(map),
+        "r"(shared_address(tile + n * BLOCK_BYTES(ROWS))), "r"(n * 64), "r"(row), "r"(head)
+        : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 

@@ -1,9 +1,6 @@
 #ifndef FETCH_Q
 #define FETCH_Q 1
 #endif
-#ifndef ONCE
-#define ONCE 1
-#endif
 // Forward on Hopper: flash attention over (q, k, X), and o = log(acc/l * 2^c)/beta at the end.
 //
 // A block is a producer warp, which has tiles copied, and CONSUMERS warpgroups of 64 queries each. Blocks are persistent:
@@ -123,18 +120,12 @@ __device__ __forceinline__ float log2_split(float a, int& n) {
 __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* x_map,
                                         const ValuePass& pass, int* counter, int heads, int tiles, int section, Shared& sm) {
   Ring<STAGES> ring;
-  int index = atomicAdd(counter, 1), known = -1;  // known: the last head of which X was there when it was looked at
+  int index = atomicAdd(counter, 1), known = -1;  // known: the last head of which X was seen to be there
 #pragma unroll 1
   for (int turn = 0;; turn++) {
+    // consumers are told before X is there: they end a tile, which X of others may wait for, after the next one has begun
     Work work = {-1};
-    while (index < heads * tiles) {
-      work = work_of(pr, place_of(index, tiles, heads, section));
-      if (known != work.key) wait_for_values(pass, work.key);
-      if (!(__ldcg(pass.flags + work.key) & OUTSIDE)) break;
-      atomicAdd(pass.used + work.key, 4 * CONSUMERS);  // left to the exact path
-      index = atomicAdd(counter, 1);
-      work.head = -1;
-    }
+    if (index < heads * tiles) work = work_of(pr, place_of(index, tiles, heads, section));
     barrier_wait(&sm.drawn_free[turn % 2], turn / 2 % 2 ^ 1);
     sm.drawn[turn % 2] = work;
     barrier_arrive(&sm.drawn_full[turn % 2]);
@@ -155,15 +146,16 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
       barrier_wait(&sm.k_free[ring.stage], ring.parity ^ 1);
       barrier_expect(&sm.k_full[ring.stage], K_BYTES);
       tile_copy<KEYS, DT>(sm.k[ring.stage], k_map, tile * KEYS, work.key, &sm.k_full[ring.stage]);
+      if (known != work.key) wait_for_values(pass, work.key);
+      known = work.key;
       barrier_wait(&sm.x_free[ring.stage], ring.parity ^ 1);
       barrier_expect(&sm.x_full[ring.stage], X_BYTES);
       tile_copy<KEYS, ET>(sm.x[ring.stage], x_map, tile * KEYS, room, &sm.x_full[ring.stage]);
       ring.next();
-      if (tile == work.end - 1 && index < heads * tiles) {  // the next tile of queries: what has to be waited for is begun
+      if (tile == work.end - 1 && index < heads * tiles) {
         const Place next = place_of(index, tiles, heads, section);
 #pragma unroll 1
         for (int w = 0; w < CONSUMERS * FETCH_Q; w++) tile_fetch<64, DT>(q_map, next.i0 + w * 64, next.head);
-        known = values_there(pass, next.head / pr.group) ? next.head / pr.group : -1;
       }
     }
   }
@@ -176,8 +168,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
   const int t = threadIdx.x % 4, lane = threadIdx.x % 32;
   const float per_beta = LN2 / pr.beta, minus_infinity = -INF * per_beta;
   const i64 first_row = (i64)at.head * pr.query_length;
-  float log_l[2];
-  int n_l[2];
+  float minus_l[2];
   bool seen[2], listed = false;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -185,10 +176,12 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
     seen[h] = sum != 0.f;
     const int i = own + h * 8, keys = least(at.k_end, i + pr.high + 1) - greatest(0, i + pr.low);
     const bool carried = sum > 0.f && (keys < FEW_KEYS || sum < FEW * exp2_fast((state[h].top - state[h].m) * factor));
-    log_l[h] = log2_split(seen[h] ? sum : 1.f, n_l[h]);
-    if (sum != sum) log_l[h] = NOT_A_NUMBER;
+    int n_l;
+    float log_l = log2_split(seen[h] ? sum : 1.f, n_l);
+    if (sum != sum) log_l = NOT_A_NUMBER;
+    minus_l[h] = -((float)n_l + log_l) * per_beta;
     if (i >= pr.query_length) continue;
-    if (t == 0) lse[first_row + i] = seen[h] ? fmaf(state[h].m, factor, (float)(n_l[h] - P_SHIFT) + log_l[h]) * LN2 : -INF;
+    if (t == 0) lse[first_row + i] = seen[h] ? fmaf(state[h].m, factor, (float)(n_l - P_SHIFT) + log_l) * LN2 : -INF;
     if (t == h) listed = carried;
   }
   const u32 some = __ballot_sync(FULL_WARP, listed);
@@ -203,10 +196,10 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       const u32 bits = float_as_bits(acc[n][r]);
-      const int h = r / 2, whole = (int)(bits >> 23) + ((r % 2 ? c[n].y : c[n].x) - 127 - n_l[h]);
+      const int whole = (int)(bits >> 23) + (r % 2 ? c[n].y : c[n].x);  // the same for every c
       u32 mantissa;
       asm("lop3.b32 %0, %1, 0x7FFFFF, %2, 0xEA;" : "=r"(mantissa) : "r"(bits), "r"(one));  // bits & 0x7FFFFF | one
-      const float o = ((float)whole + (log2_fast(bits_as_float(mantissa)) - log_l[h])) * per_beta;
+      const float o = fmaf((float)whole + log2_fast(bits_as_float(mantissa)), per_beta, minus_l[r / 2]);
       acc[n][r] = acc[n][r] == 0.f ? minus_infinity : o;
     }
 #pragma unroll
@@ -227,7 +220,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
   for (int n = 0; n < ET / 16; n++) store_matrices(tile + n / 4 * BLOCK_BYTES(64) + (offset ^ n % 4 * 32), packed[n]);
   publish();
   __syncwarp();
-  if (lane == 0) tile_write<64, ET, ONCE>(o_map, tile + warp * 128, own, at.head);
+  if (lane == 0) tile_write<64, ET>(o_map, tile + warp * 128, own, at.head);
   if (rest) {
 #pragma unroll
     for (int n = 0; n < ET / 16; n++)
@@ -242,7 +235,7 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
     for (int n = 0; n < ET / 16; n++) store_matrices(tile + n / 4 * BLOCK_BYTES(64) + (offset ^ n % 4 * 32), packed[n]);
     publish();
     __syncwarp();
-    if (lane == 0) tile_write<64, ET, ONCE>(rest_map, tile + warp * 128, own, at.head);
+    if (lane == 0) tile_write<64, ET>(rest_map, tile + warp * 128, own, at.head);
   }
   if (!residual) return;
 #pragma unroll
@@ -383,6 +376,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
     for (int n = 0; n < ET / 8; n++) {  // while these products run
       const int e = n * 8 + threadIdx.x % 4 * 2;
       own_c[n] = e < EP ? __ldcg((const int2*)(pass.c + (i64)at.key * CP + e)) : make_int2(0, 0);
+      own_c[n] = {own_c[n].x - 127, own_c[n].y - 127};  // 127: what an exponent in a float is above itself
     }
     MARK(4);
     const Work next = drawn(turn);

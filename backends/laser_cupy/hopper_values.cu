@@ -233,7 +233,7 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   if (lane == 0) atomicExch(pass.states + kv, hard && !outside ? HARD : MADE);
 }
 
-#define RUN 64        // keys that a warp makes X of, in the background
+#define RUN (16 * X_ROWS)  // keys that a warp makes X of, in the background
 #define SHORT_RUN 16  // and while all warps do it
 #define CHUNK 8       // values of each lane, times 8, that are copied to shared memory ahead of their use
 #define X_WARPS 3
