@@ -1,6 +1,3 @@
-#ifndef FETCH_Q
-#define FETCH_Q 1
-#endif
 // Forward on Hopper: flash attention over (q, k, X), and o = log(acc/l * 2^c)/beta at the end.
 //
 // A block is a producer warp, which has tiles copied, and CONSUMERS warpgroups of 64 queries each. Blocks are persistent:
@@ -155,7 +152,7 @@ __device__ __forceinline__ void produce(const Problem& pr, const TensorMap* q_ma
       if (tile == work.end - 1 && index < heads * tiles) {
         const Place next = place_of(index, tiles, heads, section);
 #pragma unroll 1
-        for (int w = 0; w < CONSUMERS * FETCH_Q; w++) tile_fetch<64, DT>(q_map, next.i0 + w * 64, next.head);
+        for (int w = 0; w < CONSUMERS; w++) tile_fetch<64, DT>(q_map, next.i0 + w * 64, next.head);
       }
     }
   }
@@ -248,20 +245,6 @@ __device__ __forceinline__ void finish(const Problem& pr, const Work& at, float 
     }
 }
 
-#ifndef MARKS
-#define MARKS 0
-#endif
-#if MARKS
-extern "C" { __device__ u32 marks[132 * 3 * 64 * 16]; }
-#define MARK(n) mark(turn, n, 0)
-#define MARKV(n, v) mark(turn, n, v)
-__device__ __forceinline__ void mark(int turn, int n, u32 v) {
-  if (threadIdx.x % 128 == 0 && turn < 64) marks[((blockIdx.x * 3 + threadIdx.x / 128 - 1) * 64 + turn) * 16 + n] = v ? v : (u32)clock64();
-}
-#else
-#define MARK(n)
-#define MARKV(n, v)
-#endif
 __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_map, const TensorMap* rest_map, const ValuePass& pass,
                                         float* residual, bool rest, float* lse, int* few, int* counts, Shared& sm) {
   const int which = warpgroup() - 1;  // warpgroup 0 is the producer's
@@ -285,12 +268,9 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
   auto begin_scores = [&](const Work& work, int turn) {
     if (work.head >= 0 && work.first < work.end) {
       barrier_wait(&sm.q_full[turn % 2], turn / 2 % 2);
-      MARK(6);
       barrier_wait(&sm.k_full[k_ring.stage], k_ring.parity);
     }
-    MARK(7);
     turn_begins();
-    MARK(8);
     pin(s);
     products_fence();
     multiply_rows<64, KEYS, DT>(s, sm.q[turn % 2][which], sm.k[k_ring.stage]);
@@ -326,11 +306,8 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
         k_ring.next();
       };
       scores_made();
-      MARK(0);
       weights(at.end - 1);
-      MARK(1);
       q_free();
-      MARK(2);
       as_operand(p, s);
 #pragma unroll 1
       for (int tile = at.end - 2; tile >= at.first; tile--) {
@@ -362,7 +339,6 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
             for (int r = 0; r < 4; r++) acc[n][r] *= shrink[r / 2];
         as_operand(p, s);
       }
-      MARK(3);
       barrier_wait(&sm.x_full[x_ring.stage], x_ring.parity);
       pin(acc);
       pin(p);
@@ -378,9 +354,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
       own_c[n] = e < EP ? __ldcg((const int2*)(pass.c + (i64)at.key * CP + e)) : make_int2(0, 0);
       own_c[n] = {own_c[n].x - 127, own_c[n].y - 127};  // 127: what an exponent in a float is above itself
     }
-    MARK(4);
     const Work next = drawn(turn);
-    MARK(5);
     begin_scores(next, turn);
     products_wait<1>();
     pin(acc);
@@ -388,14 +362,10 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
       if (first_lane) barrier_arrive(&sm.x_free[x_ring.stage]);
       x_ring.next();
     }
-    MARK(9);
     if (first_lane) used(pass, at.key);
     finish(pr, at, acc, state, factor, own, own_c, o_map, q, rest_map, residual, rest, lse, few, counts);
-    MARK(10);
-    MARKV(12, at.end - at.first + 1000);
     at = next;
     products_wait<0>();
-    MARK(11);
     pin(s);
   }
   if (first_lane) floats_done();

@@ -1,6 +1,3 @@
-#ifndef FETCH_K
-#define FETCH_K 1
-#endif
 // X = exp(beta*v) * 2^-c for the Hopper kernels, made by single warps.
 //
 // values.cu reads the values twice: c has to be known before X is written. Here X is written with c = 0 at once, and again for
@@ -321,9 +318,10 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   auto draw = [&] { return lane == 0 ? atomicAdd(pass.next, 1) : 0; };
-  // whether nobody reads any more what is in the room of a head
+  // whether what is in the room of a head is there and nobody reads it any more
   auto room_free = [&](int kv) {
-    return kv < pass.rooms || __shfl_sync(FULL_WARP, acquired(pass.used + kv - pass.rooms), 0) >= pass.readers;
+    const int before = kv - pass.rooms;
+    return before < 0 || __all_sync(FULL_WARP, acquired(pass.used + before) >= pass.readers && state_of(pass, before) == MADE);
   };
   int run = __shfl_sync(FULL_WARP, draw(), 0), drawn = draw();
   begin(run, 0);
@@ -336,7 +334,7 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
       continue;
     }
     publish_global();  // X was read by the copy engine
-    if (FETCH_K && lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
+    if (lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
     const int next = __shfl_sync(FULL_WARP, drawn, 0), end = end_of(p, kv, e);
     drawn = draw();
     Range range;
