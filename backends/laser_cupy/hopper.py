@@ -25,7 +25,7 @@ BEHIND = 1024  # queries that read a key/value head, from which on its X is made
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS: tuple[str, ...] = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
-ROOMS = 3  # sections of heads of which X is there, forward
+ROOMS = 6  # sections of heads of which X is there, forward
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
 FEW_WORKERS = 2  # blocks for each multiprocessor, which have room side by side

@@ -260,8 +260,7 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
   auto drawn = [&](int turn) {
     barrier_wait(&sm.drawn_full[turn % 2], turn / 2 % 2);
     const Work work = sm.drawn[turn % 2];
-    __syncwarp();
-    if (first_lane) barrier_arrive(&sm.drawn_free[turn % 2]);
+    warp_arrive(&sm.drawn_free[turn % 2]);
     return work;
   };
   // begins the first scores of a tile of queries, if there are some; otherwise the product is of no use
@@ -390,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_fo
       barrier_init(&sm.q_full[n], 1);
       barrier_init(&sm.q_free[n], 4 * CONSUMERS);
       barrier_init(&sm.drawn_full[n], 1);
-      barrier_init(&sm.drawn_free[n], 4 * CONSUMERS);
+      barrier_init(&sm.drawn_free[n], 4 * CONSUMERS * ARRIVALS);
     }
     barrier_init_done();
   }

@@ -193,17 +193,19 @@ __device__ __forceinline__ void run_met(const Problem& p, const ValuePass& pass,
 #define MADE 1  // X of a head is there
 #define HARD 2  // it is to be made again, with c
 
-__device__ __forceinline__ int acquired(const int* from) {
+// What others write, without an order: acquiring loads empty the L1 cache, and those who wait look again and again
+__device__ __forceinline__ int looked_at(const int* from) {
   int x;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
 }
-__device__ __forceinline__ int state_of(const ValuePass& pass, int kv) { return acquired(pass.states + kv); }
+// what they wrote before what has been looked at is seen from here on
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // What this warp has written can be copied by whoever learns of it from the first lane
 __device__ __forceinline__ void release() {
   publish_global();  // X is read by the copy engine
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  acquire();
   __syncwarp();
 }
 
@@ -230,7 +232,9 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   if (lane == 0) atomicExch(pass.states + kv, hard && !outside ? HARD : MADE);
 }
 
-#define RUN (16 * X_ROWS)  // keys that a warp makes X of, in the background
+#ifndef RUN
+#define RUN 64        // keys that a warp makes X of, in the background
+#endif
 #define SHORT_RUN 16  // and while all warps do it
 #define CHUNK 8       // values of each lane, times 8, that are copied to shared memory ahead of their use
 #define X_WARPS 3
@@ -267,9 +271,10 @@ __device__ __forceinline__ bool values_again(const Problem& p, const ValuePass& 
   bool all = true;
 #pragma unroll 1
   for (int start = begin; start < end; start += 32) {
-    const int state = start + lane < end ? state_of(pass, start + lane) : MADE;
+    const int state = start + lane < end ? looked_at(pass.states + start + lane) : MADE;
     all &= state != 0;
     u32 hard = __ballot_sync(FULL_WARP, state == HARD);
+    if (hard) acquire();
 #pragma unroll 1
     while (hard) {
       const int kv = start + __ffs(hard) - 1, run = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.again + kv, 1) : 0, 0);
@@ -321,7 +326,7 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
   // whether what is in the room of a head is there and nobody reads it any more
   auto room_free = [&](int kv) {
     const int before = kv - pass.rooms;
-    return before < 0 || __all_sync(FULL_WARP, acquired(pass.used + before) >= pass.readers && state_of(pass, before) == MADE);
+    return before < 0 || __all_sync(FULL_WARP, looked_at(pass.used + before) >= pass.readers && looked_at(pass.states + before) == MADE);
   };
   int run = __shfl_sync(FULL_WARP, draw(), 0), drawn = draw();
   begin(run, 0);
@@ -331,8 +336,10 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
     const bool over = kv >= heads;
     if (over || !room_free(kv)) {  // whoever is waited for may wait for a hard head: `rooms` is no less than a section
       if (values_again(p, pass, over ? 0 : greatest(0, kv - 2 * pass.rooms), least(kv, heads)) && over) break;
+      __nanosleep(100);
       continue;
     }
+    if (kv >= pass.rooms) acquire();
     publish_global();  // X was read by the copy engine
     if (lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
     const int next = __shfl_sync(FULL_WARP, drawn, 0), end = end_of(p, kv, e);
@@ -346,8 +353,10 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
       int j = j0 + chunk * CHUNK * X_ROWS + own;
       u16* to = pass.room(p, kv) + (i64)j * EP + e;
 #pragma unroll 1
-      for (int d = 0; d < CHUNK; d++, j += X_ROWS, to += X_ROWS * EP)
-        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(room[chunk % 2][d][lane], base, range) : Eight{};
+      for (int d = 0; d < CHUNK; d++, j += X_ROWS, to += X_ROWS * EP) {
+        const Eight from = room[chunk % 2][d][lane];
+        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(from, base, range) : Eight{};
+      }
     }
     run_met(p, pass, kv, j0, least(j0 + RUN, end), range);
     run_made(p, pass, kv, RUN / SHORT_RUN, runs * (RUN / SHORT_RUN));
@@ -361,12 +370,10 @@ __device__ __forceinline__ void used(const ValuePass& pass, int kv) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(pass.used + kv) : "memory");
 }
 
-// whether X of a head can be copied by this thread
-__device__ __forceinline__ bool values_there(const ValuePass& pass, int kv) {
-  if (pass.first >= 0 && state_of(pass, kv) != MADE) return false;
-  publish_global();
-  return true;
-}
+// until X of a head can be copied by this thread
 __device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
-  while (!values_there(pass, kv)) {}
+  if (pass.first < 0) return;
+  while (looked_at(pass.states + kv) != MADE) __nanosleep(50);
+  acquire();
+  publish_global();
 }
