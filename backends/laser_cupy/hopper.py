@@ -124,7 +124,7 @@ class ForwardTiles(Operands):
     lazy: int = 0
 
     # of a producer's and of a consumer's thread; together no more than a block is launched with
-    REGISTERS: ClassVar = {2: (56, 224), 3: (32, 160)}
+    REGISTERS: ClassVar = {2: (72, 216), 3: (32, 160)}
     SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_values.cu", "hopper_forward.cu")
     ALLOWED: ClassVar = Operands.ALLOWED | {
         "consumers": (2, 3),
