@@ -68,6 +68,13 @@ def kind(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return np.dtype(getattr(ml_dtypes, dtype, dtype))
 
 
+def _unrounded(forward: laser_core.Forward) -> Any:
+    """The output in float32, of what is kept."""
+    kept = forward.residual[0]
+    bits = forward.out.astype(np.float32).view(np.int32)
+    return kept if kept.dtype == np.float32 else (bits + kept).view(np.float32)
+
+
 @needs_emulator
 @pytest.mark.parametrize(("dtype", "options"), [("float16", {"beta": -1.5}), ("bfloat16", {"window_size": (70, 3)})])
 def test_rows_that_the_hopper_kernel_leaves(
@@ -80,29 +87,31 @@ def test_rows_that_the_hopper_kernel_leaves(
     problem, inputs = laser_core._problem.describe(q, k, v, is_causal=True, **options)
     rows = rng.random((4, 300)) < np.asarray([0.3, 0.9, 0.0, 0.05])[:, None]
 
-    def special(self: host.Machine, x: host.Call, out: Any, residual: Any, lse: Any) -> host.Values:
-        residual[...], lse[...] = 7.0, 7.0
+    def special(self: host.Machine, x: host.Call, out: Any, lse: Any, keep: bool) -> tuple[host.Values, Any]:
+        out[...], lse[...] = 7.0, 7.0
+        residual = np.full(out.shape, *((7.0, np.float32) if kind.name == "float16" else (0, np.int16)))
         v, few = host.values(x), np.full((4, 300), -1, dtype=np.int32)
         for head in range(4):
             chosen = rng.permutation(np.flatnonzero(rows[head]))
             few[head, : len(chosen)] = chosen
-        counts = rows.sum(axis=1).astype(np.int32)
-        x.run("forward_few", 2, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, np.int32(4), np.int32(2))
-        return v
+        counts, sizes = rows.sum(axis=1).astype(np.int32), (np.int32(4), np.int32(2))
+        x.run("forward_few", 2, x.q, x.k, x.v, v.c, counts, few, out, *host.unrounded(residual), lse, *sizes)
+        return v, residual
 
     monkeypatch.setattr(emulated._Machine, "special_forward", special)
     found = emulated.EMULATED.forward(problem, inputs)
+    whole = _unrounded(found)
     arrays = [x.astype(np.float64) for x in (q, k, v)]
     o, l = laser_core.laser_attention(*arrays, is_causal=True, **options, return_lse=True, backend="reference")
     unit = 2.0**-8 if kind.name == "bfloat16" else 2.0**-11
-    np.testing.assert_allclose(found.residual[0], np.where(rows[..., None], o, 7.0), atol=2 * unit)
+    np.testing.assert_allclose(whole, np.where(rows[..., None], o, 7.0), atol=2 * unit)
     np.testing.assert_allclose(found.lse, np.where(rows, l, 7.0), atol=1e-5)
     if "window_size" in options:  # these see nothing but 5
-        np.testing.assert_allclose(found.residual[0][0, :, 275:, 0][rows[:, 275:]], 5.0, rtol=unit / 16)
+        np.testing.assert_allclose(whole[0, :, 275:, 0][rows[:, 275:]], 5.0, rtol=unit / 16)
     before = rows.copy()
     rows &= rng.random((4, 300)) < 0.5
     fewer = emulated.EMULATED.forward(problem, inputs)
-    np.testing.assert_array_equal(fewer.residual[0][0], np.where(rows[..., None], found.residual[0][0], 7.0))
+    np.testing.assert_array_equal(_unrounded(fewer)[0], np.where(rows[..., None], whole[0], 7.0))
     assert before.sum() > rows.sum() > 0
 
 
@@ -129,11 +138,13 @@ def test_outputs_of_narrow_heads_are_between_visible_values(
     left = 3 * rng.standard_normal((1, 4, 170, 24)).astype(np.float32)
     left[0, 0, 100, 3] = np.nan
 
-    def special(self: host.Machine, x: host.Call, out: Any, residual: Any, lse: Any) -> host.Values:
-        residual[...], out[...], lse[...] = left, left.astype(kind), 0.0
+    def special(self: host.Machine, x: host.Call, out: Any, lse: Any, keep: bool) -> tuple[host.Values, Any]:
+        out[...], lse[...] = left.astype(kind), 0.0
+        rest = left.view(np.int32) - out.astype(np.float32).view(np.int32)
+        residual = left.copy() if kind.name == "float16" else rest.astype(np.int16)
         made = host.values(x)
         made.flags[:] = 8, 0  # NARROW is that of the first one
-        return made
+        return made, residual
 
     monkeypatch.setattr(emulated._Machine, "special_forward", special)
     found = emulated.EMULATED.forward(problem, inputs)
@@ -146,7 +157,7 @@ def test_outputs_of_narrow_heads_are_between_visible_values(
             ends = np.where(np.isfinite(seen).all(axis=0), [seen.min(axis=0), seen.max(axis=0)], [[-np.inf], [np.inf]])
             expected[0, :2, i] = np.clip(left[0, :2, i], *ends)
     assert (expected != left).sum() > 200
-    np.testing.assert_array_equal(found.residual[0], expected)
+    np.testing.assert_array_equal(_unrounded(found), expected)
     np.testing.assert_array_equal(found.out.astype(np.float32), expected.astype(kind).astype(np.float32))
 
 

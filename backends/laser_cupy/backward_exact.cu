@@ -23,12 +23,12 @@ __device__ __forceinline__ float slope_of(float log_p, float weight, float beta,
 
 // ds of one pair, without the slope of the cap
 __device__ __forceinline__ float score_gradient(const Problem& p, int head, float log_p, float dl, const element* v,
-                                                const float* o, const element* d_out) {
+                                                const Unrounded& kept, const element* out, const element* d_out, i64 row) {
   const float weight = expf(log_p);
   float sum = 0.f, w;
   for (int e = 0; e < p.value_dim; e++) {
-    const float one = widen(d_out[e]);
-    if (one != 0.f) sum = fmaf(one, slope_of(log_p, weight, beta_of(p, head, e), widen(v[e]), o[e], w), sum);
+    const float one = widen(d_out[row + e]);
+    if (one != 0.f) sum = fmaf(one, slope_of(log_p, weight, beta_of(p, head, e), widen(v[e]), kept.load(out, row + e), w), sum);
   }
   return fmaf(dl, weight, sum);
 }
@@ -40,8 +40,8 @@ __device__ __forceinline__ bool any_outside(const int* flags, int heads) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
-    PROBLEM, const element* q, const element* k, const element* v, const float* o, const element* d_out,
-    const float* d_lse, const float* l, const float* marks, const int* flags, element* dq, int heads,
+    PROBLEM, const element* q, const element* k, const element* v, float* o, short* rest, const element* out,
+    const element* d_out, const float* d_lse, const float* l, const float* marks, const int* flags, element* dq, int heads,
     int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
           const float log_p = log_weight(p, at, product, marks[keys + j], l[from], i, j, slope);
           if (!(log_p == -INF))
             own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + (keys + j) * p.value_dim,
-                                        o + from * p.value_dim, d_out + from * p.value_dim);
+                                        {o, rest}, out, d_out, from * p.value_dim);
         }
         ds[tid] = own;
         __syncthreads();
@@ -85,8 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_queries_exact(
 
 // dbetas [B*Hkv, workers, EP], or null
 extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
-    PROBLEM, const element* q, const element* k, const element* v, const float* o, const element* d_out,
-    const float* d_lse, const float* l, const float* marks, const int* flags, element* dk, element* dv, float* dbetas,
+    PROBLEM, const element* q, const element* k, const element* v, float* o, short* rest, const element* out,
+    const element* d_out, const float* d_lse, const float* l, const float* marks, const int* flags, element* dk, element* dv, float* dbetas,
     int heads, int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
             log_p = log_weight(p, at, product, marks[to], l[from], i, j, slope);
             if (!(log_p == -INF))
               own = slope * score_gradient(p, at.h, log_p, d_lse ? d_lse[from] : 0.f, v + to * p.value_dim,
-                                          o + from * p.value_dim, d_out + from * p.value_dim);
+                                          {o, rest}, out, d_out, from * p.value_dim);
           }
           ds[tid] = own;
           log_weights[tid] = log_p;
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_keys_exact(
             for (int d = tid; d < WIDTH; d += THREADS)
               dk_acc[d / THREADS] = fmaf(ds[n], widen(q[from * WIDTH + d]), dk_acc[d / THREADS]);
             for (int e = tid; e < p.value_dim; e += THREADS) {
-              const float one = widen(d_out[from * p.value_dim + e]), mean = o[from * p.value_dim + e];
+              const float one = widen(d_out[from * p.value_dim + e]), mean = Unrounded{o, rest}.load(out, from * p.value_dim + e);
               const float value = widen(v[to * p.value_dim + e]), beta = beta_of(p, at.h, e);
               const float weight = expf(log_weights[n]), z = value - mean;
               float w;

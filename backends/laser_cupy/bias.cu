@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_beta(
 // that axis. `rows`: there is a query axis, or else a row is the sum of 16 of a warp; `columns`: a key axis, or else one for each
 // chunk. parts [B or 1, Hq or 1, Lq or 4 for each 64 of it, Lk or chunks], zero at the beginning.
 extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
-    PROBLEM, const element* q, const element* k, const element* v, const element* x, const element* g, const float* o,
+    PROBLEM, const element* q, const element* k, const element* v, const element* x, const element* g, float* o,
     const element* d_out, const float* d_lse, const float* l, const float* r, const float* marks, const int* scales,
     const int* flags, float* parts, int batch, int reduce_b, int reduce_h, int rows, int columns, int chunks, int chunk) {
   const Problem pr = THE_PROBLEM;
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_bias(
             const float log_p = log_weight(pr, at, product, marks[key], l[row], i, j, slope);
             if (log_p == -INF) continue;
             const float one = score_gradient(pr, at.h, log_p, d_lse ? d_lse[row] : 0.f, v + key * pr.value_dim,
-                                             o + row * pr.value_dim, d_out + row * pr.value_dim);
+                                             {o, nullptr}, nullptr, d_out, row * pr.value_dim);
 #pragma unroll
             for (int w = 0; w < INNER / 2; w++) ds[0][w / 4][w % 4] = w == n ? one : ds[0][w / 4][w % 4];
           }

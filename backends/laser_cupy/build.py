@@ -198,7 +198,7 @@ class Build:
             return 0
         d, x, keys = self.padded + _PAD, self.value_dim + _PAD, 32
         tiles = max(2 * ((64 + keys) * d + 3 * keys * x), 4 * 64 * (self.value_dim + 4))
-        return tiles + 2 * 64 * (keys + _PAD) + 4 * (64 + 64 + THREADS)
+        return tiles + 2 * 64 * (keys + _PAD) + 4 * (64 + 64 + self.value_dim + THREADS + 2)
 
     @property
     def largest(self) -> int:

@@ -79,6 +79,22 @@ __device__ __forceinline__ int greatest(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < INF; }
 __device__ __forceinline__ float rounded(float x) { return widen(narrow(x)); }
 
+// o before it was rounded, as it is kept for the backward pass: in float32, or, of bfloat16, what the rounded one has no room for
+struct Unrounded {
+  float* whole;  // or null
+  short* rest;   // in units of the last place of float32; or null
+
+  __device__ __forceinline__ float load(const element* out, i64 n) const {
+    if (whole) return whole[n];
+    const float o = widen(out[n]);
+    return rest ? bits_as_float(float_as_bits(o) + (u32)(int)rest[n]) : o;
+  }
+  __device__ __forceinline__ void store(i64 n, float o) const {
+    if (whole) whole[n] = o;
+    if (rest) rest[n] = finite(o) ? (short)least(0x7FFF, (int)(float_as_bits(o) - float_as_bits(rounded(o)))) : 0;
+  }
+};
+
 // A query head, its key/value head, and where the sequences end.
 struct Head {
   int b, h, query, key;  // query and key are indices over batch and heads

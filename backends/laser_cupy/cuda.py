@@ -69,8 +69,8 @@ class _Machine:
     def aligned(self, x: Array) -> bool:
         return bool(x.data.ptr % 16 == 0)
 
-    def special_forward(self, x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values | None:
-        return hopper.forward(x, out, residual, lse) if self._hopper_serves(x.problem) else None
+    def special_forward(self, x: host.Call, out: Array, lse: Array, keep: bool) -> tuple[host.Values, Array] | None:
+        return hopper.forward(x, out, lse, keep) if self._hopper_serves(x.problem) else None
 
     def special_backward(
         self, x: host.Call, forward: Forward, d_out: Array, d_lse: Array | None, dq: Array, dk: Array, dv: Array

@@ -29,7 +29,7 @@ __device__ __forceinline__ float natural_score(const Problem& p, const Head& at,
 
 // the rows begin, begin + step, … of a head
 __device__ __forceinline__ void exact_rows(const Problem& p, const Head& at, int flag, const element* q, const element* k, const element* v,
-                                           element* out, float* residual, float* lse, int begin, int step, u8* raw) {
+                                           element* out, const Unrounded& kept, float* lse, int begin, int step, u8* raw) {
   float* row = (float*)raw;      // [DP] the query
   float* weights = row + DP;     // [THREADS] s - m
   float* room = weights + THREADS;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void exact_rows(const Problem& p, const Head& at, int
         else if (!empty) o = (top + logf(sum) - log_l) / beta;
         if ((flag & OUTSIDE) || !finite(o)) {
           out[to * p.value_dim + e] = narrow(o);
-          if (residual) residual[to * p.value_dim + e] = o;
+          kept.store(to * p.value_dim + e, o);
         }
       }
     }
@@ -107,8 +107,8 @@ __device__ __forceinline__ void exact_rows(const Problem& p, const Head& at, int
 #define WITHIN (GENERAL ? 0 : NARROW)  // a mask would hide values here: there `forward` adds what the rounding lost
 
 // Rows begin … end of a head. What exact_rows writes of it is what this leaves: o that is not finite, or of such values
-__device__ __forceinline__ void rows_within(const Problem& p, const Head& at, const element* v, element* out, float* residual, int begin,
-                                            int end) {
+__device__ __forceinline__ void rows_within(const Problem& p, const Head& at, const element* v, element* out, const Unrounded& kept,
+                                            int begin, int end) {
   v += (i64)at.key * p.key_length * p.value_dim;
   const int common = greatest(0, end - 1 + p.low);  // all of these rows see the keys from here to their last ones
   for (int e = threadIdx.x; e < p.value_dim; e += THREADS) {
@@ -129,19 +129,19 @@ __device__ __forceinline__ void rows_within(const Problem& p, const Head& at, co
 #pragma unroll 4
       for (int j = greatest(0, i + p.low); j <= least(common - 1, last); j++) meet(j, own_low, own_high);
       const i64 to = ((i64)at.query * p.query_length + i) * p.value_dim + e;
-      const float o = residual ? residual[to] : widen(out[to]);
+      const float o = kept.load(out, to);
       const bool outside = o < own_low || o > own_high;
       if (!finite(o) || !outside || own_low > own_high) continue;
       const float inside = o < own_low ? own_low : own_high;
       out[to] = narrow(inside);
-      if (residual) residual[to] = inside;
+      kept.store(to, inside);
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
-    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, float* lse, int heads,
-    int workers) {
+    PROBLEM, const element* q, const element* k, const element* v, const int* flags, element* out, float* residual, short* rest,
+    float* lse, int heads, int workers) {
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   bool any = false;
@@ -153,11 +153,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_exact(
     const Head at = head_of(p, n);
     const int end = least(at.q_end, p.query_length), parts = (end + ROWS_WITHIN - 1) / ROWS_WITHIN;
     for (; part < parts; part += workers)
-      rows_within(p, at, v, out, residual, part * ROWS_WITHIN, least(end, part * ROWS_WITHIN + ROWS_WITHIN));
+      rows_within(p, at, v, out, {residual, rest}, part * ROWS_WITHIN, least(end, part * ROWS_WITHIN + ROWS_WITHIN));
     part -= parts;
   }
   for (int n = 0; n < heads; n++) {  // of all rows of all heads every block has the same share
     const int flag = flags[n / p.group] & (OUTSIDE | BROKEN), begin = (int)((blockIdx.x + (i64)n * (workers - p.query_length % workers)) % workers);
-    if (flag) exact_rows(p, head_of(p, n), flag, q, k, v, out, residual, lse, begin, workers, raw);
+    if (flag) exact_rows(p, head_of(p, n), flag, q, k, v, out, {residual, rest}, lse, begin, workers, raw);
   }
 }

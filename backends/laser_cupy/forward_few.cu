@@ -17,7 +17,7 @@ struct FewTiles {
   };
   element p[64 * (FEW_TILE + PAD)];
   float factor[64];  // of a row
-  int row[64], groups[THREADS];
+  int row[64], c[EP], groups[THREADS], head, group;  // groups: of heads up to this one
 };
 
 // begins to copy rows of a matrix with so many columns, a multiple of 8, into a tile; zeros beyond
@@ -54,10 +54,11 @@ __device__ __forceinline__ void few_values(const Problem& p, element* x, element
 }
 
 __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const element* q, const element* k, const element* v, const int* c,
-                                         const int* rows, int count, element* out, float* residual, float* lse, FewTiles& sm) {
+                                         const int* rows, int count, element* out, const Unrounded& kept, float* lse, FewTiles& sm) {
   const int tid = threadIdx.x, warp = tid / 32, g = tid % 32 / 4, t = tid % 4;
   __syncthreads();  // nobody reads the tiles any more
   if (tid < 64) sm.row[tid] = tid < count ? rows[tid] : -1;
+  for (int e = tid; e < EP; e += THREADS) sm.c[e] = c[e];
   __syncthreads();
   int least_row = sm.row[0], greatest_row = sm.row[0];
 #pragma unroll 4
@@ -89,7 +90,7 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
     copy_wait();
     __syncthreads();  // this tile is there, and nobody reads the x before
     if (tile + 1 < end) begin_v(tile + 1);
-    few_values(p, sm.x[stage], sm.rest, c, last - j0);
+    few_values(p, sm.x[stage], sm.rest, sm.c, last - j0);
     if (some) {
       float s[FEW_TILE / 8][4] = {};
 #pragma unroll 1
@@ -186,38 +187,50 @@ __device__ __forceinline__ void few_rows(const Problem& p, const Head& at, const
     const int row = n / (EP / 2), e = n % (EP / 2) * 2;
     if (e >= p.value_dim) continue;
     float o[2];
-    for (int r = 0; r < 2; r++) o[r] = split_log(sm.results[row * (EP + 4) + e + r] * sm.factor[row], c[e + r]) * inverse_of_beta;
+    for (int r = 0; r < 2; r++) o[r] = split_log(sm.results[row * (EP + 4) + e + r] * sm.factor[row], sm.c[e + r]) * inverse_of_beta;
     const i64 to = (i64)sm.row[row] * p.value_dim + e;
     store_pair(out + to, o[0], o[1]);
-    if (residual) store_two(residual + to, o[0], o[1]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) kept.store(to + r, o[r]);
   }
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward_few(
     PROBLEM, const element* q, const element* k, const element* v, const int* c, const int* counts, const int* rows, element* out,
-    float* residual, float* lse, int heads, int workers) {
+    float* residual, short* rest, float* lse, int heads, int workers) {
 #if !FLOAT32 && EXP && !EXPM1 && DP <= 128 && EP <= 128
   const Problem p = THE_PROBLEM;
   SHARED_MEMORY(raw);
   FewTiles& sm = *(FewTiles*)raw;
-  int part = blockIdx.x;  // of 64 rows, counted from the head `start + n`
+  const int tid = threadIdx.x;
+  int part = blockIdx.x;  // of 64 rows, counted from the head `start`
   for (int start = 0; start < heads; start += THREADS) {
-    const int own = start + (int)threadIdx.x < heads ? (counts[start + threadIdx.x] + 63) / 64 : 0;
+    const int own = start + tid < heads ? (counts[start + tid] + 63) / 64 : 0;
     if (!__syncthreads_or(own)) continue;
-    sm.groups[threadIdx.x] = own;
-    __syncthreads();
-    for (int n = 0; n < THREADS; n++) {
-      const int groups = sm.groups[n];
-      for (; part < groups; part += workers) {
-        const Head at = head_of(p, start + n);
-        const i64 first = (i64)at.query * p.query_length, keys = (i64)at.key * p.key_length;
-        const int count = least(64, counts[at.query] - part * 64);
-        few_rows(p, at, q + first * WIDTH, k + keys * WIDTH, v + keys * p.value_dim, c + at.key * CP, rows + first + part * 64, count,
-                 out + first * p.value_dim, residual ? residual + first * p.value_dim : nullptr, lse + first, sm);
-      }
-      part -= groups;
+    int end = own;
+    for (int n = 1; n < THREADS; n *= 2) {
+      sm.groups[tid] = end;
+      __syncthreads();
+      if (tid >= n) end += sm.groups[tid - n];
+      __syncthreads();
     }
+    sm.groups[tid] = end;
+    __syncthreads();
+    const int all = sm.groups[THREADS - 1];
+    for (; part < all; part += workers) {
+      if (end - own <= part && part < end) {
+        sm.head = start + tid;
+        sm.group = part - (end - own);
+      }
+      __syncthreads();
+      const Head at = head_of(p, sm.head);
+      const i64 first = (i64)at.query * p.query_length, keys = (i64)at.key * p.key_length;
+      const int done = sm.group * 64, count = least(64, counts[at.query] - done);
+      few_rows(p, at, q + first * WIDTH, k + keys * WIDTH, v + keys * p.value_dim, c + at.key * CP, rows + first + done, count,
+               out + first * p.value_dim, {residual ? residual + first * p.value_dim : nullptr, rest ? rest + first * p.value_dim : nullptr}, lse + first, sm);
+    }
+    part -= all;
     __syncthreads();
   }
 #endif

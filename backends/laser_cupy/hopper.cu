@@ -95,12 +95,29 @@ __device__ __forceinline__ void tile_copy(u8* tile, const TensorMap* map, int ro
         : "memory");
 }
 
+// the same for what nobody will read again soon
+template <int ROWS, int CELLS>
+__device__ __forceinline__ void tile_copy_once(u8* tile, const TensorMap* map, int row, int head, u64* bar) {
+#pragma unroll
+  for (int n = 0; n < CELLS / 64; n++)
+    asm volatile(
+        "{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], "
+        "first;\n}\n" ::"r"(shared_address(tile + n * BLOCK_BYTES(ROWS))),
+        "l"(map), "r"(shared_address(bar)), "r"(n * 64), "r"(row), "r"(head)
+        : "memory");
+}
+
 // begins to bring them into the L2 cache
 template <int ROWS, int CELLS> __device__ __forceinline__ void tile_fetch(const TensorMap* map, int row, int head) {
 #pragma unroll
   for (int n = 0; n < CELLS / 64; n++)
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(n * 64), "r"(row), "r"(head)
                  : "memory");
+}
+
+__device__ __forceinline__ void bytes_fetch(const void* from, int bytes) {  // a multiple of 16
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // the same for adjacent bytes, a multiple of 16
@@ -115,9 +132,11 @@ template <int ROWS, int CELLS>
 __device__ __forceinline__ void tile_write(const TensorMap* map, const u8* tile, int row, int head) {
 #pragma unroll
   for (int n = 0; n < CELLS / 64; n++)
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-                 "r"(shared_address(tile + n * BLOCK_BYTES(ROWS))), "r"(n * 64), "r"(row), "r"(head)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .b64 first;\ncreatepolicy.fractional.L2::evict_first.b64 first, 1.0;\n"
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], first;\n}\n" ::"l"(map),
+        "r"(shared_address(tile + n * BLOCK_BYTES(ROWS))), "r"(n * 64), "r"(row), "r"(head)
+        : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
@@ -180,7 +199,9 @@ __device__ __forceinline__ u64 operand_transposed(const u8* tile, int block) {
 
 // the operand so many bytes further
 __device__ __forceinline__ u64 moved(u64 operand, int bytes) {
-  return operand >> 32 << 32 | ((u32)operand + (u32)(bytes / 16));
+  u64 d;  // its halves are registers
+  asm("{\n.reg .b32 low, high;\nmov.b64 {low, high}, %1;\nadd.u32 low, low, %2;\nmov.b64 %0, {low, high};\n}\n" : "=l"(d) : "l"(operand), "r"(bytes / 16));
+  return d;
 }
 
 __device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -25,6 +25,7 @@ BEHIND = 1024  # queries that read a key/value head, from which on its X is made
 COMMON = ("hardware.cu", "common.cu")
 OPTIONS: tuple[str, ...] = ("-std=c++17", "-arch=sm_90a")
 VALUE_ROOM = 3 * 2 * 8 * 32 * 16  # bytes of shared memory in which values wait, in the forward kernel
+ROOMS = 6  # sections of heads of which X is there, forward
 CHUNK = 64  # keys of a block of a pass over the values
 WORKERS = 16  # blocks for a head of a pass that mostly has nothing to do
 FEW_WORKERS = 2  # blocks for each multiprocessor, which have room side by side
@@ -113,7 +114,6 @@ class ForwardTiles(Operands):
         keys: Of a tile.
         stages: Tiles of k, and of x, in shared memory.
         turns: Consumers take turns in issuing products.
-        dynamic: Work is drawn from a counter; otherwise every block has its share from the start.
         lazy: Bits that the running maximum of a row may be behind, so that sums are seldom made smaller.
     """
 
@@ -121,11 +121,10 @@ class ForwardTiles(Operands):
     keys: int = 128
     stages: int = 2
     turns: bool = False
-    dynamic: bool = True
     lazy: int = 0
 
     # of a producer's and of a consumer's thread; together no more than a block is launched with
-    REGISTERS: ClassVar = {2: (40, 232), 3: (32, 160)}
+    REGISTERS: ClassVar = {2: (72, 216), 3: (32, 160)}
     SOURCES: ClassVar = (*COMMON, "hopper.cu", "hopper_values.cu", "hopper_forward.cu")
     ALLOWED: ClassVar = Operands.ALLOWED | {
         "consumers": (2, 3),
@@ -162,7 +161,8 @@ class ForwardTiles(Operands):
     def shared(self) -> int:
         """Bytes of shared memory of a block, with room to begin at a multiple of 1024."""
         d, e = self.widths
-        return 2 * (self.queries + self.stages * self.keys) * (d + e) + VALUE_ROOM + 8 * (7 + 4 * self.stages) + 1024
+        tiles = 2 * (2 * self.queries * max(d, e) + self.stages * self.keys * (d + e))
+        return tiles + VALUE_ROOM + 8 * (8 + 4 * self.stages) + 2 * 32 + 1024
 
     @property
     def values(self) -> dict[str, int]:
@@ -173,7 +173,6 @@ class ForwardTiles(Operands):
             "KEYS": self.keys,
             "STAGES": self.stages,
             "TURNS": int(self.turns),
-            "DYNAMIC": int(self.dynamic),
             "LAZY": self.lazy,
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
@@ -286,17 +285,20 @@ def values(x: host.Call) -> host.Values:
     return host.Values(made, c, flags)
 
 
-def forward(x: host.Call, out: Array, residual: Array, lse: Array) -> host.Values:
+def forward(x: host.Call, out: Array, lse: Array, keep: bool) -> tuple[host.Values, Array]:
     """The value pass, and the output of heads inside the fast range.
 
     Returns:
-        What the value pass makes.
+        What the value pass makes, and what is kept of the unrounded output: of bfloat16 16 bits of each, otherwise all.
     """
+    residual: Any = host.NOTHING
+    if keep:
+        residual = x.empty(*out.shape, dtype=x.machine.xp.float32 if x.problem.dtype == "float16" else np.int16)
     v, counts, few = forward_alone(x, out, residual, lse)
     workers = FEW_WORKERS * x.machine.processors
     sizes = (np.int32(x.heads), np.int32(workers))
-    x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, residual, lse, *sizes)
-    return v
+    x.run("forward_few", workers, x.q, x.k, x.v, v.c, counts, few, out, *host.unrounded(residual), lse, *sizes)
+    return v, residual
 
 
 def forward_alone(
@@ -313,21 +315,24 @@ def forward_alone(
     blocks = -(-problem.query_length // tiles.queries)
     # heads whose tiles of queries together are a wave of blocks: they share the L2 cache
     section = -(-x.machine.processors // (blocks * problem.group))
-    zeros = xp.zeros(4 * kv_heads + x.heads + 2, dtype=xp.int32)
-    flags, done, states, again = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(4))
-    counts, work, runs = zeros[4 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
+    zeros = xp.zeros(5 * kv_heads + x.heads + 2, dtype=xp.int32)
+    flags, done, states, again, used = (zeros[n * kv_heads : (n + 1) * kv_heads] for n in range(5))
+    counts, work, runs = zeros[5 * kv_heads : -2], zeros[-2:-1], zeros[-1:]
     few = x.empty(x.heads, problem.query_length, dtype=xp.int32)
     if problem.group * problem.query_length >= BEHIND:
-        made, c = x.empty(kv_heads, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
+        rooms = min(ROOMS * section, kv_heads)
+        made, c = x.empty(rooms, problem.key_length, width), x.empty(kv_heads, width, dtype=xp.int32)
         v, first, ranges = host.Values(made, c, flags), min(section, kv_heads), x.empty(kv_heads, 2, width)
         ranges.data.memset_async(0xFF, ranges.nbytes)  # NaN
     else:
-        v, first, ranges = values(x), -1, host.NOTHING
+        rooms, v, first, ranges = kv_heads, values(x), -1, host.NOTHING
     of_heads = out.reshape(x.heads, problem.query_length, problem.value_dim)
     operands = ((x.q, 64), (x.k, tiles.keys), (v.x, tiles.keys), (of_heads, 16))
-    maps = [tensor_map(a, rows, tiles.half) for a, rows in operands]
-    passes = (x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, np.int32(first))
-    outputs = (residual, lse, few, counts, work)
+    whole, rest = host.unrounded(residual)
+    of_rest = of_heads if rest is host.NOTHING else rest.reshape(of_heads.shape)
+    maps = [tensor_map(a, rows, tiles.half) for a, rows in (*operands, (of_rest, 16))]
+    passes = (x.k, x.v, v.x, ranges, v.c, v.flags, done, states, again, runs, used, np.int32(first), np.int32(rooms))
+    outputs = (whole, rest, lse, few, counts, work)
     scalars = (np.int32(x.heads), np.int32(blocks), np.int32(min(section * problem.group, x.heads)))
     arguments = (*maps, *passes, *outputs, *scalars)
     shape = {"threads": tiles.threads, "shared": tiles.shared}
@@ -364,7 +369,7 @@ def rows(
     """
     xp, problem, heads, kv_heads = x.machine.xp, x.problem, x.heads, x.key_value_heads
     do = host.matrix(x.machine, d_out, problem.value_dim)
-    o = host.matrix(x.machine, host.unrounded(forward), problem.value_dim)
+    o, *rest = host.outputs(x, forward)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = host.NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     q_tiles, count = -(-problem.query_length // tiles.queries), heads * problem.query_length
@@ -373,7 +378,7 @@ def rows(
     records = x.empty(heads * q_tiles, 2, tiles.queries, dtype=xp.float32)
     l, g = x.empty(count, dtype=xp.float32), x.empty(count, x.build.value_dim)
     odd = xp.zeros(kv_heads, dtype=xp.int32)
-    given, sizes = (x.q, o, do, lse, dl, v.c, v.flags), (np.int32(q_tiles), np.int32(tiles.queries))
+    given, sizes = (x.q, o, *rest, do, lse, dl, v.c, v.flags), (np.int32(q_tiles), np.int32(tiles.queries))
     guesses: Any = host.NOTHING
     tops: Any = host.NOTHING
     scales: Any = host.NOTHING
@@ -389,7 +394,7 @@ def rows(
     marks = x.empty(kv_heads * problem.key_length, dtype=xp.float32)
     blocks = -(-problem.key_length // THREADS)
     _run(x, _passes(x), "hopper_marks", kv_heads * blocks, x.k, v.flags, marks, np.int32(blocks))
-    return host.Rows(o, do, dl, l, records, g, marks, scales), odd
+    return host.Rows(o, do, dl, l, records, g, marks, scales, (rest[0], rest[1])), odd
 
 
 def backward_alone(

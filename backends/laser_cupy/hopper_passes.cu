@@ -91,13 +91,21 @@ __device__ __forceinline__ u32 warp_most(u32 x) {
   return most;
 }
 
+struct Outputs {
+  const float* o;  // in float32, or null: then
+  const short* rest;  // what rounding left of them, and
+  const u16* out;  // the rounded ones
+};
+#define OUTPUTS const float *o, const short *rest, const u16 *out
+#define THE_OUTPUTS (Outputs{o, rest, out})
+
 struct Row {
   float g[8];  // G * 2^n; zeros where nothing flows
   float l, r;
   float bound;  // float16: of |ds|
   bool live, odd;  // odd: something is not finite
 };
-__device__ __forceinline__ Row row_of(const Problem& p, const Head& at, int i, int e, const u16* q, const float* o, const u16* d_out,
+__device__ __forceinline__ Row row_of(const Problem& p, const Head& at, int i, int e, const u16* q, const Outputs& of, const u16* d_out,
                                       const float* lse, const float* d_lse, const int* c, bool outside, int n) {
   const i64 row = (i64)at.query * p.query_length + i;
   const bool there = i < p.query_length;
@@ -105,9 +113,15 @@ __device__ __forceinline__ Row row_of(const Problem& p, const Head& at, int i, i
   float mean[8] = {};
   if (there && e < p.value_dim) {
     from = *(const Eight*)(d_out + row * p.value_dim + e);
-    const float4 first = *(const float4*)(o + row * p.value_dim + e), second = *(const float4*)(o + row * p.value_dim + e + 4);
-    mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
-    mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
+    if (of.rest) {
+      const Eight high = *(const Eight*)(of.out + row * p.value_dim + e), low = *(const Eight*)(of.rest + row * p.value_dim + e);
+#pragma unroll
+      for (int h = 0; h < 8; h++) mean[h] = bits_as_float(float_as_bits(high[h]) + (u32)(int)(short)(low.x[h / 2] >> h % 2 * 16));
+    } else {
+      const float4 first = *(const float4*)(of.o + row * p.value_dim + e), second = *(const float4*)(of.o + row * p.value_dim + e + 4);
+      mean[0] = first.x; mean[1] = first.y; mean[2] = first.z; mean[3] = first.w;
+      mean[4] = second.x; mean[5] = second.y; mean[6] = second.z; mean[7] = second.w;
+    }
   }
   int shift[8] = {};
   if (e < EP) {
@@ -164,7 +178,7 @@ __device__ __forceinline__ float greatest_of(const Row& own) {
 #define SAMPLES 64
 #define GUESSED 10  // the greatest G of them is brought to 2^10 … 2^11
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_guess(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    PROBLEM, const u16* q, OUTPUTS, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
     int* guesses) {
   const Problem p = THE_PROBLEM;
   __shared__ float room[THREADS];
@@ -176,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_guess(
     const i64 row = rows * n / SAMPLES;
     const Head at = head_of(p, kv * p.group + (int)(row / p.query_length));
     const int i = (int)(row % p.query_length);
-    top = fmaxf(top, greatest_of(row_of(p, at, i, threadIdx.x % LANES * 8, q, o, d_out, lse, d_lse, c, flags[kv] & OUTSIDE, 0)));
+    top = fmaxf(top, greatest_of(row_of(p, at, i, threadIdx.x % LANES * 8, q, THE_OUTPUTS, d_out, lse, d_lse, c, flags[kv] & OUTSIDE, 0)));
   }
   top = block_max(top, room);
   if (threadIdx.x == 0) guesses[kv] = top >= 1.17549435e-38f ? (int)(float_as_bits(top) >> 23) - 127 - GUESSED : 0;
@@ -185,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_guess(
 // What row_terms of rows.cu makes, and the records [heads, tiles][2][tile] of P_SHIFT - l and r that the Hopper kernel reads.
 // LANES lanes for a row. float16: G with the guessed exponent; r has no scale yet; tops [warps][2], the greatest G and bound
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    PROBLEM, const u16* q, OUTPUTS, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
     int* odd, float* l, float* rows, u16* g, int tiles, int tile, const int* guesses, float* tops) {
   const Problem p = THE_PROBLEM;
   constexpr int PER_BLOCK = THREADS / LANES;  // rows; it divides a tile
@@ -194,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
   const int i = (int)(blockIdx.x % blocks) * PER_BLOCK + threadIdx.x / LANES;
   const Head at = head_of(p, query);
   const bool there = i < p.query_length;
-  const Row own = row_of(p, at, i, e, q, o, d_out, lse, d_lse, c, flags[at.key] & OUTSIDE, FLOAT16 ? -guesses[at.key] : 0);
+  const Row own = row_of(p, at, i, e, q, THE_OUTPUTS, d_out, lse, d_lse, c, flags[at.key] & OUTSIDE, FLOAT16 ? -guesses[at.key] : 0);
   const i64 row = (i64)query * p.query_length + i;
   if (there && e < EP) *(Eight*)(g + row * EP + e) = rounded(own.g);
   if (lane == 0) {
@@ -214,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_terms(
 // float16: the exponents of G and of ds of each key/value head, scales [B*Hkv, 2]; r with that of ds; and G once more, where the
 // guess was a bad one. `workers` blocks for a head, each of whose query heads has `warps` tops.
 extern "C" __global__ void __launch_bounds__(THREADS) hopper_scales(
-    PROBLEM, const u16* q, const float* o, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
+    PROBLEM, const u16* q, OUTPUTS, const u16* d_out, const float* lse, const float* d_lse, const int* c, const int* flags,
     const int* guesses, const float* tops, int* scales, float* rows, u16* g, int tiles, int tile, int warps, int workers) {
   const Problem p = THE_PROBLEM;
   __shared__ float room[THREADS];
@@ -242,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_scales(
     const Head at = head_of(p, kv * p.group + member);
     for (int start = worker * (THREADS / LANES); start < p.query_length; start += workers * (THREADS / LANES)) {
       const int i = start + threadIdx.x / LANES;
-      const Row own = row_of(p, at, i, e, q, o, d_out, lse, d_lse, c, flags[kv] & OUTSIDE, -of_g);
+      const Row own = row_of(p, at, i, e, q, THE_OUTPUTS, d_out, lse, d_lse, c, flags[kv] & OUTSIDE, -of_g);
       if (i < p.query_length && e < EP) *(Eight*)(g + ((i64)at.query * p.query_length + i) * EP + e) = rounded(own.g);
     }
   }

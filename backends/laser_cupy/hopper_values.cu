@@ -92,13 +92,17 @@ __device__ __forceinline__ u32 least_pair(u32 a, u32 b) {
 
 // The value pass as other work of a kernel that reads X. Integers are zero before, and ranges NaN.
 struct ValuePass {
-  const u16* v;
-  u16* x;       // [B*Hkv, Lk, EP]
+  const u16 *k, *v;
+  u16* x;       // [rooms, Lk, EP]: head n has the room n % rooms
   u16* ranges;  // [B*Hkv, 2, EP]: the greatest and the least value of each channel, NaN where there is none
   int *c, *flags;
   int *done, *states, *again;  // [B*Hkv]: runs of keys of which X is written; what there is; runs that some warp makes again
   int* next;          // run
+  int* used;          // [B*Hkv]: warps that have read X of a head for a tile of queries
   int first;          // key/value heads that are made by all warps together, before anything else; negative: all are there
+  int rooms, readers; // readers: what `used` is in the end
+
+  __device__ __forceinline__ u16* room(const Problem& p, int kv) const { return x + (i64)(kv % rooms) * p.key_length * EP; }
 };
 
 __device__ __forceinline__ Choice choose(const Problem& p, const ValuePass& pass, int kv, int e) {
@@ -136,8 +140,7 @@ __device__ __forceinline__ Range odd_run(const Problem& p, const ValuePass& pass
   Range range;
 #pragma unroll 1
   for (int j = j0 + lane / X_LANES; j < end; j += X_ROWS) {
-    const i64 row = (i64)kv * p.key_length + j;
-    const Eight from = *(const Eight*)(pass.v + row * p.value_dim + e);
+    const Eight from = *(const Eight*)(pass.v + ((i64)kv * p.key_length + j) * p.value_dim + e);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       u32 kept = 0xFFFFFFFFu;  // NaN twice
@@ -146,7 +149,7 @@ __device__ __forceinline__ Range odd_run(const Problem& p, const ValuePass& pass
         const float y = p.beta * from[2 * n + h];
         odd |= !(y < INF);
         if (finite(y)) kept = h ? (kept & 0xFFFFu) | (from.x[n] & 0xFFFF0000u) : (kept & 0xFFFF0000u) | (from.x[n] & 0xFFFFu);
-        else pass.x[row * EP + e + 2 * n + h] = 0;
+        else pass.room(p, kv)[(i64)j * EP + e + 2 * n + h] = 0;
       }
       range.low[n] = least_pair(range.low[n], kept);
       range.high[n] = greatest_pair(range.high[n], kept);
@@ -190,16 +193,19 @@ __device__ __forceinline__ void run_met(const Problem& p, const ValuePass& pass,
 #define MADE 1  // X of a head is there
 #define HARD 2  // it is to be made again, with c
 
-__device__ __forceinline__ int state_of(const ValuePass& pass, int kv) {
-  int state;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(state) : "l"(pass.states + kv) : "memory");
-  return state;
+// What others write, without an order: acquiring loads empty the L1 cache, and those who wait look again and again
+__device__ __forceinline__ int looked_at(const int* from) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
 }
+// what they wrote before what has been looked at is seen from here on
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // What this warp has written can be copied by whoever learns of it from the first lane
 __device__ __forceinline__ void release() {
   publish_global();  // X is read by the copy engine
-  __threadfence();
+  acquire();
   __syncwarp();
 }
 
@@ -226,7 +232,9 @@ __device__ __forceinline__ void run_made(const Problem& p, const ValuePass& pass
   if (lane == 0) atomicExch(pass.states + kv, hard && !outside ? HARD : MADE);
 }
 
+#ifndef RUN
 #define RUN 64        // keys that a warp makes X of, in the background
+#endif
 #define SHORT_RUN 16  // and while all warps do it
 #define CHUNK 8       // values of each lane, times 8, that are copied to shared memory ahead of their use
 #define X_WARPS 3
@@ -241,9 +249,8 @@ __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& 
 #pragma unroll 1
   for (int n = threadIdx.x / 32 * gridDim.x + blockIdx.x; n < pass.first * all; n += warps * gridDim.x) {
     const int kv = n / all, j0 = n % all * SHORT_RUN, j1 = e < EP ? least(j0 + SHORT_RUN, p.key_length) : 0, end = least(j1, end_of(p, kv, e));
-    const i64 row = (i64)kv * p.key_length + j0 + own;
-    const u16* from = pass.v + row * p.value_dim + e;
-    u16* to = pass.x + row * EP + e;
+    const u16* from = pass.v + ((i64)kv * p.key_length + j0 + own) * p.value_dim + e;
+    u16* to = pass.room(p, kv) + (i64)(j0 + own) * EP + e;
     Eight some[SHORT_RUN / X_ROWS];
     Range range;
 #pragma unroll
@@ -257,8 +264,49 @@ __device__ __forceinline__ void first_values(const Problem& p, const ValuePass& 
   }
 }
 
-// The rest, by warps that have nothing else to do. Until all runs are drawn they wait for nobody, so whoever waits for them comes
-// to an end, provided that all blocks of the grid run at the same time. What a lane reads it has copied to shared memory itself, a chunk ahead.
+// Takes part in making X of hard heads in begin … end once more, with c. Whether all of them have their states.
+__device__ __forceinline__ bool values_again(const Problem& p, const ValuePass& pass, int begin, int end) {
+  const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8;
+  const Base base = base_of(p.beta);
+  bool all = true;
+#pragma unroll 1
+  for (int start = begin; start < end; start += 32) {
+    const int state = start + lane < end ? looked_at(pass.states + start + lane) : MADE;
+    all &= state != 0;
+    u32 hard = __ballot_sync(FULL_WARP, state == HARD);
+    if (hard) acquire();
+#pragma unroll 1
+    while (hard) {
+      const int kv = start + __ffs(hard) - 1, run = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.again + kv, 1) : 0, 0);
+      if (run >= runs) {
+        hard &= hard - 1;
+        continue;
+      }
+      const int last = least(run * RUN + RUN, end_of(p, kv, e));
+#pragma unroll 2
+      for (int j = run * RUN + lane / X_LANES; j < last; j += X_ROWS) {
+        const Eight from = *(const Eight*)(pass.v + ((i64)kv * p.key_length + j) * p.value_dim + e);
+        Eight made;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          const int* c = pass.c + (i64)kv * CP + e + 2 * n;
+          made.x[n] = pack(value_of(from[2 * n], p.beta, base, __ldcg(c)), value_of(from[2 * n + 1], p.beta, base, __ldcg(c + 1)));
+        }
+        *(Eight*)(pass.room(p, kv) + (i64)j * EP + e) = made;
+      }
+      release();
+      if (lane == 0 && atomicAdd(pass.done + kv, 1) + 1 == runs * (RUN / SHORT_RUN) + runs) {
+        __threadfence();
+        atomicExch(pass.states + kv, MADE);
+      }
+    }
+  }
+  return __all_sync(FULL_WARP, all);
+}
+
+// The rest, by warps that have nothing else to do. They wait for the readers of heads of earlier sections only, which are
+// tiles of blocks that run, so everybody comes to an end, however many blocks run at the same time. What a lane reads it has
+// copied to shared memory itself, a chunk ahead.
 __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& pass, int heads, Eight (&room)[2][CHUNK][32]) {
   constexpr int CHUNKS = RUN / X_ROWS / CHUNK;  // of a run
   const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8, own = lane / X_LANES;
@@ -275,11 +323,26 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   auto draw = [&] { return lane == 0 ? atomicAdd(pass.next, 1) : 0; };
+  // whether what is in the room of a head is there and nobody reads it any more
+  auto room_free = [&](int kv) {
+    const int before = kv - pass.rooms;
+    return before < 0 || __all_sync(FULL_WARP, looked_at(pass.used + before) >= pass.readers && looked_at(pass.states + before) == MADE);
+  };
   int run = __shfl_sync(FULL_WARP, draw(), 0), drawn = draw();
   begin(run, 0);
 #pragma unroll 1
-  while (run < runs * (heads - pass.first)) {
-    const int next = __shfl_sync(FULL_WARP, drawn, 0), kv = pass.first + run / runs, j0 = run % runs * RUN, end = end_of(p, kv, e);
+  for (;;) {
+    const int kv = pass.first + run / runs, j0 = run % runs * RUN;
+    const bool over = kv >= heads;
+    if (over || !room_free(kv)) {  // whoever is waited for may wait for a hard head: `rooms` is no less than a section
+      if (values_again(p, pass, over ? 0 : greatest(0, kv - 2 * pass.rooms), least(kv, heads)) && over) break;
+      __nanosleep(100);
+      continue;
+    }
+    if (kv >= pass.rooms) acquire();
+    publish_global();  // X was read by the copy engine
+    if (lane == 0) bytes_fetch(pass.k + ((i64)kv * p.key_length + j0) * WIDTH, least(RUN, p.key_length - j0) * WIDTH * 2);
+    const int next = __shfl_sync(FULL_WARP, drawn, 0), end = end_of(p, kv, e);
     drawn = draw();
     Range range;
 #pragma unroll 1
@@ -288,10 +351,12 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
       else begin(next, 0);
       asm volatile("cp.async.wait_group 1;" ::: "memory");
       int j = j0 + chunk * CHUNK * X_ROWS + own;
-      u16* to = pass.x + ((i64)kv * p.key_length + j) * EP + e;
+      u16* to = pass.room(p, kv) + (i64)j * EP + e;
 #pragma unroll 1
-      for (int d = 0; d < CHUNK; d++, j += X_ROWS, to += X_ROWS * EP)
-        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(room[chunk % 2][d][lane], base, range) : Eight{};
+      for (int d = 0; d < CHUNK; d++, j += X_ROWS, to += X_ROWS * EP) {
+        const Eight from = room[chunk % 2][d][lane];
+        if (j < p.key_length && e < EP) *(Eight*)to = j < end ? made_of(from, base, range) : Eight{};
+      }
     }
     run_met(p, pass, kv, j0, least(j0 + RUN, end), range);
     run_made(p, pass, kv, RUN / SHORT_RUN, runs * (RUN / SHORT_RUN));
@@ -300,47 +365,15 @@ __device__ __forceinline__ void more_values(const Problem& p, const ValuePass& p
   copy_wait();
 }
 
-// X once more, with c, of hard heads: when all other runs are given to some warp. It waits for those only.
-__device__ __forceinline__ void values_again(const Problem& p, const ValuePass& pass, int heads) {
-  const int runs = (p.key_length + RUN - 1) / RUN, lane = threadIdx.x % 32, e = lane % X_LANES * 8;
-  const Base base = base_of(p.beta);
-#pragma unroll 1
-  for (int start = 0; start < heads; start += 32) {
-    int state = MADE;
-    if (start + lane < heads) do state = state_of(pass, start + lane); while (!state);
-    u32 hard = __ballot_sync(FULL_WARP, state == HARD);
-#pragma unroll 1
-    while (hard) {
-      const int kv = start + __ffs(hard) - 1, run = __shfl_sync(FULL_WARP, lane == 0 ? atomicAdd(pass.again + kv, 1) : 0, 0);
-      if (run >= runs) {
-        hard &= hard - 1;
-        continue;
-      }
-      const int end = least(run * RUN + RUN, end_of(p, kv, e));
-#pragma unroll 2
-      for (int j = run * RUN + lane / X_LANES; j < end; j += X_ROWS) {
-        const i64 row = (i64)kv * p.key_length + j;
-        const Eight from = *(const Eight*)(pass.v + row * p.value_dim + e);
-        Eight made;
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-          const int* c = pass.c + (i64)kv * CP + e + 2 * n;
-          made.x[n] = pack(value_of(from[2 * n], p.beta, base, __ldcg(c)), value_of(from[2 * n + 1], p.beta, base, __ldcg(c + 1)));
-        }
-        *(Eight*)(pass.x + row * EP + e) = made;
-      }
-      release();
-      if (lane == 0 && atomicAdd(pass.done + kv, 1) + 1 == runs * (RUN / SHORT_RUN) + runs) {
-        __threadfence();
-        atomicExch(pass.states + kv, MADE);
-      }
-    }
-  }
+// says that a warp has read X of a head for a tile of queries: products with it are over, so that nothing has to be ordered
+__device__ __forceinline__ void used(const ValuePass& pass, int kv) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(pass.used + kv) : "memory");
 }
 
 // until X of a head can be copied by this thread
 __device__ __forceinline__ void wait_for_values(const ValuePass& pass, int kv) {
   if (pass.first < 0) return;
-  while (state_of(pass, kv) != MADE) {}
+  while (looked_at(pass.states + kv) != MADE) __nanosleep(50);
+  acquire();
   publish_global();
 }

@@ -38,11 +38,11 @@ class Machine(Protocol):
     def aligned(self, x: Array) -> bool:
         """Whether the memory of ``x`` begins at a multiple of 16 bytes."""
 
-    def special_forward(self, x: Call, out: Array, residual: Array, lse: Array) -> Values | None:
+    def special_forward(self, x: Call, out: Array, lse: Array, keep: bool) -> tuple[Values, Array] | None:
         """The value pass and the heads inside the fast range by kernels for this machine alone, if some serve the call.
 
         Returns:
-            What the value pass makes.
+            What the value pass makes, and what is kept of the unrounded output, or a null pointer.
         """
 
     def special_backward(
@@ -201,30 +201,39 @@ def forward(machine: Machine, problem: Problem, inputs: Inputs) -> Forward:
     problem, inputs = _one_beta_per_head(machine, problem, inputs)
     x = call(machine, problem, inputs)
     out = x.empty(*problem.out_shape)
-    residual: Any = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
     lse = x.empty(*problem.lse_shape, dtype=xp.float32)
-    special = machine.special_forward(x, out, residual, lse)
-    v = special or values(x)
-    if special is None:
+    special = machine.special_forward(x, out, lse, keep)
+    residual: Any
+    if special is not None:
+        v, residual = special
+    else:
+        v = values(x)
+        residual = x.empty(*problem.out_shape, dtype=xp.float32) if keep else NOTHING
         blocks = -(-problem.query_length // x.build.queries)
         x.run("forward", x.heads * blocks, x.q, x.k, x.v, v.x, v.c, v.flags, out, residual, lse)
     workers = min(WORKERS * machine.processors, x.heads * problem.query_length)
     sizes = (np.int32(x.heads), np.int32(workers))
-    x.run("forward_exact", workers, x.q, x.k, x.v, v.flags, out, residual, lse, *sizes)
+    x.run("forward_exact", workers, x.q, x.k, x.v, v.flags, out, *unrounded(residual), lse, *sizes)
     kept = residual if special is None else (residual, v.c, v.flags)  # the special kernels backward make X from them
     return Forward(out, lse, kept if keep else None)
 
 
-def unrounded(forward: Forward) -> Array:
-    """The output in float32."""
+def unrounded(residual: Any) -> tuple[Any, Any]:
+    """What is kept of the unrounded output: all of it, or what its rounding left; a null pointer for the other."""
+    return (NOTHING, residual) if getattr(residual, "dtype", None) == np.int16 else (residual, NOTHING)
+
+
+def outputs(x: Call, forward: Forward) -> tuple[Any, Any, Any]:
+    """The output in float32, or what its rounding left of it, and the output."""
     kept = forward.residual[0] if isinstance(forward.residual, tuple) else forward.residual
-    return forward.out if kept is None else kept
+    whole, rest = unrounded(matrix(x.machine, forward.out if kept is None else kept, x.problem.value_dim))
+    return whole, rest, NOTHING if rest is NOTHING else matrix(x.machine, forward.out, x.problem.value_dim)
 
 
 class Rows(NamedTuple):
     """What the backward pass needs of queries and keys beside their values."""
 
-    o: Array  # (B·Hq, Lq, E) in float32
+    o: Any  # (B·Hq, Lq, E) in float32, or a null pointer
     do: Array
     dl: Any  # (B·Hq·Lq,), or a null pointer
     l: Array
@@ -232,13 +241,14 @@ class Rows(NamedTuple):
     g: Array  # (B·Hq·Lq, XP)
     marks: Array  # (B·Hkv·Lk,)
     scales: Array  # (B·Hkv, 2)
+    rest: tuple[Any, Any] = (NOTHING, NOTHING)  # where o is not there: what its rounding left, and the rounded one
 
 
 def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None) -> Rows:
     """The passes over queries and over keys."""
     xp, build, problem = x.machine.xp, x.build, x.problem
     do = matrix(x.machine, d_out, problem.value_dim)
-    o = matrix(x.machine, unrounded(forward), problem.value_dim)
+    o, *_ = outputs(x, forward)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
@@ -287,7 +297,7 @@ def backward(
         if x.build.split:
             x.run("backward_values", x.key_value_heads * k_blocks, *of_keys)
         x.run("backward_queries", x.heads * q_blocks, x.q, x.k, v.x, r.g, *pairs, r.scales, v.flags, dq)
-    exact = (x.q, x.k, x.v, r.o, r.do, r.dl, r.l, r.marks, v.flags)
+    exact = (x.q, x.k, x.v, r.o, *r.rest, r.do, r.dl, r.l, r.marks, v.flags)
     sizes = (np.int32(x.key_value_heads), np.int32(workers))
     x.run("backward_queries_exact", workers, *exact, dq, *sizes)
     x.run("backward_keys_exact", workers, *exact, dk, dv, dbetas[1], *sizes)
