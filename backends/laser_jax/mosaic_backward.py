@@ -73,7 +73,7 @@ def _kernel(
 
     def tile_of(step: Array) -> Array:
         """The tile of a step, among those of all heads."""
-        member = lax.div(step, each)
+        member = lax.div(step, jnp.maximum(each, 1))
         return (heads_kv * walk.group + member + 1) * walk.tiles - 1 - (step - member * each)
 
     def compute(part: int) -> None:
@@ -86,7 +86,7 @@ def _kernel(
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
 
-        def accumulate(dk_acc: Any, dv_acc: Any) -> None:
+        def accumulate(dk_acc: Any, dv_acc: Any, s_acc: Any) -> None:
             odd = careful[heads_kv] != 0
             parts = [pl.ds(column, 64) for column in range(0, v.shape[1], 64)]
             cs = [
@@ -116,71 +116,92 @@ def _kernel(
             def along(x: Array, axis: int) -> Array:
                 return lax.broadcast_in_dim(x, (64, 64), [axis])
 
-            def step(index: Array, tile: Array) -> None:
-                slot, twin = lax.rem(index, jnp.int32(_STAGES)), lax.rem(index, jnp.int32(2))
-                plgpu.barrier_wait(q_full.at[slot])
-                plgpu.barrier_wait(g_full.at[slot])
+            tile_acc = plgpu.ACC((64, 64), jnp.float32)
+            halves = block_q // 64
 
-                def weights(half: int, s_acc: Any, dp_acc: Any) -> Array:
-                    """dsᵀ of 64 queries; their part of dv is begun."""
-                    columns = pl.ds(half * 64, 64)
-                    plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, columns].T)
-                    plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    if half == 0:  # dk of the tile before is complete
+            def scores(slot: Array, half: int) -> None:
+                """Begun."""
+                if interpreted:  # it cannot store what an accumulator is to begin with
+                    return
+                nothing = plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), plgpu.Layout.WGMMA)
+                s_acc[...] = nothing
+                plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, pl.ds(half * 64, 64)].T)
 
-                        @pl.when(index > 0)
-                        def _() -> None:
-                            plgpu.barrier_arrive(empty.at[lax.rem(index + (_STAGES - 1), jnp.int32(_STAGES))])
+            def weights(half: int, slot: Array, tile: Array, dp_acc: Any, again: Any = s_acc) -> Array:
+                """dsᵀ of 64 queries, whose scores are begun; their part of dv and dk is begun."""
+                columns = pl.ds(half * 64, 64)
+                plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
+                if interpreted:
+                    plgpu.wgmma(again, ks.at[own], qs.at[slot, columns].T)
+                s = plgpu.wgmma_accumulator_load(again, wait_n=None if half == 0 else 1)
+                l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                p = jnp.exp2(s * (scale * math.log2(math.e)) - along(l, 1))
+                # every tile is masked: a second loop without would cost the registers that products need
+                if walk.causal_offset is not None:
+                    last = places(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - part * 64)
+                    p = jnp.where(along(places(0), 0) <= along(last, 1), p, 0.0)
+                if walk.key_length % _BLOCK_K:
+                    p = jnp.where(along(places(0), 0) < walk.key_length - n0 - part * 64, p, 0.0)
+                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+                if inverse_beta != 1:
+                    dp *= inverse_beta
+                row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                ds, p = (p * (dp + along(row, 1))).astype(dtype), p.astype(dtype)
+                if interpreted:
+                    ps[own, :] = p
+                    plgpu.commit_smem()
+                plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p, gs.at[slot, columns])
+                if not interpreted:
+                    plgpu.wgmma(dk_acc, ds, qs.at[slot, columns])
+                return ds
 
-                    l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
-                    p = jnp.exp2(s * (scale * math.log2(math.e)) - along(l, 1))
-                    # every tile is masked: a second loop without would cost the registers that products need
-                    if walk.causal_offset is not None:
-                        last = places(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - part * 64)
-                        p = jnp.where(along(places(0), 0) <= along(last, 1), p, 0.0)
-                    if walk.key_length % _BLOCK_K:
-                        p = jnp.where(along(places(0), 0) < walk.key_length - n0 - part * 64, p, 0.0)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                    if inverse_beta != 1:
-                        dp *= inverse_beta
-                    row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
-                    ds, p = (p * (dp + along(row, 1))).astype(dtype), p.astype(dtype)
-                    if interpreted:
-                        ps[own, :] = p
-                        plgpu.commit_smem()
-                    plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p, gs.at[slot, columns])
-                    dss[twin, own, columns] = ds
-                    return ds
+            def queries(twin: Array, dq_acc: Any) -> Array:
+                """This warpgroup's part of dq of the tile before, while the scores of the next one are computed."""
+                if head_dim == 64:
+                    plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
+                else:
+                    plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
+                return dq_acc
 
-                def keys(half: int, ds: Array) -> None:
-                    columns = pl.ds(half * 64, 64)
-                    plgpu.wgmma(dk_acc, dss.at[twin, own, columns] if interpreted else ds, qs.at[slot, columns])
-
-                halves = block_q // 64
-                tile_acc = plgpu.ACC((64, 64), jnp.float32)
-                for half in range(halves):
-                    ds = pl.run_scoped(functools.partial(weights, half), tile_acc, tile_acc)
-                    if half < halves - 1:
-                        if interpreted:
-                            plgpu.commit_smem()
-                        keys(half, ds)
-                meet(ds_full)
-
-                def queries(dq_acc: Any) -> Array:
-                    """This warpgroup's part of dq, while dk is still being computed."""
-                    if head_dim == 64:
-                        plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
-                    else:
-                        plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
-                    keys(halves - 1, ds)
-                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
-
-                dq_part = pl.run_scoped(queries, tile_acc)
+            def hand_over(dq_part: Array) -> None:
                 plgpu.barrier_wait(dq_empty)
                 dqs[part] = dq_part
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(dq_full)
+
+            def step(index: Array, tile: Array) -> None:
+                """Of the tile at hand the scores are begun; dq of the one before is handed over."""
+                slot, twin = lax.rem(index, jnp.int32(_STAGES)), lax.rem(index, jnp.int32(2))
+                plgpu.barrier_wait(g_full.at[slot])
+                for half in range(halves):
+                    ds = pl.run_scoped(functools.partial(weights, half, slot, tile), *[tile_acc] * (1 + interpreted))
+                    if half == 0:  # of the tile before, ds is complete, and of the one before that it is read
+                        plgpu.barrier_wait(ds_full)
+                    dss[twin, own, pl.ds(half * 64, 64)] = ds
+                    if interpreted:
+                        plgpu.commit_smem()
+                        plgpu.wgmma(dk_acc, dss.at[twin, own, pl.ds(half * 64, 64)], qs.at[slot, pl.ds(half * 64, 64)])
+                    if half < halves - 1:
+                        scores(slot, half + 1)
+
+                def rest(dq_acc: Any) -> Array:
+                    plgpu.wgmma_wait(1)  # p needs registers no longer
+                    queries(1 - twin, dq_acc)
+                    plgpu.wgmma_wait(1)
+                    plgpu.barrier_arrive(empty.at[slot])
+                    following = lax.rem(index + 1, jnp.int32(_STAGES))
+                    plgpu.barrier_wait(q_full.at[following])
+                    scores(following, 0)
+                    return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
+
+                hand_over(pl.run_scoped(rest, tile_acc))
+                plgpu.barrier_arrive(ds_full)
+                plgpu.wgmma_wait(0)
+
+            plgpu.barrier_arrive(ds_full)
+            plgpu.barrier_wait(q_full.at[0])
+            scores(jnp.int32(0), 0)
+            plgpu.wgmma_wait(0)
 
             @pl.loop(0, walk.group)
             def _member(member: Array) -> None:
@@ -188,13 +209,15 @@ def _kernel(
                 def _tile(index: Array) -> None:
                     step(member * each + index, walk.tiles - 1 - index)
 
+            def last(dq_acc: Any) -> Array:
+                queries(lax.rem(total + 1, jnp.int32(2)), dq_acc)
+                return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
+
+            plgpu.barrier_wait(ds_full)
+            plgpu.barrier_arrive(empty.at[lax.rem(total, jnp.int32(_STAGES))])
+            hand_over(pl.run_scoped(last, tile_acc))
             before = reach[heads_kv] - n0 - part * 64
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
-
-            @pl.when(total > 0)
-            def _() -> None:
-                plgpu.barrier_arrive(empty.at[lax.rem(total + (_STAGES - 1), jnp.int32(_STAGES))])
-
             plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
             x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
@@ -213,13 +236,14 @@ def _kernel(
             plgpu.copy_smem_to_gmem(ks.at[own], dk.at[rows])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, v.shape[1]), jnp.float32))
+        accs = [plgpu.ACC((64, width), jnp.float32) for width in (head_dim, v.shape[1], 64)]
+        pl.run_scoped(accumulate, *accs)
 
     def load() -> None:
         plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
         plgpu.copy_gmem_to_smem(v.at[key_rows], xs, owned)
 
-        @pl.loop(0, total)
+        @pl.loop(0, total + 1)  # of the last one, scores are begun and not used
         def _tile(step: Array) -> None:
             slot = lax.rem(step, jnp.int32(_STAGES))
 
@@ -227,17 +251,22 @@ def _kernel(
             def _() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
-            rows = pl.ds(tile_of(step) * block_q, block_q)
+            rows = pl.ds(tile_of(jnp.clip(step, 0, jnp.maximum(total - 1, 0))) * block_q, block_q)
             plgpu.copy_gmem_to_smem(q.at[rows], qs.at[slot], q_full.at[slot])
             plgpu.copy_gmem_to_smem(l2.at[rows], ls.at[slot], q_full.at[slot])
-            plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
-            plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
 
-        @pl.loop(jnp.maximum(total - _STAGES, 0), total)
+            @pl.when(step < total)
+            def _() -> None:
+                plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
+                plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
+
+        @pl.loop(jnp.maximum(total + 1 - _STAGES, 0), total + 1)
         def _drain(step: Array) -> None:
             plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(_STAGES))])
 
     def store() -> None:
+        plgpu.barrier_arrive(dq_empty)
+        plgpu.barrier_wait(dq_full)  # of no tile
         plgpu.barrier_arrive(dq_empty)
 
         @pl.loop(0, total)
