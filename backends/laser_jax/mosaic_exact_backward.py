@@ -137,7 +137,7 @@ def _scratch(width: int, dtype: Any, norms: bool) -> list[Any]:
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
 def _plain(_: Any, tile: Any) -> None:
-    """Nothing; but the inference of layouts then knows that rows follow one another, and need not try what else fits."""
+    """Nothing; but so layouts are known to be plain, and the inference of layouts need not try what else fits."""
 
 
 def _parts(tile: Ref) -> list[Ref]:
