@@ -92,15 +92,14 @@ def _kernel(
             halves = block_q // 64
 
             def far(index: Array) -> Array:
-                """0, which the compiler does not know: where x lies it should work out in the loop, not keep."""
-                return lax.shift_right_logical(index, jnp.int32(20))
+                """0, of which the compiler does not know: it works out in the loop where k and x lie."""
+                return lax.shift_right_logical(index, jnp.int32(30))
 
             def scores(index: Array, slot: Array, half: int) -> None:
                 """Begun."""
                 if interpreted:  # it cannot store what an accumulator is to begin with
                     return
-                nothing = plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), plgpu.Layout.WGMMA)
-                s_acc[...] = nothing
+                s_acc[...] = plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), plgpu.Layout.WGMMA)
                 plgpu.wgmma(s_acc, ks.at[part + far(index)], qs.at[slot, pl.ds(half * 64, 64)].T)
 
             def weights(
@@ -178,9 +177,8 @@ def _kernel(
                 number = lax.rem(index, jnp.int32(NUMBERS))
                 plgpu.barrier_wait(g_full.at[slot])
                 for half in range(halves):
-                    ds = pl.run_scoped(
-                        functools.partial(weights, half, index, slot, number, tile), *[tile_acc] * (1 + interpreted)
-                    )
+                    run = functools.partial(weights, half, index, slot, number, tile)
+                    ds = pl.run_scoped(run, *[tile_acc] * (1 + interpreted))
                     if half == 0:  # of the tile before, ds is complete, and of the one before that it is read
                         plgpu.barrier_wait(ds_full)
                     ds_s, q_s = dss.at[twin, part, :, pl.ds(half * 64, 64)], qs.at[slot, pl.ds(half * 64, 64)]

@@ -39,16 +39,18 @@ class Walk(NamedTuple):
     def first(self, n0: Array) -> Array:
         """The first tile that sees some of the keys from n0 on."""
         if self.causal_offset is None:
-            return jnp.int32(0)
+            return 0 * n0
         first = jnp.clip(lax.div(n0 - self.causal_offset, self.block_q), 0, self.tiles)
-        return jnp.where(n0 == 0, 0, first)  # the first keys give every tile of dq a value, seen or not
+        seen: Array = jnp.where(n0 == 0, 0, first)  # the first keys give every tile of dq a value, seen or not
+        return seen
 
     def closing(self, tile: Array) -> Array:
         """The last block of keys that a tile of a head sees some of, or the first."""
         if self.causal_offset is None:
-            return jnp.int32(self.blocks - 1)
+            return 0 * tile + (self.blocks - 1)
         last = lax.div(jnp.maximum(tile * self.block_q + (self.block_q - 1 + self.causal_offset), 0), BLOCK_K)
-        return jnp.minimum(last, self.blocks - 1)
+        found: Array = jnp.minimum(last, self.blocks - 1)
+        return found
 
 
 class Place(NamedTuple):
@@ -101,7 +103,7 @@ def bring(place: Place, q: Ref, g: Ref, r: Ref, l2: Ref, shared: Shared) -> None
         def _() -> None:
             plgpu.barrier_wait(shared.empty.at[slot])
 
-        tile, _ = place.tile(jnp.clip(step, 0, jnp.maximum(total - 1, 0)))
+        tile = place.tile(jnp.clip(step, 0, jnp.maximum(total - 1, 0)))[0]
         rows = pl.ds((place.heads_kv * (walk.group * walk.tiles) + tile) * walk.block_q, walk.block_q)
         plgpu.copy_gmem_to_smem(q.at[rows], shared.q.at[slot], shared.q_full.at[slot])
         plgpu.copy_gmem_to_smem(l2.at[rows], shared.l.at[lax.rem(step, jnp.int32(NUMBERS))], shared.q_full.at[slot])
@@ -121,9 +123,8 @@ def add(place: Place, sums: Ref, dq: Ref, turns: Ref | None, shared: Shared, par
     walk, block = place.walk, place.block
     tiles, width, total = walk.group * walk.tiles, dq.shape[1], place.each * walk.group
     first = place.heads_kv * tiles
-    if turns is None:
-        room = block * (dq.shape[0] // walk.block_q) + first
-    else:
+    room: Array = block * (dq.shape[0] // walk.block_q) + first
+    if turns is not None:
         room = (lax.rem(place.section, jnp.int32(SECTIONS)) * walk.span + place.head) * tiles
     mine, full, empty = shared.dq.at[part], shared.dq_full.at[part], shared.dq_empty.at[part]
 
@@ -133,6 +134,7 @@ def add(place: Place, sums: Ref, dq: Ref, turns: Ref | None, shared: Shared, par
         return ref.at[pl.ds(row + part * 64, 64)] if width == 64 else ref.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
 
     def wait(tile: Array, count: Array) -> None:
+        assert turns is not None
         plgpu.semaphore_wait(turns.at[2 * tile + part], count, decrement=False, memory_scope="gpu")
 
     def later(step: Array) -> Array:
@@ -141,7 +143,6 @@ def add(place: Place, sums: Ref, dq: Ref, turns: Ref | None, shared: Shared, par
 
     def offer(step: Array) -> None:
         """The room for what a step adds to dq, or with the sum so far if nothing is added after it."""
-
         if turns is not None:
 
             @pl.when((later(step) == 0) & (block > 0) & (step < total))
