@@ -101,7 +101,15 @@ def rewrite(
                 @pl.loop(lax.axis_index("share"), tiles, step=share)
                 def _(tile: Array) -> None:
                     place = (b, h, h_kv, tile * BLOCK, reach_ref[b, h_kv])
-                    pl.run_scoped(lambda *scoped: block(form, place, arrays, scoped), *scratch)
+
+                    def work(*scoped: Ref) -> None:
+                        tiles = _Tiles(*scoped[:-2])
+                        if not form.interpreted:
+                            for plain in (tiles.o, tiles.do, tiles.v, tiles.s, tiles.raw, tiles.total, tiles.norm):
+                                _plain(plain)
+                        block(form, place, arrays, scoped)
+
+                    pl.run_scoped(work, *scratch)
 
         mesh = plgpu.Mesh(grid=(share, heads, batch), grid_names=("share", "head", "batch"))
         parameters = plgpu.CompilerParams(approx_math=True)
@@ -125,6 +133,11 @@ def _scratch(width: int, dtype: Any, norms: bool) -> list[Any]:
     return [operand, plain, plain, operand, plain, square, square,
         plgpu.SMEM((BLOCK, BLOCK), dtype, transforms=layout), wide, wide,
         plgpu.Barrier(num_arrivals=3 + norms), plgpu.Barrier(num_arrivals=2)]  # fmt: skip
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+def _plain(_: Any, tile: Any) -> None:
+    """Nothing; but so layouts are known to be plain, and the inference of layouts need not try what else fits."""
 
 
 def _parts(tile: Ref) -> list[Ref]:
