@@ -80,7 +80,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) hopper_values_again(
   }
 }
 
-// What a lane makes of eight channels of a query, and what all LANES lanes of it know: as row_terms of rows.cu
 // the exponent that brings x to 2^HEADROOM … 2^(HEADROOM + 1)
 __device__ __forceinline__ int exponent_of(float x) {
   return x >= 1.17549435e-38f ? (int)(float_as_bits(x) >> 23) - 127 - HEADROOM : -126 - HEADROOM;
@@ -91,6 +90,7 @@ __device__ __forceinline__ u32 warp_most(u32 x) {
   return most;
 }
 
+// the outputs of the forward pass
 struct Outputs {
   const float* o;  // in float32, or null: then
   const short* rest;  // what rounding left of them, and
@@ -99,6 +99,7 @@ struct Outputs {
 #define OUTPUTS const float *o, const short *rest, const u16 *out
 #define THE_OUTPUTS (Outputs{o, rest, out})
 
+// What a lane makes of eight channels of a query, and what all LANES lanes of it know: as row_terms of rows.cu
 struct Row {
   float g[8];  // G * 2^n; zeros where nothing flows
   float l, r;
