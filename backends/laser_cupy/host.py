@@ -248,7 +248,9 @@ def rows(x: Call, v: Values, forward: Forward, d_out: Array, d_lse: Array | None
     """The passes over queries and over keys."""
     xp, build, problem = x.machine.xp, x.build, x.problem
     do = matrix(x.machine, d_out, problem.value_dim)
-    o, *_ = outputs(x, forward)
+    o, rest, out = outputs(x, forward)
+    if rest is not NOTHING:  # of a forward pass by other kernels
+        o = ((out.view(np.int16).astype(np.int32) << 16) + rest).view(np.float32)
     lse = xp.ascontiguousarray(forward.lse).reshape(-1)
     dl: Any = NOTHING if d_lse is None else xp.ascontiguousarray(d_lse).reshape(-1)
     queries, keys = x.heads * problem.query_length, x.key_value_heads * problem.key_length
