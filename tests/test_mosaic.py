@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import laser_jax
 import numpy as np
 import pytest
-from laser_jax import mosaic_order, served
+from laser_jax import cudnn, mosaic_order, served
 
 from laser_core._problem import Problem
 
@@ -135,6 +135,24 @@ def test_fits_the_hardware(form: tuple[Any, ...]) -> None:
         assert kernel["load"] > 0
         assert kernel["store"] > 0
         assert kernel["wgmma"] > 0 or form[0] in ("values", "rows")
+
+
+@needs_jax
+@pytest.mark.parametrize("causal", [None, "top_left"])
+def test_mends_what_cudnn_leaves(causal: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "wrong_device", lambda: None)
+    problem = dataclasses.replace(FINE, causal=causal)
+    q, k, v = (jnp.zeros((2, *shape), jnp.bfloat16) for shape in ((4, 100, 128), (2, 70, 128), (2, 70, 64)))
+    heads = jnp.zeros((2, 2), bool)
+    low = jnp.zeros((2, 2, 64))
+    call = cudnn.Call(problem, q, k, v, v, low, (low, low), heads, heads)
+
+    def mend(o: jax.Array, l: jax.Array) -> Any:
+        return cudnn._mended(call, o, l)
+
+    traced = jax.jit(mend).trace(jnp.zeros((2, 4, 100, 64), jnp.bfloat16), jnp.zeros((2, 4, 100)))
+    told = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "laser_exact" in told
 
 
 @needs_jax

@@ -155,9 +155,10 @@ def _mended(call: Call, o: Array, l: Array) -> tuple[Array, Array]:
         form = mosaic_exact.Form(
             p.query_length, p.key_length, 0 if causal else None, p.scale, p.beta or 0.0, few, interpreted=False
         )
-        arrays = (padded(x, width) for x in (call.q, call.k, call.v))
+        q, k, v = (padded(x, width) for x in (call.q, call.k, call.v))
         whole = jnp.pad(l, ((0, 0), (0, 0), (0, -p.query_length % 8)))
-        o, l = mosaic_exact.rewrite(form, *arrays, flags.astype(jnp.int32), padded(o, width), whole)[:2]
+        flags = jnp.repeat(flags.astype(jnp.int32), p.group, axis=1)
+        _, o, l = mosaic_exact.rewrite(form, q, k, v, None, flags, padded(o, width), whole)
         return o[:, :, : p.query_length, : p.value_dim], l[:, :, : p.query_length]
     if p.key_length < FEW:
         flags = jnp.full_like(flags, OUTSIDE)

@@ -40,7 +40,9 @@ class Form(NamedTuple):
     interpreted: bool
 
 
-def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, *results: Array) -> tuple[Array, ...]:
+def rewrite(
+    form: Form, q: Array, k: Array, v: Array, odd: Array | None, flags: Array, *results: Array
+) -> tuple[Array, ...]:
     """Flags, with those that ``odd`` adds, o, l and, if it is there, the remainder of o, mended.
 
     Args:
@@ -49,6 +51,7 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, 
         k: (B, Hkv, Lk, W).
         v: (B, Hkv, Lk, W).
         odd: (B, Hq, rows), float32, NaN in heads where some score is not finite; rows are a multiple of 64.
+            None: the flags say all.
         flags: (B, Hq), int32.
         results: o (B, Hq, Lq, W); l (B, Hq, Lq or more), float32; the remainder, int8.
     """
@@ -58,10 +61,11 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, 
     share = min(tiles * parts, max(1, pl.cdiv(512, batch * heads)))
     scratch = _scratch(width, q.dtype, len(results) > 2)
 
-    def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, odd_ref: Ref, flags_ref: Ref, found_ref: Ref, *results: Ref) -> None:
+    def block(q_ref: Ref, k_ref: Ref, v_ref: Ref, flags_ref: Ref, *refs: Ref) -> None:
+        odd_ref, found_ref, *results = (None, *refs) if odd is None else refs
         b, h = lax.axis_index("batch"), lax.axis_index("head")
         broken = jnp.int32(0)
-        for row in range(0, odd.shape[2], BLOCK):
+        for row in range(0, 0 if odd is None else odd.shape[2], BLOCK):
             part = plgpu.load(odd_ref.at[b, h, pl.ds(row, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
             broken |= jnp.max(jnp.where(part == part, 0.0, float(BROKEN))).astype(jnp.int32)
         found = flags_ref[b, h] | broken
@@ -89,10 +93,11 @@ def rewrite(form: Form, q: Array, k: Array, v: Array, odd: Array, flags: Array, 
 
     options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if form.interpreted else {}
     parameters = plgpu.CompilerParams(approx_math=True)
+    given = () if odd is None else (odd,)
 
     def write(written: tuple[Ref, ...]) -> None:
         pl.kernel(block, out_type=(), mesh=mesh, compiler_params=parameters, name="laser_exact", **options)(
-            q, k, v, odd, flags, *written
+            q, k, v, flags, *given, *written
         )
 
     # with references of its own: shard_map cannot resolve those of a caller
