@@ -30,6 +30,7 @@ TOOLS: dict[str, tuple[str, ...]] = {  # and what the kernels for Hopper of cupy
     "initcheck": ("PLAIN_SUMS",),  # it does not see what the copy engine writes
 }
 DTYPES = ("bfloat16", "float16", "float32")
+FOUND = 9  # exit status of a tool that has found something
 SUBJECT = ("backend", "kernels", "tool", "dtype")  # of a record: a new one takes the place of an older one
 PLAIN: dict[str, Any] = {"hq": 4, "hkv": 2, "lq": 70, "lk": 90, "d": 16, "e": 16}
 Problems = tuple[dict[str, Any], ...]
@@ -231,7 +232,8 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     if tool:
         # laser_torch asks the driver for the parameters of a kernel until it says that there is no such one
         quiet = ["--report-api-errors=no"] * (tool == "memcheck")
-        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--print-limit=3", *quiet, *command]
+        quiet += [f"--error-exitcode={FOUND}", "--print-limit=3"]
+        command = ["compute-sanitizer", f"--tool={tool}", *quiet, *command]
     own = {  # every array its own allocation; JAX compiles once for all tools
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
@@ -253,7 +255,6 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
         output.seek(0)
         said = output.read()
     done = [json.loads(line) for line in said.splitlines() if line.startswith('{"problem"')]
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
     record = {
         "backend": options.backend,
         "kernels": "portable" if options.portable else "all",
@@ -262,16 +263,24 @@ def under(tool: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
         "definitions": definitions,
         "run": {d["problem"]: d["how"] for d in done if "how" in d},
         "refused": {d["problem"]: d["refused"] for d in done if "refused" in d},
-        "outcome": "stopped"
-        if code is None
-        else "clean"
-        if code == 0 and summary
-        else (summary or [f"exit status {code}"])[-1],
+        "outcome": _outcome(code, said, any("how" in d for d in done)),
         "seconds": round(time.perf_counter() - start, 1),
     }
     if code != 0:
         record["said"] = "\n".join(line for line in said.splitlines() if not line.startswith("{"))[:4000]
     return record
+
+
+def _outcome(code: int | None, said: str, ran: bool) -> str:
+    """What came of it, in words."""
+    if code is None:
+        return "stopped"
+    if code not in (0, FOUND):
+        return f"exit status {code}"
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
+    if not (ran and summary):
+        return "nothing was checked"
+    return "clean" if code == 0 else str(summary[-1])
 
 
 def main() -> int:
@@ -303,7 +312,7 @@ def main() -> int:
             made = [pool.submit(under, tool, dtype, options) for tool in tools for dtype in options.dtype]
             for future in made:
                 record = future.result()
-                found |= record["outcome"] != "clean"
+                found |= bool(record["tool"]) and record["outcome"] != "clean"
                 print(json.dumps(record), flush=True)
                 if record["tool"]:
                     same = [r for r in result["records"] if all(r[n] == record[n] for n in SUBJECT)]
