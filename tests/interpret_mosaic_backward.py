@@ -44,7 +44,7 @@ def check(name: str) -> None:
     g_ = g_.reshape((*p.shape[:-1], width))
     ds = p * (np.einsum("bkgie,bkje->bkgij", g_, x_) / beta + r_.reshape(p.shape[:-1])[..., None])
     want = (
-        scale * np.einsum("bkgij,bkjd->bkgid", ds, k_).reshape(q.shape),
+        np.einsum("bkgij,bkjd->bkgid", ds, k_).reshape(q.shape),
         scale * np.einsum("bkgij,bkgid->bkjd", ds, q_.reshape(g_.shape)),
         x_ * np.einsum("bkgij,bkgie->bkje", p, g_),
     )

@@ -205,6 +205,7 @@ def backward(problem: Problem, inputs: Inputs, done: Forward, d_out: Array, d_ls
         q, call.k, call.v, c, g, r, l2, flags & BROKEN, reach,
         scale=p.scale, beta=beta, causal_offset=offset, key_length=keys, shift=shift, interpret=_interpreter(p),
     )  # fmt: skip
+    dq = jnp.where(odd[..., None], jnp.nan, dq * p.scale).astype(p.dtype)
     form = mosaic_exact_backward.Form(keys, offset, p.scale, beta, shift, interpreted)
     of_rows = mosaic_exact_backward.Rows(q, out, do, r, l2)
     dq, dk, dv = mosaic_exact_backward.rewrite(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +23,58 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic_movers import BLOCK_K, NUMBERS, SECTIONS, STAGES, WARPGROUPS, Place, Shared, Walk, add, bring
-from .mosaic_rows import ODD
 from .mosaic_values import exponentiated
 
 Array: TypeAlias = jax.Array
 
+_WARPGROUPS = 2  # that compute; each owns 64 keys
+_BLOCK_K = 64 * _WARPGROUPS
+_STAGES = 2  # of q and g in shared memory
 _REGISTERS = 240, 24  # of a thread that computes and of one that moves data: 168 each are there, and more never come
 _TOGETHER = 16 << 20  # bytes of q, g and dq of heads whose programs run at a time: they should stay in the L2 cache
 
 
+class _Walk(NamedTuple):
+    """The sizes of a problem in whole tiles, and the queries that see a block of keys."""
+
+    group: int
+    tiles: int  # of queries
+    blocks: int  # of keys
+    block_q: int
+    span: int  # heads in turn
+    key_length: int  # without padding
+    causal_offset: int | None
+
+    def first(self, n0: Array) -> Array:
+        """The first tile that sees some of the keys from n0 on."""
+        if self.causal_offset is None:
+            return jnp.int32(0)
+        first = jnp.clip(lax.div(n0 - self.causal_offset, self.block_q), 0, self.tiles)
+        return jnp.where(n0 == 0, 0, first)  # the first keys give every tile of dq its first value, seen or not
+
+
 def _kernel(
-    q: Any, k: Any, v: Any, c: Any, g: Any, r: Any, l2: Any, careful: Any, reach: Any, sums: Any, dq: Any,
-    dk: Any, dv: Any, *scratch: Any, walk: Walk, scale: float, beta: float, shift: int, interpreted: bool,
+    q: Any, k: Any, v: Any, c: Any, g: Any, r: Any, l2: Any, careful: Any, reach: Any, dq: Any, dk: Any, dv: Any,
+    *scratch: Any, walk: _Walk, scale: float, beta: float, shift: int, interpreted: bool,
 ) -> None:  # fmt: skip
-    shared, (ks, xs, dss, ps, owned, ds_full, cleaned) = Shared(*scratch[:12]), scratch[12:]
-    qs, gs, rs, ls, dqs, rounded, q_full, g_full, empty, dq_full, dq_empty, _ = shared
+    (ks, xs, qs, gs, rs, ls, dss, dqs), ps, owned, q_full, g_full, empty, ds_full, dq_full, dq_empty, cleaned = scratch
     inverse_beta = 2.0**-shift / beta
-    section, head, block, warpgroup = (lax.axis_index(name) for name in ("section", "head", "block", "warpgroup"))
+    heads_kv = lax.axis_index("section") * walk.span + lax.axis_index("head")
+    block = lax.axis_index("block")
+    warpgroup = lax.axis_index("warpgroup")
     block_q = walk.block_q
     head_dim, dtype = q.shape[1], q.dtype
-    n0 = block * BLOCK_K
-    place = Place(walk, section, head, block, walk.tiles - walk.first(n0))
-    heads_kv, each, total = place.heads_kv, place.each, place.each * walk.group
-    turns = None if interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((WARPGROUPS * q.shape[0] // block_q,)))
+    n0 = block * _BLOCK_K
+    key_rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0, _BLOCK_K)
+    each = walk.tiles - walk.first(n0)  # tiles of each query head
+    total = each * walk.group
+    rows_q = q.shape[0]
+    turns = None if interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((rows_q // block_q,)))
+
+    def tile_of(step: Array) -> Array:
+        """The tile of a step, among those of all heads."""
+        member = lax.div(step, each)
+        return (heads_kv * walk.group + member + 1) * walk.tiles - 1 - (step - member * each)
 
     def compute(part: int) -> None:
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
@@ -58,7 +86,7 @@ def _kernel(
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
 
-        def accumulate(dk_acc: Any, dv_acc: Any, s_acc: Any) -> None:
+        def accumulate(dk_acc: Any, dv_acc: Any) -> None:
             odd = careful[heads_kv] != 0
             parts = [pl.ds(column, 64) for column in range(0, v.shape[1], 64)]
             cs = [
@@ -70,15 +98,15 @@ def _kernel(
             @pl.when(odd)
             def _clean_keys() -> None:
                 for column in range(0, head_dim, 64):
-                    tile = ks.at[part, :, pl.ds(column, 64)]
+                    tile = ks.at[own, pl.ds(column, 64)]
                     k_t = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
                     tile[...] = jnp.where(jnp.abs(k_t) < jnp.inf, k_t, 0.0).astype(dtype)
                 meet(cleaned)
 
-            end = None if walk.key_length % BLOCK_K == 0 else walk.key_length - n0 - part * 64
+            end = None if walk.key_length % _BLOCK_K == 0 else walk.key_length - n0 - part * 64
             for channels, c_t in zip(parts, cs, strict=True):
-                v_t = plgpu.load(xs.at[part, :, channels], layout=plgpu.Layout.WGMMA)
-                xs[part, :, channels] = exponentiated(v_t, c_t, beta, end)
+                v_t = plgpu.load(xs.at[own, channels], layout=plgpu.Layout.WGMMA)
+                xs[own, channels] = exponentiated(v_t, c_t, beta, end)
             plgpu.commit_smem()
 
             def places(axis: int) -> Array:
@@ -88,190 +116,176 @@ def _kernel(
             def along(x: Array, axis: int) -> Array:
                 return lax.broadcast_in_dim(x, (64, 64), [axis])
 
-            tile_acc = plgpu.ACC((64, 64), jnp.float32)
-            halves = block_q // 64
-
-            def far(index: Array) -> Array:
-                """0, of which the compiler does not know: it works out in the loop where k and x lie."""
-                return lax.shift_right_logical(index, jnp.int32(30))
-
-            def scores(index: Array, slot: Array, half: int) -> None:
-                """Begun."""
-                if interpreted:  # it cannot store what an accumulator is to begin with
-                    return
-                s_acc[...] = plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), plgpu.Layout.WGMMA)
-                plgpu.wgmma(s_acc, ks.at[part + far(index)], qs.at[slot, pl.ds(half * 64, 64)].T)
-
-            def weights(
-                half: int, index: Array, slot: Array, number: Array, tile: Array, dp_acc: Any, again: Any = s_acc
-            ) -> Array:
-                """dsᵀ of 64 queries, whose scores are begun; their part of dv and dk is begun."""
-                columns = pl.ds(half * 64, 64)
-                plgpu.wgmma(dp_acc, xs.at[part + far(index)], gs.at[slot, columns].T)
-                if interpreted:
-                    plgpu.wgmma(again, ks.at[part], qs.at[slot, columns].T)
-                s = plgpu.wgmma_accumulator_load(again, wait_n=None if half == 0 else 1)
-                l = plgpu.load(ls.at[number, columns], layout=plgpu.Layout.WGMMA.reduce(0))
-                p = jnp.exp2(s * (scale * math.log2(math.e)) - along(l, 1))
-                # every tile is masked: a second loop without would cost the registers that products need
-                if walk.causal_offset is not None:
-                    last = places(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - part * 64)
-                    p = jnp.where(along(places(0), 0) <= along(last, 1), p, 0.0)
-                if walk.key_length % BLOCK_K:
-                    p = jnp.where(along(places(0), 0) < walk.key_length - n0 - part * 64, p, 0.0)
-                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                if inverse_beta != 1:
-                    dp *= inverse_beta
-                row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
-                ds, p = (p * (dp + along(row, 1))).astype(dtype), p.astype(dtype)
-                if interpreted:
-                    ps[own, :] = p
-                    plgpu.commit_smem()
-                plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p, gs.at[slot, columns])
-                if not interpreted:
-                    plgpu.wgmma(dk_acc, ds, qs.at[slot, columns])
-                return ds
-
-            def closes(tile: Array) -> Array:
-                """Whether no later block of keys adds to dq of a tile."""
-                return jnp.bool_(False) if interpreted else walk.closing(tile) == block
-
-            def queries(twin: Array, step: Array, tile: Array, dq_acc: Any) -> None:
-                """This warpgroup's part of dq of a tile is begun, from the sum so far if it is the last part."""
-                if not interpreted:
-
-                    @pl.when(closes(tile))
-                    def _() -> None:
-                        plgpu.barrier_wait(dq_empty.at[part])
-
-                        @pl.when(block > 0)
-                        def _() -> None:
-                            dq_acc[...] = plgpu.load(dqs.at[part], layout=plgpu.Layout.WGMMA)
-
-                for of in range(WARPGROUPS):
-                    if head_dim == 64:
-                        plgpu.wgmma(dq_acc, dss.at[twin, of, :, own].T, ks.at[of + far(step)])
-                    else:
-                        plgpu.wgmma(dq_acc, dss.at[twin, of].T, ks.at[of + far(step), :, own])
-
-            def hand_over(dq_part: Array, step: Array, tile: Array) -> None:
-                @pl.when(~closes(tile))
-                def _() -> None:
-                    plgpu.barrier_wait(dq_empty.at[part])
-                    dqs[part] = dq_part
-
-                @pl.when(closes(tile))
-                def _() -> None:
-                    columns = pl.ds(part * 64 if head_dim == 64 else 0, 64)
-                    numbers = ls.at[lax.rem(step, jnp.int32(NUMBERS)), columns]
-                    l = plgpu.load(numbers, layout=plgpu.Layout.WGMMA.reduce(1))
-                    factors = jnp.where((l >= ODD) & (l < jnp.inf), jnp.nan, scale)
-                    rounded[part] = (dq_part * lax.broadcast_in_dim(factors, (64, 64), [0])).astype(dtype)
-
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full.at[part])
-
-            def step(index: Array, tile: Array, before: Array) -> None:
-                """Of the tile at hand the scores are begun; dq of the one before is handed over."""
-                slot, twin = lax.rem(index, jnp.int32(STAGES)), lax.rem(index, jnp.int32(2))
-                number = lax.rem(index, jnp.int32(NUMBERS))
+            def step(index: Array, tile: Array) -> None:
+                slot, twin = lax.rem(index, jnp.int32(_STAGES)), lax.rem(index, jnp.int32(2))
+                plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(g_full.at[slot])
-                for half in range(halves):
-                    run = functools.partial(weights, half, index, slot, number, tile)
-                    ds = pl.run_scoped(run, *[tile_acc] * (1 + interpreted))
-                    if half == 0:  # of the tile before, ds is complete, and of the one before that it is read
-                        plgpu.barrier_wait(ds_full)
-                    ds_s, q_s = dss.at[twin, part, :, pl.ds(half * 64, 64)], qs.at[slot, pl.ds(half * 64, 64)]
-                    ds_s[...] = ds
-                    if interpreted:
-                        plgpu.commit_smem()
-                        plgpu.wgmma(dk_acc, ds_s, q_s)
-                    if half < halves - 1:
-                        scores(index, slot, half + 1)
 
-                def rest(dq_acc: Any) -> Array:
-                    plgpu.wgmma_wait(1)  # p needs registers no longer
-                    queries(1 - twin, index, before, dq_acc)
-                    plgpu.wgmma_wait(WARPGROUPS)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    following = lax.rem(index + 1, jnp.int32(STAGES))
-                    plgpu.barrier_wait(q_full.at[following])
-                    scores(index, following, 0)
+                def weights(half: int, s_acc: Any, dp_acc: Any) -> Array:
+                    """dsᵀ of 64 queries; their part of dv is begun."""
+                    columns = pl.ds(half * 64, 64)
+                    plgpu.wgmma(s_acc, ks.at[own], qs.at[slot, columns].T)
+                    plgpu.wgmma(dp_acc, xs.at[own], gs.at[slot, columns].T)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                    if half == 0:  # dk of the tile before is complete
+
+                        @pl.when(index > 0)
+                        def _() -> None:
+                            plgpu.barrier_arrive(empty.at[lax.rem(index + (_STAGES - 1), jnp.int32(_STAGES))])
+
+                    l = plgpu.load(ls.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                    p = jnp.exp2(s * (scale * math.log2(math.e)) - along(l, 1))
+                    # every tile is masked: a second loop without would cost the registers that products need
+                    if walk.causal_offset is not None:
+                        last = places(1) + (tile * block_q + (half * 64 + walk.causal_offset) - n0 - part * 64)
+                        p = jnp.where(along(places(0), 0) <= along(last, 1), p, 0.0)
+                    if walk.key_length % _BLOCK_K:
+                        p = jnp.where(along(places(0), 0) < walk.key_length - n0 - part * 64, p, 0.0)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+                    if inverse_beta != 1:
+                        dp *= inverse_beta
+                    row = plgpu.load(rs.at[slot, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                    ds, p = (p * (dp + along(row, 1))).astype(dtype), p.astype(dtype)
+                    if interpreted:
+                        ps[own, :] = p
+                        plgpu.commit_smem()
+                    plgpu.wgmma(dv_acc, ps.at[own] if interpreted else p, gs.at[slot, columns])
+                    dss[twin, own, columns] = ds
+                    return ds
+
+                def keys(half: int, ds: Array) -> None:
+                    columns = pl.ds(half * 64, 64)
+                    plgpu.wgmma(dk_acc, dss.at[twin, own, columns] if interpreted else ds, qs.at[slot, columns])
+
+                halves = block_q // 64
+                tile_acc = plgpu.ACC((64, 64), jnp.float32)
+                for half in range(halves):
+                    ds = pl.run_scoped(functools.partial(weights, half), tile_acc, tile_acc)
+                    if half < halves - 1:
+                        if interpreted:
+                            plgpu.commit_smem()
+                        keys(half, ds)
+                meet(ds_full)
+
+                def queries(dq_acc: Any) -> Array:
+                    """This warpgroup's part of dq, while dk is still being computed."""
+                    if head_dim == 64:
+                        plgpu.wgmma(dq_acc, dss.at[twin, :, own].T, ks)
+                    else:
+                        plgpu.wgmma(dq_acc, dss.at[twin].T, ks.at[:, own])
+                    keys(halves - 1, ds)
                     return plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
 
-                hand_over(pl.run_scoped(rest, tile_acc), index - 1, before)
-                plgpu.barrier_arrive(ds_full)
-                plgpu.wgmma_wait(0)
-
-            plgpu.barrier_arrive(ds_full)
-            plgpu.barrier_wait(q_full.at[0])
-            scores(jnp.int32(0), jnp.int32(0), 0)
-            plgpu.wgmma_wait(0)
+                dq_part = pl.run_scoped(queries, tile_acc)
+                plgpu.barrier_wait(dq_empty)
+                dqs[part] = dq_part
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(dq_full)
 
             @pl.loop(0, walk.group)
             def _member(member: Array) -> None:
                 @pl.loop(0, each)
                 def _tile(index: Array) -> None:
-                    tile = walk.tiles - 1 - index
-                    step(member * each + index, tile, jnp.where(index > 0, tile + 1, walk.tiles - each))
+                    step(member * each + index, walk.tiles - 1 - index)
 
-            def last(dq_acc: Any) -> Array:
-                queries(lax.rem(total + 1, jnp.int32(2)), total, walk.tiles - each, dq_acc)
-                return plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)
-
-            plgpu.barrier_wait(ds_full)
-            plgpu.barrier_arrive(empty.at[lax.rem(total, jnp.int32(STAGES))])
-            hand_over(pl.run_scoped(last, tile_acc), total - 1, walk.tiles - each)
             before = reach[heads_kv] - n0 - part * 64
             values = plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
-            plgpu.barrier_wait(dq_empty.at[part])  # every phase of a barrier is waited for
-            x_tile = plgpu.load(xs.at[part], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+            @pl.when(total > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(empty.at[lax.rem(total + (_STAGES - 1), jnp.int32(_STAGES))])
+
+            plgpu.barrier_wait(dq_empty)  # every phase of a barrier is waited for
+            x_tile = plgpu.load(xs.at[own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
             def times(x: Array, factor: float) -> Array:
                 """NaN for keys that are to be so."""
                 factors = jnp.where(places(0) < before, jnp.nan, factor)
                 return x * lax.broadcast_in_dim(factors, x.shape, [0])
 
-            xs[part] = (values * times(x_tile, 2.0**-shift)).astype(dtype)
+            xs[own, :] = (values * times(x_tile, 2.0**-shift)).astype(dtype)
             plgpu.barrier_arrive(ds_full)  # the other warpgroup no longer reads k
             plgpu.barrier_wait(ds_full)
-            ks[part] = times(plgpu.wgmma_accumulator_load(dk_acc, wait_n=0), scale).astype(dtype)
+            ks[own, :] = times(plgpu.wgmma_accumulator_load(dk_acc, wait_n=0), scale).astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(heads_kv * (walk.blocks * BLOCK_K) + n0 + part * 64, 64)
-            plgpu.copy_smem_to_gmem(xs.at[part], dv.at[rows])
-            plgpu.copy_smem_to_gmem(ks.at[part], dk.at[rows])
+            rows = pl.ds(heads_kv * (walk.blocks * _BLOCK_K) + n0 + part * 64, 64)
+            plgpu.copy_smem_to_gmem(xs.at[own], dv.at[rows])
+            plgpu.copy_smem_to_gmem(ks.at[own], dk.at[rows])
             plgpu.wait_smem_to_gmem(0)
 
-        accs = [plgpu.ACC((64, width), jnp.float32) for width in (head_dim, v.shape[1], 64)]
-        pl.run_scoped(accumulate, *accs)
+        pl.run_scoped(accumulate, plgpu.ACC((64, head_dim), jnp.float32), plgpu.ACC((64, v.shape[1]), jnp.float32))
 
     def load() -> None:
-        for part in range(WARPGROUPS):
-            rows = pl.ds(heads_kv * (walk.blocks * BLOCK_K) + n0 + part * 64, 64)
-            plgpu.copy_gmem_to_smem(k.at[rows], ks.at[part], owned)
-            plgpu.copy_gmem_to_smem(v.at[rows], xs.at[part], owned)
-        bring(place, q, g, r, l2, shared)
+        plgpu.copy_gmem_to_smem(k.at[key_rows], ks, owned)
+        plgpu.copy_gmem_to_smem(v.at[key_rows], xs, owned)
 
-    def store(part: int) -> None:
-        add(place, sums, dq, turns, shared, part)
+        @pl.loop(0, total)
+        def _tile(step: Array) -> None:
+            slot = lax.rem(step, jnp.int32(_STAGES))
 
-    for part in range(WARPGROUPS):  # each has code of its own: places in shared memory are constants in it
+            @pl.when(step >= _STAGES)
+            def _() -> None:
+                plgpu.barrier_wait(empty.at[slot])
+
+            rows = pl.ds(tile_of(step) * block_q, block_q)
+            plgpu.copy_gmem_to_smem(q.at[rows], qs.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(l2.at[rows], ls.at[slot], q_full.at[slot])
+            plgpu.copy_gmem_to_smem(g.at[rows], gs.at[slot], g_full.at[slot])
+            plgpu.copy_gmem_to_smem(r.at[rows], rs.at[slot], g_full.at[slot])
+
+        @pl.loop(jnp.maximum(total - _STAGES, 0), total)
+        def _drain(step: Array) -> None:
+            plgpu.barrier_wait(empty.at[lax.rem(step, jnp.int32(_STAGES))])
+
+    def store() -> None:
+        plgpu.barrier_arrive(dq_empty)
+
+        @pl.loop(0, total)
+        def _tile(step: Array) -> None:
+            tile = tile_of(step)
+            plgpu.barrier_wait(dq_full)
+            row = tile * block_q
+            if interpreted:
+                row += block * rows_q
+            else:
+                plgpu.semaphore_wait(turns.at[tile], block, decrement=False, memory_scope="gpu")
+            places = [
+                dq.at[pl.ds(row + part * 64, 64)] if head_dim == 64 else dq.at[pl.ds(row, 64), pl.ds(part * 64, 64)]
+                for part in range(_WARPGROUPS)
+            ]
+
+            @pl.when((block == 0) | interpreted)
+            def _first() -> None:
+                for part, place in enumerate(places):
+                    plgpu.copy_smem_to_gmem(dqs.at[part], place)
+
+            if not interpreted:
+
+                @pl.when(block > 0)
+                def _next() -> None:
+                    for part, place in enumerate(places):
+                        plgpu.copy_smem_to_gmem(dqs.at[part], place, reduction_op="add")
+
+            plgpu.wait_smem_to_gmem(0)
+            if not interpreted:
+                plgpu.semaphore_signal(turns.at[tile], 1, memory_scope="gpu")
+            plgpu.barrier_arrive(dq_empty)
+
+    for part in range(_WARPGROUPS):  # each has code of its own: places in shared memory are constants in it
         pl.when(warpgroup == part)(functools.partial(compute, part))
     if interpreted:  # it runs the warps of a warpgroup one after the other
-        pl.when(warpgroup == WARPGROUPS)(load)
-        for part in range(WARPGROUPS):
-            pl.when(warpgroup == WARPGROUPS + 1 + part)(functools.partial(store, part))
+        pl.when(warpgroup == _WARPGROUPS)(load)
+        pl.when(warpgroup == _WARPGROUPS + 1)(store)
     else:
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == _WARPGROUPS)
         def _move() -> None:
             plgpu.set_max_registers(_REGISTERS[1], action="decrease")
 
             @plgpu.warp_map
             def _warps(warp: Array) -> None:
                 pl.when(warp == 0)(load)
-                for part in range(WARPGROUPS):
-                    pl.when(warp == 1 + part)(functools.partial(store, part))
+                pl.when(warp == 1)(store)
 
 
 def rows(length: int, width: int) -> int:
@@ -294,9 +308,9 @@ def backward(
     scale: float, beta: float = 1.0, causal_offset: int | None = None, key_length: int | None = None, shift: int = 0,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Gradients of query, key and value.
+    """Gradients of query, key and value; that of query in float32, still without the scale.
 
-        p = 2^(scale·log2e·q·kᵀ − l2)    ds = p ∘ (g·xᵀ/β + r)    dq = scale·ds·k    dk = scale·dsᵀ·q    dv = x ∘ (pᵀ·g)
+        p = 2^(scale·log2e·q·kᵀ − l2)    ds = p ∘ (g·xᵀ/β + r)    dq = ds·k    dk = scale·dsᵀ·q    dv = x ∘ (pᵀ·g)
 
     Args:
         q: ``(B, Hq, Lq, D)``, bfloat16 or float16, D 64 or 128; finite.
@@ -305,8 +319,8 @@ def backward(
         c: ``(B, Hkv, D)``, float32, integers.
         g: ``(B, Hq, L, D)``, do·2^(c − βo·log2e), finite. L: Lq in whole tiles, see ``rows``.
         r: ``(B, Hq, L)``, float32: (dl − Σ_e do/β)·2^−shift, finite.
-        l2: ``(B, Hq, L)``, float32: log-sum-exp of the scores in base 2, minus shift; +∞ where nothing flows through
-            a row, finite and at least ``ODD`` where its dq is NaN.
+        l2: ``(B, Hq, L)``, float32: log-sum-exp of the scores in base 2, minus shift; +∞ or huge where nothing flows
+            through a row.
         careful: ``(B, Hkv)``, int32: not 0 where k may not be finite.
         reach: ``(B, Hkv)``, int32: dk and dv of keys before it are NaN.
         scale: Of the scores.
@@ -323,72 +337,65 @@ def backward(
     heads_kv, length_k, value_dim = v.shape[1:]
     padded_q = rows(length_q, head_dim)
     block_q = rows(1, head_dim)
-    tiles, blocks = padded_q // block_q, pl.cdiv(length_k, BLOCK_K)
-    together = max(2, _TOGETHER // (tiles * block_q * (6 * head_dim + 2 * value_dim)))
+    tiles, blocks = padded_q // block_q, pl.cdiv(length_k, _BLOCK_K)
+    room = _TOGETHER * (2 if causal_offset is not None and head_dim == 64 else 1)  # as measured
+    together = max(2, room // (tiles * block_q * (6 * head_dim + 2 * value_dim)))
     span = math.gcd(batch * heads_kv, 1 << (together.bit_length() - 1))
-    walk = Walk(heads // heads_kv, tiles, blocks, block_q, span, key_length or length_k, causal_offset)
-    padded_k = blocks * BLOCK_K
+    walk = _Walk(heads // heads_kv, tiles, blocks, block_q, span, key_length or length_k, causal_offset)
+    padded_k = blocks * _BLOCK_K
 
     wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tile = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=wide)
-    plain = functools.partial(plgpu.SMEM, dtype=jnp.float32)
-    narrow = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    each = functools.partial(plgpu.Barrier, num_barriers=STAGES)
-    interpreted = interpret is not None
-    shared = Shared(
-        q=tile((STAGES, block_q, head_dim)),
-        g=tile((STAGES, block_q, value_dim)),
-        r=plain((STAGES, block_q)),
-        l=plain((NUMBERS, block_q)),
-        dq=plain((WARPGROUPS, 64, 64), transforms=narrow),
-        rounded=tile((WARPGROUPS, 64, 64)),
-        q_full=each(num_arrivals=2),
-        g_full=each(num_arrivals=2),
-        empty=each(num_arrivals=WARPGROUPS),
-        dq_full=plgpu.Barrier(num_barriers=WARPGROUPS),
-        dq_empty=plgpu.Barrier(num_barriers=WARPGROUPS),
-        fetched=plgpu.Barrier(num_barriers=WARPGROUPS),
-    )
     scratch = [
-        *shared,
-        tile((WARPGROUPS, 64, head_dim)),
-        tile((WARPGROUPS, 64, value_dim)),
-        tile((2, WARPGROUPS, 64, block_q)),
-        tile((BLOCK_K, 64)) if interpreted else None,
-        plgpu.Barrier(num_arrivals=2 * WARPGROUPS),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-        plgpu.Barrier(num_arrivals=WARPGROUPS),
-    ]
-    # the interpreter knows neither turns nor sums in global memory
-    room = blocks * batch * heads if interpreted else min(SECTIONS * span, batch * heads_kv) * walk.group
+        [
+            tile((_BLOCK_K, head_dim)),
+            tile((_BLOCK_K, value_dim)),
+            tile((_STAGES, block_q, head_dim)),
+            tile((_STAGES, block_q, value_dim)),
+            plgpu.SMEM((_STAGES, block_q), jnp.float32),
+            plgpu.SMEM((_STAGES, block_q), jnp.float32),
+            tile((2, _BLOCK_K, block_q)),
+            plgpu.SMEM(
+                (_WARPGROUPS, 64, 64), jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
+        ],
+        tile((_BLOCK_K, 64)) if interpret is not None else None,
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+    ]  # fmt: skip
+    parts = 1 if interpret is None else blocks  # the interpreter knows neither turns nor sums in global memory
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, walk=walk, scale=scale, beta=beta, shift=shift, interpreted=interpreted
+            _kernel, walk=walk, scale=scale, beta=beta, shift=shift, interpreted=interpret is not None
         ),
         out_type=(
-            jax.ShapeDtypeStruct((room * padded_q, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * heads * padded_q, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((parts * batch * heads * padded_q, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((batch * heads_kv * padded_k, head_dim), q.dtype),
             jax.ShapeDtypeStruct((batch * heads_kv * padded_k, value_dim), q.dtype),
         ),
         scratch_types=scratch,
         grid=(batch * heads_kv // span, blocks, span),  # a block waits for earlier ones of its head alone
         grid_names=("section", "block", "head"),
-        num_threads=WARPGROUPS + 1 + WARPGROUPS * interpreted,
+        num_threads=_WARPGROUPS + (1 if interpret is None else 2),
         thread_name="warpgroup",
         kernel_name="laser_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **({} if interpret is None else {"interpret": interpret}),
     )  # fmt: skip
-    sums, dq, dk, dv = kernel(
+    dq, dk, dv = kernel(
         _pad(q, padded_q), _pad(k, padded_k), _pad(v, padded_k), c.reshape(-1, value_dim),
         _pad(g, padded_q), _pad(r, padded_q), _pad(l2, padded_q), careful.reshape(-1), reach.reshape(-1),
     )  # fmt: skip
-    if interpreted:
-        first = jax.vmap(walk.first)(jnp.arange(blocks) * BLOCK_K)
+    if interpret is not None:
+        first = jax.vmap(walk.first)(jnp.arange(blocks) * _BLOCK_K)
         written = (jnp.arange(tiles) >= first[:, None])[:, None, :, None, None]
-        sums = jnp.where(written, sums.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
-        odd = (l2 >= ODD) & (l2 < jnp.inf)
-        dq = jnp.where(odd.reshape(-1, 1), jnp.nan, sums.reshape(dq.shape) * scale).astype(dq.dtype)
+        dq = jnp.where(written, dq.reshape(blocks, batch * heads, tiles, block_q, head_dim), 0.0).sum(0)
     dk, dv = (x.reshape(batch, heads_kv, padded_k, -1) for x in (dk, dv))
     return dq.reshape(batch, heads, padded_q, head_dim), dk, dv
