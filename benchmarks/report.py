@@ -29,6 +29,7 @@ GOALS = {  # issue and contract: times of the peer that LASER may take at the mo
     **{("jax", p, c): (1.0, 0, 10**9) for p in ("forward", "forward and backward") for c in (False, True)},
 }
 MEBI = 2**20
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -258,6 +259,29 @@ def start_page(result: dict[str, Any]) -> str:
     return f"{provenance(result)}\n\n{note}\n\n{table(header, rows)}"
 
 
+def sanitize_page(results: list[dict[str, Any]]) -> str:
+    """What compute-sanitizer found in small problems, from runs of sanitize.py."""
+    parts = []
+    for result in results:
+        groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for r in result["records"]:
+            groups.setdefault((r["backend"], r["kernels"], r["dtype"]), []).append(r)
+        rows = []
+        for (backend, kernels, dtype), records in groups.items():
+            told = [[r["outcome"] for r in records if r["tool"] == tool] for tool in SANITIZERS]
+            problems = {problem for r in records for problem in r["run"]}
+            rows.append([f"`{backend}`", kernels, dtype, str(len(problems)), *(_told(outcomes) for outcomes in told)])
+        where = f"{result['date']}, commit `{result['commit'][:12]}`; {result['card']}."
+        parts += [where, table(["backend", "kernels", "dtype", "problems", *SANITIZERS], rows)]
+    return "\n\n".join(parts)
+
+
+def _told(outcomes: list[str]) -> str:
+    """The outcomes of a tool on several sets of problems, in a cell."""
+    found = [o for o in outcomes if o != "clean"]
+    return "not run" if not outcomes else "**reports**" if found else "clean"
+
+
 def filled(path: Path, name: str, text: str) -> str:
     """The file's text with the block of that name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -275,12 +299,14 @@ def main() -> int:
     check = parser.parse_args().check
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu*.json"))]
     gpu, gpu_jax, gpu_cupy = (latest(name) for name in ("gpu", "gpu-jax", "gpu-cupy"))
+    sanitized = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-sanitize-*.json"))]
     stale = False
     for path, name, text in (
         (ROOT / "docs" / "performance.md", "gpu", gpu_page(gpu)),
         (ROOT / "docs" / "performance.md", "gpu-jax", gpu_page(gpu_jax)),
         (ROOT / "docs" / "performance.md", "gpu-cupy", gpu_page(gpu_cupy)),
         (ROOT / "docs" / "performance.md", "cupy-start", start_page(latest("cupy-start"))),
+        (ROOT / "docs" / "performance.md", "sanitize", sanitize_page(sanitized)),
         (ROOT / "docs" / "performance.md", "decode", decode_page(latest("decode"))),
         (ROOT / "docs" / "performance.md", "cpu", cpu_page(results)),
         (ROOT / "README.md", "gpu", gpu_summary({"torch": gpu, "JAX": gpu_jax, "CuPy": gpu_cupy})),
