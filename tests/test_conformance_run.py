@@ -115,7 +115,9 @@ def test_an_interrupt_loses_nothing(module, tmp_path):
     command = [sys.executable, "-m", "laser_conformance", "run", "--backend", "hang", "--load", "misbehaving:HANG"]
     only = ["--only", "masks/causal-top-left", "--only", "masks/groups", "--dtype", "float32"]
     before = [case.id for case in choose(only=("masks/causal-top-left",))]  # none of them sleeps
-    with subprocess.Popen([*command, *only, "--json", str(out)], env=os.environ | {"ASLEEP": str(asleep)}) as process:
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background job ignores it
+    command += [*only, "--json", str(out)]
+    with subprocess.Popen(command, env=os.environ | {"ASLEEP": str(asleep)}, **heard) as process:
         while not asleep.exists():
             assert process.poll() is None
             time.sleep(0.1)

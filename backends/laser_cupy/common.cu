@@ -1,9 +1,10 @@
 // What all kernels share: the problem, what a query sees, scores, powers of two.
 //
 // Compiled for a dtype (FLOAT16, FLOAT32), for WIDTH and EP, the columns of q and k, a multiple of 16 bytes, and the value
-// dim rounded up to 16; for CAP, a soft cap; for GENERAL, scores that are more than products times a factor; for the forms that the values take (EXP, EXPM1: see values.cu); and for the
-// tile sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS; and for LANES, those of a row of queries. Base 2 is used inside kernels only: scores carry log2(e),
-// those of float32 excepted; what is stored is in natural logarithms.
+// dim rounded up to 16; for CAP, a soft cap; for GENERAL, scores that are more than products times a factor; for the forms that
+// the values take (EXP, EXPM1: see values.cu); for the tile sizes of the forward pass: STRIPS, KEYS and FORWARD_BLOCKS; and for
+// LANES, those of a row of queries. Base 2 is used inside kernels only: scores carry log2(e), those of float32 excepted; what is
+// stored is in natural logarithms.
 
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f

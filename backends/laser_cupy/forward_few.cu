@@ -228,7 +228,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_few(
       const i64 first = (i64)at.query * p.query_length, keys = (i64)at.key * p.key_length;
       const int done = sm.group * 64, count = least(64, counts[at.query] - done);
       few_rows(p, at, q + first * WIDTH, k + keys * WIDTH, v + keys * p.value_dim, c + at.key * CP, rows + first + done, count,
-               out + first * p.value_dim, {residual ? residual + first * p.value_dim : nullptr, rest ? rest + first * p.value_dim : nullptr}, lse + first, sm);
+               out + first * p.value_dim,
+               {residual ? residual + first * p.value_dim : nullptr, rest ? rest + first * p.value_dim : nullptr}, lse + first,
+               sm);
     }
     part -= all;
     __syncthreads();

@@ -372,8 +372,10 @@ __device__ __forceinline__ void consume(const Problem& pr, const TensorMap* o_ma
 
 extern "C" __global__ void __launch_bounds__(128 + 128 * CONSUMERS, 1) hopper_forward(
     PROBLEM, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map, const __grid_constant__ TensorMap rest_map, const u16* k, const u16* v, u16* x, u16* ranges,
-    int* c, int* flags, int* done, int* states, int* again, int* next, int* used, int first, int rooms, float* residual, const short* rest, float* lse, int* few, int* counts, int* counter, int heads, int tiles, int section) {
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap o_map,
+    const __grid_constant__ TensorMap rest_map, const u16* k, const u16* v, u16* x, u16* ranges, int* c, int* flags, int* done,
+    int* states, int* again, int* next, int* used, int first, int rooms, float* residual, const short* rest, float* lse, int* few,
+    int* counts, int* counter, int heads, int tiles, int section) {
   const Problem pr = THE_PROBLEM;
   const ValuePass pass = {k, v, x, ranges, c, flags, done, states, again, next, used, first, rooms, tiles * group * 4 * CONSUMERS};
   extern __shared__ u8 memory[];
