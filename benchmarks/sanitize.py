@@ -280,7 +280,7 @@ def _outcome(code: int | None, said: str, ran: bool) -> str:
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
     if not (ran and summary):
         return "nothing was checked"
-    return "clean" if code == 0 else str(summary[-1])
+    return "clean" if code == 0 else str(summary[0])
 
 
 def main() -> int:
