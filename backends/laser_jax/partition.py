@@ -153,11 +153,14 @@ def _placed(step: Step, operands: Operands) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return step.run(operands)
+    traced, shapes = jax.make_jaxpr(step.run, return_shape=True)(operands)
+    if traced.effects:  # the callbacks of an interpreter: custom_partitioning has no tokens to order them by
+        return step.run(operands)
     split = custom_partitioning(step.run)
     split.def_partition(
         partition=functools.partial(_partition, step),
         decode_shardings=False,  # JAX fails on what a mesh cannot say, such as heads over half of an axis
-        sharding_rule=_rule(step, operands, jax.eval_shape(step.run, operands)),
+        sharding_rule=_rule(step, operands, shapes),
     )
     return split(operands)
 

@@ -100,9 +100,10 @@ def hostile() -> Iterator[Case]:
     )
     yield from pair(
         "hostile/large-values-of-betas",
-        "Values of hundreds, β of either sign, zero and small, with its gradient: e^(βv) overflows in one form of it.",
+        "Values of hundreds, β of either sign, small and not, with its gradient: e^(βv) overflows in one form of it.",
         value=Fill("normal", 300),
         beta_shape=(2, 16),
+        betas=(2.0, -0.25, 0.5, -3.0, 0.3),
     )
     yield from pair("hostile/very-negative-values", "Values of −500 ± 1.", value=Fill("normal", 1, -500), quick=True)
     yield from pair(
