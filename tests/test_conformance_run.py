@@ -115,9 +115,10 @@ def test_an_interrupt_loses_nothing(module, tmp_path):
     command = [sys.executable, "-m", "laser_conformance", "run", "--backend", "hang", "--load", "misbehaving:HANG"]
     only = ["--only", "masks/causal-top-left", "--only", "masks/groups", "--dtype", "float32"]
     before = [case.id for case in choose(only=("masks/causal-top-left",))]  # none of them sleeps
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background job ignores it
     command += [*only, "--json", str(out)]
-    with subprocess.Popen(command, env=os.environ | {"ASLEEP": str(asleep)}, **heard) as process:
+    before_it = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
+    with subprocess.Popen(command, env=os.environ | {"ASLEEP": str(asleep)}) as process:
+        signal.signal(signal.SIGINT, before_it)
         while not asleep.exists():
             assert process.poll() is None
             time.sleep(0.1)
