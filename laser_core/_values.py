@@ -242,11 +242,11 @@ def for_beta(xp: Namespace, v: Array, o: Array, do: Array, values: Values, beta:
     o follows v where all values are shifted, and dβ stays: both are taken about the middle of the outputs, or the
     digits of values far from zero would be lost in a difference. The middle depends on nothing that no query sees.
     """
-    finite = xp.isfinite(beta * v)
-    v = xp.where(finite, v, xp.zeros_like(beta * v))
+    y = beta * v
+    v = xp.where(xp.isfinite(y), v, xp.zeros_like(y))
+    y = beta * o
     safe = xp.where(beta == 0, xp.ones_like(beta), beta)
-    linear = _linear(xp, beta * o, beta, which)
-    zero = xp.zeros_like(beta * o)
+    linear, zero = _linear(xp, y, beta, which), xp.zeros_like(y)
     shared = (-3, -2) if beta.ndim > 2 and beta.shape[-3] == 1 else (-2,)  # pᵀ·g may be summed over a group of heads
     of_queries, to_keys = xp.zeros_like(zero[..., :1, :]), []
     if which.exp:

@@ -59,16 +59,7 @@ def fast_backward(call: Call, state: State, total: Totals) -> Totals:
         dq = dq + state.dl * attended
         dk = dk + pull(state.dl * ops.q)[0]
     dv = _values.sum_forms(jnp, other.to_dv * pg, which)
-    if call.problem.beta is None:
-        of_queries, to_keys = _values.for_beta(jnp, ops.v, state.o, state.do, call.values, ops.beta, which)
-        dbeta = jnp.sum(_values.sum_forms(jnp, to_keys * pg, which), axis=-2, keepdims=True)
-        groups = dbeta.shape[-3]  # pg may be summed over the group
-        total = total._replace(beta=(total.beta + of_queries).at[..., :groups, :, :].add(dbeta))
-    return total._replace(
-        q=dq,
-        k=dk,
-        v=jnp.sum(dv, axis=-3, keepdims=True),
-    )
+    return guard.with_beta(call, state, total, pg)._replace(q=dq, k=dk, v=jnp.sum(dv, axis=-3, keepdims=True))
 
 
 def _seen(call: Call) -> Array | None:

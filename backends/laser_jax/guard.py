@@ -254,6 +254,17 @@ def through_scores(
     return tiles.over_queries(tiles.cut(ops.q, -2, row, grid.rows.block), ds, 1), total
 
 
+def with_beta(call: Call, state: State, total: Totals, pg: Array) -> Totals:
+    """The gradient of an array β, from pᵀ·g of all keys."""
+    if call.problem.beta is not None:
+        return total
+    ops, which = call.ops, call.which
+    of_queries, to_keys = _values.for_beta(jnp, ops.v, state.o, state.do, call.values, ops.beta, which)
+    dbeta = jnp.sum(_values.sum_forms(jnp, to_keys * pg, which), axis=-2, keepdims=True)
+    groups = dbeta.shape[-3]  # pg may be summed over the group
+    return total._replace(beta=(total.beta + of_queries).at[..., :groups, :, :].add(dbeta))
+
+
 def _exact_backward(call: Call, at: Start, state: State, total: Totals) -> Totals:
     """The gradients of one head, from the definition."""
     problem, grid = call.problem, call.grid.exact(call.problem)

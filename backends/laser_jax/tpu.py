@@ -119,12 +119,7 @@ def fast_backward(call: Call, state: State, total: Totals, interpret: Any) -> To
     dq = jnp.matrix_transpose(dq[..., : problem.query_length])
     dk, pg = (tiles.pad_to(t[..., : problem.key_length, :], -2, call.grid.columns) for t in (dk, pg))
     dv = _values.sum_forms(jnp, other.to_dv * pg, which)
-    if call.problem.beta is None:
-        of_queries, to_keys = _values.for_beta(jnp, ops.v, state.o, state.do, call.values, ops.beta, which)
-        dbeta = jnp.sum(_values.sum_forms(jnp, to_keys * pg, which), axis=-2, keepdims=True)
-        groups = dbeta.shape[-3]  # pg may be summed over the group
-        total = total._replace(beta=(total.beta + of_queries).at[..., :groups, :, :].add(dbeta))
-    return total._replace(
+    return guard.with_beta(call, state, total, pg)._replace(
         q=tiles.pad_to(dq, -2, call.grid.rows),
         k=dk * problem.scale,
         v=jnp.sum(dv, axis=-3, keepdims=True),
